@@ -1,0 +1,251 @@
+"""The PTX-level operations of the kernels, in one place; everything else of a kernel is DSL arithmetic.
+
+Warp collectives go through NVVM intrinsics, because LLVM must know that they are convergent; loads, barriers
+and copies are inline PTX. A register of two fp16 ("half2") is an Int32. Shared-memory addresses are Int32,
+global ones Int64. PTX ISA: "mma.m16n8k16", "movmatrix", "mbarrier", "cp.async", "cp.async.bulk".
+"""
+
+from cutlass import Boolean, Float32, Int32, Int64, cute
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm, nvvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+asm = cute.arch.inline_ptx
+MIN_SM_BULK = 90  # cp.async.bulk and mbarrier.try_wait
+
+
+@dsl_user_op
+def mma(c: list, a: list, b: list, *, loc=None, ip=None) -> list:
+    """A B + C of ``mma.m16n8k16``: a 4 half2, b 2 half2, c 4 floats -> 4 floats."""
+    half2 = ir.VectorType.get([2], T.f16())
+    at = dict(loc=loc, ip=ip)
+    d = nvvm.mma_sync(
+        llvm.StructType.get_literal([T.f32()] * 4),
+        ir.Attribute.parse("#nvvm.shape<m = 16, n = 8, k = 16>"),
+        nvvm.MMALayout.row,
+        nvvm.MMALayout.col,
+        [llvm.bitcast(half2, Int32(x).ir_value(**at), **at) for x in a],
+        [llvm.bitcast(half2, Int32(x).ir_value(**at), **at) for x in b],
+        [Float32(x).ir_value(**at) for x in c],
+        multiplicand_a_ptx_type=nvvm.MMATypes.f16,  # without explicit types the DSL aborts
+        multiplicand_b_ptx_type=nvvm.MMATypes.f16,
+        **at,
+    )
+    return [Float32(llvm.extractvalue(T.f32(), d, [i], **at)) for i in range(4)]
+
+
+@dsl_user_op
+def transpose8x8(x: Int32, *, loc=None, ip=None) -> Int32:
+    """``movmatrix.trans`` of an 8x8 fp16 matrix held in MMA fragment order."""
+    shape = ir.Attribute.parse("#nvvm.ld_st_matrix_shape<m = 8, n = 8>")
+    kind = nvvm.LdStMatrixEltType.B16
+    at = dict(loc=loc, ip=ip)
+    return Int32(nvvm.movmatrix(Int32(x).ir_value(**at), shape, kind, layout=nvvm.MMALayout.col, **at))
+
+
+# -- arithmetic ------------------------------------------------------------------------------------------------
+
+
+def exp2(x: Float32) -> Float32:
+    return asm("ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
+
+
+def log2(x: Float32) -> Float32:
+    return asm("lg2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
+
+
+def reciprocal(x: Float32) -> Float32:
+    return asm("rcp.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
+
+
+def fmax(a: Float32, b: Float32) -> Float32:
+    return asm("max.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def fmin(a: Float32, b: Float32) -> Float32:
+    return asm("min.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def fabs(x: Float32) -> Float32:
+    return asm("abs.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
+
+
+def bits(x: Float32) -> Int32:
+    return asm("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
+
+
+def from_bits(x: Int32) -> Float32:
+    return asm("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
+
+
+def mul_half2(a: Int32, b: Int32) -> Int32:
+    return asm("mul.rn.f16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[a, b])
+
+
+def to_half2(low: Float32, high: Float32) -> Int32:
+    return asm("cvt.rn.f16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Int32], read_only_args=[low, high])
+
+
+def to_bfloat2(low: Float32, high: Float32) -> Int32:
+    return asm("cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Int32], read_only_args=[low, high])
+
+
+def half2_floats(x: Int32) -> tuple:
+    """The two fp16 of a register as fp32: (lower, upper)."""
+    return asm(
+        "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, {$r0}; cvt.f32.f16 {$w0}, lo; cvt.f32.f16 {$w1}, hi; }",
+        write_only_types=[Float32, Float32],
+        read_only_args=[x],
+    )
+
+
+def bfloat2_floats(x: Int32) -> tuple:
+    """The two bf16 of a register as fp32: (lower, upper)."""
+    return from_bits(x << 16), from_bits(x & -0x10000)
+
+
+# -- warp ------------------------------------------------------------------------------------------------------
+
+
+def shuffle(value, lane: Int32):
+    return cute.arch.shuffle_sync(value, lane)
+
+
+def shuffle_xor(value, mask: int):
+    return cute.arch.shuffle_sync_bfly(value, mask)
+
+
+def shuffle_up(value, delta: int):
+    """Value of lane - delta; lanes below delta keep their own."""
+    return cute.arch.shuffle_sync_up(value, delta, mask_and_clamp=0)
+
+
+def any_lane(condition: Boolean) -> Boolean:
+    return cute.arch.vote_any_sync(condition)
+
+
+def first_lane(condition: Boolean) -> Int32:
+    """The lowest lane whose condition holds; -1 where none does."""
+    ballot = cute.arch.vote_ballot_sync(condition)
+    return asm(
+        "{ .reg .b32 t; brev.b32 t, {$r0}; bfind.shiftamt.u32 {$w0}, t; }",
+        write_only_types=[Int32],
+        read_only_args=[ballot],
+    )
+
+
+# -- memory ----------------------------------------------------------------------------------------------------
+
+
+def load_shared(address: Int32, offset: int, words: int) -> list:
+    """4, 8 or 16 bytes (``words`` registers) at address + offset."""
+    regs = ",".join(f"{{$w{i}}}" for i in range(words))
+    vector, operand = (f".v{words}", "{" + regs + "}") if words > 1 else ("", regs)
+    got = asm(
+        f"ld.shared{vector}.b32 {operand}, [{{$r0}}+{offset}];",
+        write_only_types=[Int32] * words,
+        read_only_args=[address],
+    )
+    return list(got) if words > 1 else [got]
+
+
+def load_shared_floats(address: Int32, offset: int, count: int) -> list:
+    return [from_bits(x) for x in load_shared(address, offset, count)]
+
+
+def store_shared_floats(address: Int32, offset: int, values: list) -> None:
+    regs = ",".join(f"{{$r{i + 1}}}" for i in range(len(values)))
+    vector, operand = (f".v{len(values)}", "{" + regs + "}") if len(values) > 1 else ("", regs)
+    asm(f"st.shared{vector}.f32 [{{$r0}}+{offset}], {operand};", read_only_args=[address, *values])
+
+
+def load_global(address: Int64, words: int = 1, offset: int = 0, cache: str = "nc") -> list:
+    """4, 8 or 16 bytes; cache "nc" for data that no one writes during the launch, "cg" for partial results."""
+    regs = ",".join(f"{{$w{i}}}" for i in range(words))
+    vector, operand = (f".v{words}", "{" + regs + "}") if words > 1 else ("", regs)
+    got = asm(
+        f"ld.global.{cache}{vector}.b32 {operand}, [{{$r0}}+{offset}];",
+        write_only_types=[Int32] * words,
+        read_only_args=[address],
+    )
+    return list(got) if words > 1 else [got]
+
+
+def store_global(address: Int64, values: list, offset: int = 0) -> None:
+    """4, 8 or 16 bytes of Int32 or Float32 registers."""
+    kind = "f32" if isinstance(values[0], Float32) else "b32"
+    regs = ",".join(f"{{$r{i + 1}}}" for i in range(len(values)))
+    vector, operand = (f".v{len(values)}", "{" + regs + "}") if len(values) > 1 else ("", regs)
+    asm(f"st.global{vector}.{kind} [{{$r0}}+{offset}], {operand};", read_only_args=[address, *values])
+
+
+def atomic_add(address: Int64, value: Int32) -> Int32:
+    """Device-wide, acquire and release; returns the old value."""
+    return asm(
+        "atom.acq_rel.gpu.global.add.u32 {$w0}, [{$r0}], {$r1};",
+        write_only_types=[Int32],
+        read_only_args=[address, value],
+    )
+
+
+# -- barriers and asynchronous copies --------------------------------------------------------------------------
+
+
+def barrier(index: int, threads: int) -> None:
+    """Named CTA barrier."""
+    cute.arch.barrier(barrier_id=index, number_of_threads=threads)
+
+
+def mbarrier_init(address: Int32, arrivals: int) -> None:
+    asm("mbarrier.init.shared.b64 [{$r0}], {$r1};", read_only_args=[address, Int32(arrivals)])
+
+
+def fence_mbarrier_init() -> None:
+    """Make initialised barriers visible to the bulk-copy engine."""
+    asm("fence.mbarrier_init.release.cluster;")
+
+
+def mbarrier_arrive(address: Int32) -> None:
+    asm("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [{$r0}]; }", read_only_args=[address])
+
+
+def mbarrier_expect(address: Int32, nbytes: int) -> None:
+    """Arrive and announce ``nbytes`` of bulk copies."""
+    asm(
+        "{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [{$r0}], {$r1}; }",
+        read_only_args=[address, Int32(nbytes)],
+    )
+
+
+def _phase_done(address: Int32, parity: Int32, test: str) -> Int32:
+    return asm(
+        f"{{ .reg .pred p; mbarrier.{test}.parity.shared.b64 p, [{{$r0}}], {{$r1}}; selp.b32 {{$w0}}, 1, 0, p; }}",
+        write_only_types=[Int32],
+        read_only_args=[address, parity],
+    )
+
+
+@cute.jit
+def mbarrier_wait(address: Int32, parity: Int32, test: str):
+    """Wait until the phase of this parity is over; ``test``: "try_wait" (sm_90+, suspends) or "test_wait"."""
+    done = _phase_done(address, parity, test)
+    while done == 0:
+        done = _phase_done(address, parity, test)
+
+
+def bulk_copy(shared: Int32, source: Int64, nbytes: int, mbarrier: Int32) -> None:
+    """``cp.async.bulk``: one thread copies nbytes (a multiple of 16) and the barrier counts them."""
+    asm(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        read_only_args=[shared, source, Int32(nbytes), mbarrier],
+    )
+
+
+def copy16(shared: Int32, source: Int64, offset: int) -> None:
+    """``cp.async`` of 16 bytes past L1, at the same offset from both addresses."""
+    asm(f"cp.async.cg.shared.global [{{$r0}}+{offset}], [{{$r1}}+{offset}], 16;", read_only_args=[shared, source])
+
+
+def mbarrier_arrive_after_copies(address: Int32) -> None:
+    """Arrive once this thread's earlier ``cp.async`` have landed."""
+    asm("cp.async.mbarrier.arrive.noinc.shared.b64 [{$r0}];", read_only_args=[address])
