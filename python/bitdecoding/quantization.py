@@ -31,6 +31,7 @@ VALUE_LIMIT = 32768.0  # fp16 products P * scale of the kernels stay finite
 MIN_SCALE = 2.0**-24  # the smallest fp16
 ZERO_LIMIT = 2.0**-10  # scale >= max|x| * ZERO_LIMIT: |zero| <= 1024, where fp16 still resolves half a step
 MSE_FACTORS = tuple(1 - i / 32 for i in range(20))  # descending: on ties the first, that is the larger, wins
+CPU = torch.device("cpu")
 CHUNK_VALUES = 1 << 20  # values of K (or V) that are worked on at once: bounds memory and stays in the caches
 
 
@@ -128,7 +129,7 @@ def _halving_sum(x: Tensor, dim: int) -> Tensor:
 
 def _parameters(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """fp16-valued scale and zero (both fp32 tensors) of groups whose values are to span lo .. hi."""
-    levels = float((1 << bits) - 1)
+    levels = lo.new_tensor(float((1 << bits) - 1))  # a tensor: dividing by a Python number may multiply instead
     largest = torch.maximum(lo.abs(), hi.abs())
     if symmetric:
         scale = (largest / (levels / 2)).clamp_(min=MIN_SCALE).half().float()
@@ -170,7 +171,7 @@ def _quantise_groups(
         def span(factor: float) -> tuple[Tensor, Tensor]:
             return mid - half * factor, mid + half * factor
 
-    if clip == "minmax":
+    if clip in ("minmax", 1.0):
         scale, zero = _parameters(lo, hi, bits, symmetric)
     elif clip == "mse":
         scale, zero = _search_mse(x, valid, dim, bits, symmetric, span)
@@ -208,8 +209,8 @@ def _search_mse(x, valid, dim, bits, symmetric, span) -> tuple[Tensor, Tensor]:
 class _Codes:
     """Moves codes between [..., 128 * head_dim] (token-major, one per byte) and a section's bytes."""
 
-    def __init__(self, section: Section, bits: int) -> None:
-        table = torch.from_numpy(section.table()).flatten()  # (token, channel) -> bit
+    def __init__(self, section: Section, bits: int, device: torch.device) -> None:
+        table = torch.from_numpy(section.table()).to(device).flatten()  # (token, channel) -> bit
         self.bits = bits
         # unpacking a byte gives its fields, lowest first: field f of byte i becomes element f * nbytes + i
         self.unpacked = table % 8 // bits * section.nbytes + table // 8
@@ -231,8 +232,8 @@ class _Codes:
 class _Params:
     """Moves fp16 parameters between the shape of a section's table (flattened) and the section's bytes."""
 
-    def __init__(self, section: Section) -> None:
-        self.unpacked = torch.from_numpy(section.table()).flatten()
+    def __init__(self, section: Section, device: torch.device) -> None:
+        self.unpacked = torch.from_numpy(section.table()).to(device).flatten()
         self.packed = self.unpacked.argsort()
 
     def pack(self, values: Tensor) -> Tensor:
@@ -244,7 +245,7 @@ class _Params:
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """x[..., index]; gather is several times faster here than index_select."""
-    return x.gather(-1, index.to(x.device).expand(*x.shape[:-1], -1))
+    return x.gather(-1, index.expand(*x.shape[:-1], -1))
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,7 @@ class _Operand:
 class Codec:
     """Quantises, packs, unpacks and dequantises blocks of one (head_dim, spec). Get it from :func:`codec`."""
 
-    def __init__(self, head_dim: int, spec: QuantSpec) -> None:
+    def __init__(self, head_dim: int, spec: QuantSpec, device: torch.device) -> None:
         self.head_dim = head_dim
         self.format = block_format(head_dim, spec)
         per_channel = spec.k_axis == "channel"
@@ -298,9 +299,9 @@ class Codec:
         s = spec
         self.k = _Operand("k", s.k_bits, s.k_group, per_channel, s.k_symmetric, s.k_clip, mean, s.rotate_k)
         self.v = _Operand("v", s.v_bits, s.v_group, False, s.v_symmetric, s.v_clip, False, s.rotate_v)
-        self._packers = {name: _Params(section) for name, section in self.format.sections.items()}
+        self._packers = {name: _Params(section, device) for name, section in self.format.sections.items()}
         for op in (self.k, self.v):
-            self._packers[op.name + "_codes"] = _Codes(self.format.sections[op.name + "_codes"], op.bits)
+            self._packers[op.name + "_codes"] = _Codes(self.format.sections[op.name + "_codes"], op.bits, device)
 
     def encode(self, k: Tensor, v: Tensor, count: Tensor | None = None) -> Tensor:
         """k, v [.., 128, head_dim] fp16, bf16 or fp32 -> uint8 [.., block_bytes].
@@ -313,7 +314,7 @@ class Codec:
             x = _condition(x, op.rotate)
             if op.mean:
                 total = _halving_sum(x if valid is None else x.masked_fill(~valid, 0.0), -2)
-                inverse = 1.0 / (torch.tensor(BLOCK_TOKENS) if count is None else count).float()
+                inverse = 1.0 / (x.new_tensor(BLOCK_TOKENS) if count is None else count).float()
                 mean = (total * inverse).half()
                 self._store(blocks, op.name + "_mean", mean.flatten(-2))
                 x.sub_(mean.float())
@@ -357,15 +358,15 @@ class Codec:
 
 
 @lru_cache(maxsize=64)
-def codec(head_dim: int, spec: QuantSpec) -> Codec:
+def codec(head_dim: int, spec: QuantSpec, device: torch.device = CPU) -> Codec:
     """The codec of a block format; raises InvalidArgument where there is none."""
-    return Codec(head_dim, spec)
+    return Codec(head_dim, spec, device)
 
 
 def quantise(k: Tensor, v: Tensor, spec: QuantSpec) -> Tensor:
     """k, v [num_tokens, num_kv_heads, head_dim] -> uint8 [ceil(num_tokens / 128), num_kv_heads, block_bytes]."""
     num_tokens, num_kv_heads, head_dim = k.shape
-    blocks_of = codec(head_dim, spec)
+    blocks_of = codec(head_dim, spec, k.device)
     num_blocks = -(-num_tokens // BLOCK_TOKENS)
     out = torch.empty(num_blocks, num_kv_heads, blocks_of.format.block_bytes, dtype=torch.uint8, device=k.device)
     step = BLOCK_TOKENS * max(1, CHUNK_VALUES // (BLOCK_TOKENS * num_kv_heads * head_dim))
@@ -387,7 +388,7 @@ def quantise(k: Tensor, v: Tensor, spec: QuantSpec) -> Tensor:
 
 def dequantise(blocks: Tensor, head_dim: int, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """uint8 [num_blocks, num_kv_heads, block_bytes] -> k, v [num_blocks * 128, num_kv_heads, head_dim], unrotated."""
-    blocks_of = codec(head_dim, spec)
+    blocks_of = codec(head_dim, spec, blocks.device)
     num_blocks, num_kv_heads, _ = blocks.shape
     shape = (num_blocks, BLOCK_TOKENS, num_kv_heads, head_dim)
     k, v = (torch.empty(shape, dtype=dtype, device=blocks.device) for _ in range(2))

@@ -1,0 +1,334 @@
+"""The public functions. They validate every argument before anything is changed, then dispatch by device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import cpu, quantization
+from .cute_kernels.config import QuantSpec
+from .cute_kernels.errors import InvalidArgument, OutOfPages
+from .cute_kernels.layouts import BLOCK_TOKENS, block_format
+from .quantization import CachePolicy
+
+if TYPE_CHECKING:
+    from .cute_kernels.config import KernelConfig
+
+REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def block_bytes(head_dim: int, spec: QuantSpec) -> int:
+    """Bytes of a block: 128 tokens of one KV head, K and V, codes and parameters. A multiple of 128."""
+    return block_format(head_dim, spec).block_bytes
+
+
+@torch.no_grad()
+def quantize(k: Tensor, v: Tensor, spec: QuantSpec) -> Tensor:
+    """Quantise and pack tokens from position 0 of their first block on.
+
+    k, v: [num_tokens, num_kv_heads, head_dim], fp16, bf16 or fp32. NaN counts as 0, values beyond +-32768 as +-32768.
+    -> uint8 [ceil(num_tokens / 128), num_kv_heads, block_bytes], a pure function of k, v and spec (bit for bit, on
+    every device); what the bits mean is in :mod:`bitdecoding.quantization`.
+    """
+    _check("k", k, REAL_DTYPES, num_tokens=None, num_kv_heads=None, head_dim=None)
+    num_tokens, num_kv_heads, head_dim = k.shape
+    _check("v", v, (k.dtype,), num_tokens=num_tokens, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    _check_device(k=k, v=v)
+    _at_least("num_kv_heads", num_kv_heads, 1)
+    block_format(head_dim, spec)
+    return quantization.quantise(k, v, spec)
+
+
+@torch.no_grad()
+def dequantize(
+    blocks: Tensor, head_dim: int, spec: QuantSpec, dtype: torch.dtype = torch.float16
+) -> tuple[Tensor, Tensor]:
+    """The values that blocks stand for, rotated back where the spec rotates.
+
+    blocks: uint8 [num_blocks, num_kv_heads, block_bytes]. dtype: fp16, bf16 or fp32.
+    -> k, v [num_blocks * 128, num_kv_heads, head_dim]; rows beyond the tokens that were quantised mean nothing.
+    """
+    _check("blocks", blocks, (torch.uint8,), num_blocks=None, num_kv_heads=None, block_bytes=block_bytes(head_dim, spec))
+    if dtype not in REAL_DTYPES:
+        raise InvalidArgument(f"dtype={dtype}: allowed are {_names(REAL_DTYPES)}")
+    return quantization.dequantise(blocks, head_dim, spec, dtype)
+
+
+@torch.no_grad()
+def decode(
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seqlens: Tensor,
+    spec: QuantSpec,
+    *,
+    packed_lens: Tensor | None = None,
+    tail_k: Tensor | None = None,
+    tail_v: Tensor | None = None,
+    sink_k: Tensor | None = None,
+    sink_v: Tensor | None = None,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    config: KernelConfig | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the newest tokens of each sequence over its cache.
+
+    q: [batch, q_len, num_q_heads, head_dim]; the last query is the newest token, query i sees the keys at positions
+        up to seqlen - q_len + i. num_q_heads is a multiple of num_kv_heads.
+    pages: uint8 [num_pages, num_kv_heads, block_bytes].
+    block_table: int32 [batch, max_pages]; entries beyond a sequence's packed tokens are never read.
+    seqlens: int32 [batch], all tokens of a sequence: first its sink tokens, then its packed, then its tail tokens.
+    packed_lens: int32 [batch], tokens in pages (the last block may be partial). Default: all that are not sinks,
+        with a tail the largest multiple of 128 of them.
+    tail_k, tail_v: [batch, tail_capacity, num_kv_heads, head_dim], like q; the rest of the tokens.
+    sink_k, sink_v: [batch, num_sink, num_kv_heads, head_dim], like q; the first min(seqlen, num_sink) tokens.
+    softmax_scale: default head_dim ** -0.5.
+    window: number of keys that a query sees, its own included.
+    softcap: scores s become softcap * tanh(s / softcap).
+    sink_logits: fp32 [num_q_heads], a score per head that takes part in the softmax with a value of zero.
+    out: written and returned, like q.
+    config: the kernel to use on CUDA; CPU tensors need none.
+    q, tail, sinks and out are in the original space whether or not the spec rotates.
+    -> out; with return_lse also lse fp32 [batch, q_len, num_q_heads], the natural logarithm of the softmax's
+    denominator (sink_logits included). A query that sees no key gives zeros, and -inf or its sink logit.
+    """
+    if q.device.type == "cuda":
+        from . import cuda
+
+        return cuda.decode(
+            q, pages, block_table, seqlens, spec, packed_lens=packed_lens, tail_k=tail_k, tail_v=tail_v, sink_k=sink_k,
+            sink_v=sink_v, softmax_scale=softmax_scale, window=window, softcap=softcap, sink_logits=sink_logits, out=out,
+            return_lse=return_lse, config=config,
+        )  # fmt: skip
+
+    _check("q", q, REAL_DTYPES, batch=None, q_len=None, num_q_heads=None, head_dim=None)
+    batch, q_len, num_q_heads, head_dim = q.shape
+    _check("pages", pages, (torch.uint8,), num_pages=None, num_kv_heads=None, block_bytes=block_bytes(head_dim, spec))
+    num_kv_heads = pages.shape[1]
+    if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:
+        raise InvalidArgument(f"q has {num_q_heads} heads: allowed are multiples of the {num_kv_heads} heads of pages")
+    _check("block_table", block_table, (torch.int32,), batch=batch, max_pages=None)
+    _check("seqlens", seqlens, (torch.int32,), batch=batch)
+    if packed_lens is not None:
+        _check("packed_lens", packed_lens, (torch.int32,), batch=batch)
+    tail_capacity = _check_pair("tail", tail_k, tail_v, q.dtype, batch, "tail_capacity", num_kv_heads, head_dim)
+    num_sink = _check_pair("sink", sink_k, sink_v, q.dtype, batch, "num_sink", num_kv_heads, head_dim)
+    if sink_logits is not None:
+        _check("sink_logits", sink_logits, (torch.float32,), num_q_heads=num_q_heads)
+    if window is not None:
+        _at_least("window", window, 1)
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise InvalidArgument(f"softcap={softcap}: allowed are None and finite numbers greater than 0")
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    else:
+        _check("out", out, (q.dtype,), batch=batch, q_len=q_len, num_q_heads=num_q_heads, head_dim=head_dim)
+    _check_device(
+        q=q, pages=pages, block_table=block_table, seqlens=seqlens, packed_lens=packed_lens, tail_k=tail_k,
+        tail_v=tail_v, sink_k=sink_k, sink_v=sink_v, sink_logits=sink_logits, out=out,
+    )  # fmt: skip
+
+    lens = seqlens.tolist()
+    if packed_lens is not None:
+        packed = packed_lens.tolist()
+    else:
+        packed = [max(0, n - num_sink) for n in lens]
+        if tail_k is not None:
+            packed = [n - n % BLOCK_TOKENS for n in packed]
+    _check_lengths(lens, packed, num_sink, tail_capacity)
+    for b, packed_len in enumerate(packed):
+        _check_table(block_table, b, range(-(-packed_len // BLOCK_TOKENS)), pages.shape[0])
+
+    lse = cpu.decode(
+        q, pages, block_table, lens, packed, spec, tail_k=tail_k, tail_v=tail_v, sink_k=sink_k, sink_v=sink_v,
+        softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale, window=window, softcap=softcap,
+        sink_logits=sink_logits, out=out,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+@torch.no_grad()
+def append(
+    k_new: Tensor,
+    v_new: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seqlens: Tensor,
+    packed_lens: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    spec: QuantSpec,
+    *,
+    sink_k: Tensor | None = None,
+    sink_v: Tensor | None = None,
+    lengths: Tensor | None = None,
+    recent: int = 0,
+) -> None:
+    """Append new tokens to each sequence, in place; any number of them, so that it also fills a cache with a prompt.
+
+    A sequence's new tokens go to its sinks while these have room, the others behind its tail. Then, as long as the
+    tail holds ``recent + 128`` tokens or more, its oldest 128 move to the sequence's next page (entry
+    ``packed_lens / 128`` of its table row) and the others move up to the front of the tail. So a tail of
+    ``recent + 127`` tokens always suffices, whatever the number of new tokens, and at least ``recent`` tokens can be
+    rolled back exactly (by lowering seqlens) after any append.
+
+    k_new, v_new: [batch, new_tokens, num_kv_heads, head_dim], fp16, bf16 or fp32.
+    pages: uint8 [num_pages, num_kv_heads, block_bytes]. block_table: int32 [batch, max_pages]; the entries of blocks
+        that get full must name pages that no other sequence uses.
+    seqlens, packed_lens: int32 [batch] as for :func:`decode`, packed_lens multiples of 128; both are advanced.
+    tail_k, tail_v: [batch, tail_capacity >= recent + 127, num_kv_heads, head_dim], like k_new.
+    sink_k, sink_v: [batch, num_sink, num_kv_heads, head_dim], like k_new.
+    lengths: int32 [batch], how many of the new tokens count for each sequence; default: all.
+    Raises OutOfPages where a row of the table has no entry left for a full block. Errors leave everything as it was.
+    """
+    _check("k_new", k_new, REAL_DTYPES, batch=None, new_tokens=None, num_kv_heads=None, head_dim=None)
+    batch, new_tokens, num_kv_heads, head_dim = k_new.shape
+    dtype = k_new.dtype
+    _check("v_new", v_new, (dtype,), batch=batch, new_tokens=new_tokens, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    bytes_per_block = block_bytes(head_dim, spec)
+    _check("pages", pages, (torch.uint8,), num_pages=None, num_kv_heads=num_kv_heads, block_bytes=bytes_per_block)
+    _check("block_table", block_table, (torch.int32,), batch=batch, max_pages=None)
+    _check("seqlens", seqlens, (torch.int32,), batch=batch)
+    _check("packed_lens", packed_lens, (torch.int32,), batch=batch)
+    _check("tail_k", tail_k, (dtype,), batch=batch, tail_capacity=None, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    tail_capacity = _check_pair("tail", tail_k, tail_v, dtype, batch, "tail_capacity", num_kv_heads, head_dim)
+    num_sink = _check_pair("sink", sink_k, sink_v, dtype, batch, "num_sink", num_kv_heads, head_dim)
+    if lengths is not None:
+        _check("lengths", lengths, (torch.int32,), batch=batch)
+    _check_device(
+        k_new=k_new, v_new=v_new, pages=pages, block_table=block_table, seqlens=seqlens, packed_lens=packed_lens,
+        tail_k=tail_k, tail_v=tail_v, sink_k=sink_k, sink_v=sink_v, lengths=lengths,
+    )  # fmt: skip
+    _at_least("recent", recent, 0)
+    policy = CachePolicy(recent, num_sink)
+    _at_least("tail_capacity", tail_capacity, policy.tail_capacity)
+
+    counts = [new_tokens] * batch if lengths is None else lengths.tolist()
+    for b, count in enumerate(counts):
+        if not 0 <= count <= new_tokens:
+            raise InvalidArgument(f"lengths[{b}]={count}: allowed are 0 to new_tokens={new_tokens}")
+    lens, packed = seqlens.tolist(), packed_lens.tolist()
+    _check_lengths(lens, packed, num_sink, tail_capacity)
+    for b, packed_len in enumerate(packed):
+        if packed_len % BLOCK_TOKENS:
+            raise InvalidArgument(f"packed_lens[{b}]={packed_len}: allowed are multiples of {BLOCK_TOKENS}")
+    packed_after = [policy.packed_len(n + new, p) for n, new, p in zip(lens, counts, packed)]
+    due: list[int] = []
+    for b, (before, after) in enumerate(zip(packed, packed_after)):
+        if after > block_table.shape[1] * BLOCK_TOKENS:
+            raise OutOfPages(
+                f"sequence {b} needs {after // BLOCK_TOKENS} pages, its row of block_table has {block_table.shape[1]}"
+            )
+        due += _check_table(block_table, b, range(before // BLOCK_TOKENS, after // BLOCK_TOKENS), pages.shape[0])
+    if len(set(due)) < len(due):
+        twice = next(page for page in due if due.count(page) > 1)
+        raise InvalidArgument(f"block_table names page {twice} twice for blocks to be written: allowed is once")
+
+    cpu.append(
+        k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v, spec, sink_k=sink_k, sink_v=sink_v,
+        lengths=counts, packed_after=packed_after,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def merge(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Combine partial attention over disjoint sets of keys: splits, devices, a shared prefix.
+
+    outs: parts of one dtype and shape [.., head_dim], as a sequence or stacked along a first dimension.
+    lses: for each part fp32 [..], natural logarithm; -inf where the part has no key (its out does not matter there).
+    -> out like a part, lse fp32; zeros and -inf where no part has a key. Sink logits must be in one part only.
+    """
+    if len(outs) == 0 or len(outs) != len(lses):
+        raise InvalidArgument(f"outs has {len(outs)} parts and lses {len(lses)}: allowed are equal numbers, at least 1")
+    for i, (out, lse) in enumerate(zip(outs, lses)):
+        if out.dtype not in REAL_DTYPES or out.dtype != outs[0].dtype or out.dim() < 1 or out.shape != outs[0].shape:
+            raise InvalidArgument(
+                f"outs[{i}] is {_describe(out)}: allowed are parts of one shape and dtype ({_names(REAL_DTYPES)})"
+            )
+        if lse.dtype != torch.float32 or lse.shape != out.shape[:-1]:
+            raise InvalidArgument(f"lses[{i}] is {_describe(lse)}: allowed is torch.float32 {list(out.shape[:-1])}")
+        _check_device(**{"outs[0]": outs[0], f"outs[{i}]": out, f"lses[{i}]": lse})
+    stacked = [x if isinstance(x, Tensor) else torch.stack(tuple(x)) for x in (outs, lses)]
+    out, lse = cpu.merge(*stacked)
+    return out.to(outs[0].dtype), lse
+
+
+# ---------------------------------------------------------------------------------------------- checks
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(map(str, dtypes))
+
+
+def _describe(x: Tensor) -> str:
+    return f"{x.dtype} {list(x.shape)}"
+
+
+def _check(name: str, x: object, dtypes: Sequence[torch.dtype], **shape: int | None) -> None:
+    """Raise unless x is a tensor of one of the dtypes and of this shape; None stands for any extent."""
+    if not isinstance(x, Tensor):
+        raise InvalidArgument(f"{name} is a {type(x).__name__}: allowed is a torch.Tensor")
+    sound = x.dim() == len(shape) and all(want in (None, have) for want, have in zip(shape.values(), x.shape))
+    if not sound or x.dtype not in dtypes:
+        want = ", ".join(label if extent is None else f"{label}={extent}" for label, extent in shape.items())
+        raise InvalidArgument(f"{name} is {_describe(x)}: allowed is [{want}] of {_names(dtypes)}")
+
+
+def _check_pair(
+    name: str, k: Tensor | None, v: Tensor | None, dtype: torch.dtype, batch: int, label: str, heads: int, head_dim: int
+) -> int:
+    """Check an optional pair of 16-bit tensors -> the number of token slots, 0 if there is no pair."""
+    if (k is None) != (v is None):
+        given, missing = (f"{name}_{x}" for x in (("v", "k") if k is None else ("k", "v")))
+        raise InvalidArgument(f"{missing}=None: {given} and {missing} are allowed together or not at all")
+    if k is None:
+        return 0
+    _check(f"{name}_k", k, (dtype,), batch=batch, **{label: None}, num_kv_heads=heads, head_dim=head_dim)
+    _check(f"{name}_v", v, (dtype,), batch=batch, **{label: k.shape[1]}, num_kv_heads=heads, head_dim=head_dim)
+    return k.shape[1]
+
+
+def _check_device(**tensors: Tensor | None) -> None:
+    (first, x), *others = ((name, x) for name, x in tensors.items() if x is not None)
+    for name, y in others:
+        if y.device != x.device:
+            raise InvalidArgument(f"{name} is on {y.device}: allowed is {x.device}, where {first} is")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise InvalidArgument(f"{name}={value!r}: allowed are integers from {least}")
+
+
+def _check_lengths(seqlens: list[int], packed_lens: list[int], num_sink: int, tail_capacity: int) -> None:
+    for b, (seqlen, packed_len) in enumerate(zip(seqlens, packed_lens)):
+        if seqlen < 0:
+            raise InvalidArgument(f"seqlens[{b}]={seqlen}: allowed are numbers from 0")
+        unpacked = seqlen - min(seqlen, num_sink)
+        if not 0 <= packed_len <= unpacked:
+            raise InvalidArgument(f"packed_lens[{b}]={packed_len}: allowed are 0 to {unpacked} (seqlen less sinks)")
+        if unpacked - packed_len > tail_capacity:
+            raise InvalidArgument(
+                f"seqlens[{b}]={seqlen}: allowed are at most {seqlen - unpacked + packed_len + tail_capacity} "
+                f"({seqlen - unpacked} sink tokens, packed_len {packed_len}, tail_capacity {tail_capacity})"
+            )
+
+
+def _check_table(block_table: Tensor, b: int, columns: range, num_pages: int) -> list[int]:
+    """The entries of row b in these columns; raises unless they exist and name pages."""
+    if columns.stop > block_table.shape[1]:
+        raise InvalidArgument(
+            f"sequence {b} has {columns.stop} blocks in pages: allowed are block_table's max_pages={block_table.shape[1]}"
+        )
+    entries = block_table[b, columns.start : columns.stop].tolist()
+    for column, page in zip(columns, entries):
+        if not 0 <= page < num_pages:
+            raise InvalidArgument(f"block_table[{b}, {column}]={page}: allowed are 0 to {num_pages - 1} (num_pages)")
+    return entries
