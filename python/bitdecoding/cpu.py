@@ -49,7 +49,7 @@ def decode(
     blocks_at_once = max(1, 4 * CHUNK_VALUES // values_per_block)
     lse = torch.empty(batch, q_len, num_q_heads)
 
-    for b, (seqlen, packed_len) in enumerate(zip(seqlens, packed_lens)):
+    for b, (seqlen, packed_len) in enumerate(zip(seqlens, packed_lens, strict=True)):
         # rows of a KV head: (query head of its group, query)
         queries = q[b].float().unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
         queries = queries * softmax_scale
@@ -74,7 +74,7 @@ def decode(
         if sink_logits is not None:  # a key with this score and a value of zero
             logits = sink_logits.float().view(num_kv_heads, group, 1).expand(-1, -1, q_len).flatten(1)
             parts.append((torch.zeros_like(packed_out), logits))
-        merged_out, merged_lse = merge(*(torch.stack(x) for x in zip(*parts)))
+        merged_out, merged_lse = merge(*(torch.stack(x) for x in zip(*parts, strict=True)))
 
         out[b] = merged_out.view(num_q_heads, q_len, head_dim).transpose(0, 1)
         lse[b] = merged_lse.view(num_q_heads, q_len).T
@@ -89,7 +89,7 @@ def _by_head(x: Tensor) -> Tensor:
 def _unpack(
     blocks_of: Codec, pages: Tensor, table: Tensor, start: int, packed_len: int, first_block: int, step: int
 ) -> Iterator[Chunk]:
-    """A sequence's packed tokens from ``first_block`` on, ``step`` blocks at a time; the first of all is at ``start``."""
+    """A sequence's packed tokens, the first at position ``start``, from ``first_block`` on, ``step`` blocks at a time."""
     end_block = -(-packed_len // BLOCK_TOKENS)
     for block in range(first_block, end_block, step):
         used = table[block : min(block + step, end_block)].long()
@@ -168,7 +168,7 @@ def append(
     due_k: list[Tensor] = []  # [num_kv_heads, 128, head_dim] each
     due_v: list[Tensor] = []
 
-    for b, (seqlen, packed_len) in enumerate(zip(seqlens.tolist(), packed_lens.tolist())):
+    for b, (seqlen, packed_len) in enumerate(zip(seqlens.tolist(), packed_lens.tolist(), strict=True)):
         sinks = min(seqlen, num_sink)
         tail = seqlen - sinks - packed_len
         to_sink = min(lengths[b], num_sink - sinks)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, quantization
+from .cute_kernels import native
 from .cute_kernels.config import QuantSpec
 from .cute_kernels.errors import InvalidArgument, OutOfPages
 from .cute_kernels.layouts import BLOCK_TOKENS, block_format
@@ -17,7 +18,10 @@ from .quantization import CachePolicy
 if TYPE_CHECKING:
     from .cute_kernels.config import KernelConfig
 
+NO_WINDOW = 2**31 - 1
 REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_check_decode = native.function("check_decode")  # shapes, dtypes, strides and devices, as for the kernels
 
 
 def block_bytes(head_dim: int, spec: QuantSpec) -> int:
@@ -33,9 +37,9 @@ def quantize(k: Tensor, v: Tensor, spec: QuantSpec) -> Tensor:
     -> uint8 [ceil(num_tokens / 128), num_kv_heads, block_bytes], a pure function of k, v and spec (bit for bit, on
     every device); what the bits mean is in :mod:`bitdecoding.quantization`.
     """
-    _check("k", k, REAL_DTYPES, num_tokens=None, num_kv_heads=None, head_dim=None)
+    check_tensor("k", k, REAL_DTYPES, num_tokens=None, num_kv_heads=None, head_dim=None)
     num_tokens, num_kv_heads, head_dim = k.shape
-    _check("v", v, (k.dtype,), num_tokens=num_tokens, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    check_tensor("v", v, (k.dtype,), num_tokens=num_tokens, num_kv_heads=num_kv_heads, head_dim=head_dim)
     _check_device(k=k, v=v)
     _at_least("num_kv_heads", num_kv_heads, 1)
     block_format(head_dim, spec)
@@ -51,7 +55,9 @@ def dequantize(
     blocks: uint8 [num_blocks, num_kv_heads, block_bytes]. dtype: fp16, bf16 or fp32.
     -> k, v [num_blocks * 128, num_kv_heads, head_dim]; rows beyond the tokens that were quantised mean nothing.
     """
-    _check("blocks", blocks, (torch.uint8,), num_blocks=None, num_kv_heads=None, block_bytes=block_bytes(head_dim, spec))
+    check_tensor(
+        "blocks", blocks, (torch.uint8,), num_blocks=None, num_kv_heads=None, block_bytes=block_bytes(head_dim, spec)
+    )
     if dtype not in REAL_DTYPES:
         raise InvalidArgument(f"dtype={dtype}: allowed are {_names(REAL_DTYPES)}")
     return quantization.dequantise(blocks, head_dim, spec, dtype)
@@ -91,10 +97,11 @@ def decode(
     sink_k, sink_v: [batch, num_sink, num_kv_heads, head_dim], like q; the first min(seqlen, num_sink) tokens.
     softmax_scale: default head_dim ** -0.5.
     window: number of keys that a query sees, its own included.
-    softcap: scores s become softcap * tanh(s / softcap).
+    softcap: scores s become softcap * tanh(s / softcap); None or 0: they stay.
     sink_logits: fp32 [num_q_heads], a score per head that takes part in the softmax with a value of zero.
-    out: written and returned, like q.
+    out: written and returned, like q, which it must not overlap.
     config: the kernel to use on CUDA; CPU tensors need none.
+    All tensors contiguous and 16-byte aligned but pages, of which only the blocks must be. CPU tensors may be fp32.
     q, tail, sinks and out are in the original space whether or not the spec rotates.
     -> out; with return_lse also lse fp32 [batch, q_len, num_q_heads], the natural logarithm of the softmax's
     denominator (sink_logits included). A query that sees no key gives zeros, and -inf or its sink logit.
@@ -103,38 +110,21 @@ def decode(
         from . import cuda
 
         return cuda.decode(
-            q, pages, block_table, seqlens, spec, packed_lens=packed_lens, tail_k=tail_k, tail_v=tail_v, sink_k=sink_k,
-            sink_v=sink_v, softmax_scale=softmax_scale, window=window, softcap=softcap, sink_logits=sink_logits, out=out,
-            return_lse=return_lse, config=config,
+            q, pages, block_table, seqlens, spec, packed_lens=packed_lens, tail_k=tail_k, tail_v=tail_v,
+            sink_k=sink_k, sink_v=sink_v, softmax_scale=softmax_scale, window=window, softcap=softcap,
+            sink_logits=sink_logits, out=out, return_lse=return_lse, config=config,
         )  # fmt: skip
 
-    _check("q", q, REAL_DTYPES, batch=None, q_len=None, num_q_heads=None, head_dim=None)
-    batch, q_len, num_q_heads, head_dim = q.shape
-    _check("pages", pages, (torch.uint8,), num_pages=None, num_kv_heads=None, block_bytes=block_bytes(head_dim, spec))
-    num_kv_heads = pages.shape[1]
-    if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:
-        raise InvalidArgument(f"q has {num_q_heads} heads: allowed are multiples of the {num_kv_heads} heads of pages")
-    _check("block_table", block_table, (torch.int32,), batch=batch, max_pages=None)
-    _check("seqlens", seqlens, (torch.int32,), batch=batch)
-    if packed_lens is not None:
-        _check("packed_lens", packed_lens, (torch.int32,), batch=batch)
-    tail_capacity = _check_pair("tail", tail_k, tail_v, q.dtype, batch, "tail_capacity", num_kv_heads, head_dim)
-    num_sink = _check_pair("sink", sink_k, sink_v, q.dtype, batch, "num_sink", num_kv_heads, head_dim)
-    if sink_logits is not None:
-        _check("sink_logits", sink_logits, (torch.float32,), num_q_heads=num_q_heads)
-    if window is not None:
-        _at_least("window", window, 1)
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise InvalidArgument(f"softcap={softcap}: allowed are None and finite numbers greater than 0")
     if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    else:
-        _check("out", out, (q.dtype,), batch=batch, q_len=q_len, num_q_heads=num_q_heads, head_dim=head_dim)
-    _check_device(
-        q=q, pages=pages, block_table=block_table, seqlens=seqlens, packed_lens=packed_lens, tail_k=tail_k,
-        tail_v=tail_v, sink_k=sink_k, sink_v=sink_v, sink_logits=sink_logits, out=out,
+        out = torch.empty_like(q)
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    _check_decode(
+        q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits, out, None, spec,
+        NO_WINDOW if window is None else window, softmax_scale, softcap or 0.0,
     )  # fmt: skip
-
+    num_sink = 0 if sink_k is None else sink_k.shape[1]
+    tail_capacity = 0 if tail_k is None else tail_k.shape[1]
     lens = seqlens.tolist()
     if packed_lens is not None:
         packed = packed_lens.tolist()
@@ -148,8 +138,7 @@ def decode(
 
     lse = cpu.decode(
         q, pages, block_table, lens, packed, spec, tail_k=tail_k, tail_v=tail_v, sink_k=sink_k, sink_v=sink_v,
-        softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale, window=window, softcap=softcap,
-        sink_logits=sink_logits, out=out,
+        softmax_scale=softmax_scale, window=window, softcap=softcap, sink_logits=sink_logits, out=out,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -188,20 +177,24 @@ def append(
     lengths: int32 [batch], how many of the new tokens count for each sequence; default: all.
     Raises OutOfPages where a row of the table has no entry left for a full block. Errors leave everything as it was.
     """
-    _check("k_new", k_new, REAL_DTYPES, batch=None, new_tokens=None, num_kv_heads=None, head_dim=None)
+    check_tensor("k_new", k_new, REAL_DTYPES, batch=None, new_tokens=None, num_kv_heads=None, head_dim=None)
     batch, new_tokens, num_kv_heads, head_dim = k_new.shape
     dtype = k_new.dtype
-    _check("v_new", v_new, (dtype,), batch=batch, new_tokens=new_tokens, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    check_tensor(
+        "v_new", v_new, (dtype,), batch=batch, new_tokens=new_tokens, num_kv_heads=num_kv_heads, head_dim=head_dim
+    )
     bytes_per_block = block_bytes(head_dim, spec)
-    _check("pages", pages, (torch.uint8,), num_pages=None, num_kv_heads=num_kv_heads, block_bytes=bytes_per_block)
-    _check("block_table", block_table, (torch.int32,), batch=batch, max_pages=None)
-    _check("seqlens", seqlens, (torch.int32,), batch=batch)
-    _check("packed_lens", packed_lens, (torch.int32,), batch=batch)
-    _check("tail_k", tail_k, (dtype,), batch=batch, tail_capacity=None, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    check_tensor("pages", pages, (torch.uint8,), num_pages=None, num_kv_heads=num_kv_heads, block_bytes=bytes_per_block)
+    check_tensor("block_table", block_table, (torch.int32,), batch=batch, max_pages=None)
+    check_tensor("seqlens", seqlens, (torch.int32,), batch=batch)
+    check_tensor("packed_lens", packed_lens, (torch.int32,), batch=batch)
+    check_tensor(
+        "tail_k", tail_k, (dtype,), batch=batch, tail_capacity=None, num_kv_heads=num_kv_heads, head_dim=head_dim
+    )
     tail_capacity = _check_pair("tail", tail_k, tail_v, dtype, batch, "tail_capacity", num_kv_heads, head_dim)
     num_sink = _check_pair("sink", sink_k, sink_v, dtype, batch, "num_sink", num_kv_heads, head_dim)
     if lengths is not None:
-        _check("lengths", lengths, (torch.int32,), batch=batch)
+        check_tensor("lengths", lengths, (torch.int32,), batch=batch)
     _check_device(
         k_new=k_new, v_new=v_new, pages=pages, block_table=block_table, seqlens=seqlens, packed_lens=packed_lens,
         tail_k=tail_k, tail_v=tail_v, sink_k=sink_k, sink_v=sink_v, lengths=lengths,
@@ -219,9 +212,9 @@ def append(
     for b, packed_len in enumerate(packed):
         if packed_len % BLOCK_TOKENS:
             raise InvalidArgument(f"packed_lens[{b}]={packed_len}: allowed are multiples of {BLOCK_TOKENS}")
-    packed_after = [policy.packed_len(n + new, p) for n, new, p in zip(lens, counts, packed)]
+    packed_after = [policy.packed_len(n + new, p) for n, new, p in zip(lens, counts, packed, strict=True)]
     due: list[int] = []
-    for b, (before, after) in enumerate(zip(packed, packed_after)):
+    for b, (before, after) in enumerate(zip(packed, packed_after, strict=True)):
         if after > block_table.shape[1] * BLOCK_TOKENS:
             raise OutOfPages(
                 f"sequence {b} needs {after // BLOCK_TOKENS} pages, its row of block_table has {block_table.shape[1]}"
@@ -247,7 +240,7 @@ def merge(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor]) -> t
     """
     if len(outs) == 0 or len(outs) != len(lses):
         raise InvalidArgument(f"outs has {len(outs)} parts and lses {len(lses)}: allowed are equal numbers, at least 1")
-    for i, (out, lse) in enumerate(zip(outs, lses)):
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if out.dtype not in REAL_DTYPES or out.dtype != outs[0].dtype or out.dim() < 1 or out.shape != outs[0].shape:
             raise InvalidArgument(
                 f"outs[{i}] is {_describe(out)}: allowed are parts of one shape and dtype ({_names(REAL_DTYPES)})"
@@ -271,11 +264,13 @@ def _describe(x: Tensor) -> str:
     return f"{x.dtype} {list(x.shape)}"
 
 
-def _check(name: str, x: object, dtypes: Sequence[torch.dtype], **shape: int | None) -> None:
+def check_tensor(name: str, x: object, dtypes: Sequence[torch.dtype], **shape: int | None) -> None:
     """Raise unless x is a tensor of one of the dtypes and of this shape; None stands for any extent."""
     if not isinstance(x, Tensor):
         raise InvalidArgument(f"{name} is a {type(x).__name__}: allowed is a torch.Tensor")
-    sound = x.dim() == len(shape) and all(want in (None, have) for want, have in zip(shape.values(), x.shape))
+    sound = x.dim() == len(shape) and all(
+        want in (None, have) for want, have in zip(shape.values(), x.shape, strict=True)
+    )
     if not sound or x.dtype not in dtypes:
         want = ", ".join(label if extent is None else f"{label}={extent}" for label, extent in shape.items())
         raise InvalidArgument(f"{name} is {_describe(x)}: allowed is [{want}] of {_names(dtypes)}")
@@ -290,8 +285,8 @@ def _check_pair(
         raise InvalidArgument(f"{missing}=None: {given} and {missing} are allowed together or not at all")
     if k is None:
         return 0
-    _check(f"{name}_k", k, (dtype,), batch=batch, **{label: None}, num_kv_heads=heads, head_dim=head_dim)
-    _check(f"{name}_v", v, (dtype,), batch=batch, **{label: k.shape[1]}, num_kv_heads=heads, head_dim=head_dim)
+    check_tensor(f"{name}_k", k, (dtype,), batch=batch, **{label: None}, num_kv_heads=heads, head_dim=head_dim)
+    check_tensor(f"{name}_v", v, (dtype,), batch=batch, **{label: k.shape[1]}, num_kv_heads=heads, head_dim=head_dim)
     return k.shape[1]
 
 
@@ -308,7 +303,7 @@ def _at_least(name: str, value: int, least: int) -> None:
 
 
 def _check_lengths(seqlens: list[int], packed_lens: list[int], num_sink: int, tail_capacity: int) -> None:
-    for b, (seqlen, packed_len) in enumerate(zip(seqlens, packed_lens)):
+    for b, (seqlen, packed_len) in enumerate(zip(seqlens, packed_lens, strict=True)):
         if seqlen < 0:
             raise InvalidArgument(f"seqlens[{b}]={seqlen}: allowed are numbers from 0")
         unpacked = seqlen - min(seqlen, num_sink)
@@ -325,10 +320,10 @@ def _check_table(block_table: Tensor, b: int, columns: range, num_pages: int) ->
     """The entries of row b in these columns; raises unless they exist and name pages."""
     if columns.stop > block_table.shape[1]:
         raise InvalidArgument(
-            f"sequence {b} has {columns.stop} blocks in pages: allowed are block_table's max_pages={block_table.shape[1]}"
+            f"sequence {b} has {columns.stop} blocks in pages: allowed are {block_table.shape[1]} (max_pages)"
         )
     entries = block_table[b, columns.start : columns.stop].tolist()
-    for column, page in zip(columns, entries):
+    for column, page in zip(columns, entries, strict=True):
         if not 0 <= page < num_pages:
             raise InvalidArgument(f"block_table[{b}, {column}]={page}: allowed are 0 to {num_pages - 1} (num_pages)")
     return entries

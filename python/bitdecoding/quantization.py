@@ -57,18 +57,21 @@ class CachePolicy:
         return self.recent + BLOCK_TOKENS - 1
 
 
-_KV4_K = dict(k_bits=4, k_axis="channel", k_group=128, rotate_k=True)
-_V2 = dict(v_bits=2, v_group=64, v_clip=0.8, rotate_v=True)
+_KV4_K = {"k_bits": 4, "k_axis": "channel", "k_group": 128, "rotate_k": True}
+_V2 = {"v_bits": 2, "v_group": 64, "v_clip": 0.8, "rotate_v": True}
 _PRESETS = {
-    "kv8": (dict(k_bits=8, v_bits=8, k_group=128, v_group=64), CachePolicy(0, 4)),
-    "kv4": (_KV4_K | dict(v_bits=4, v_group=64, v_symmetric=True, v_clip="mse", rotate_v=True), CachePolicy(128, 4)),
+    "kv8": ({"k_bits": 8, "v_bits": 8, "k_group": 128, "v_group": 64}, CachePolicy(0, 4)),
+    "kv4": (
+        _KV4_K | {"v_bits": 4, "v_group": 64, "v_symmetric": True, "v_clip": "mse", "rotate_v": True},
+        CachePolicy(128, 4),
+    ),
     "k4v2": (_KV4_K | _V2, CachePolicy(128, 4)),
     "kv2": (
-        dict(k_bits=2, k_axis="token", k_group=64, k_symmetric=True, k_mean="block", rotate_k=True) | _V2,
+        {"k_bits": 2, "k_axis": "token", "k_group": 64, "k_symmetric": True, "k_mean": "block", "rotate_k": True} | _V2,
         CachePolicy(128, 16),
     ),
-    "kc4": (dict(k_bits=4, v_bits=4, k_group=128, v_group=128), CachePolicy()),
-    "kc2": (dict(k_bits=2, v_bits=2, k_group=128, v_group=128), CachePolicy()),
+    "kc4": ({"k_bits": 4, "v_bits": 4, "k_group": 128, "v_group": 128}, CachePolicy()),
+    "kc2": ({"k_bits": 2, "v_bits": 2, "k_group": 128, "v_group": 128}, CachePolicy()),
 }
 PRESETS = tuple(_PRESETS)
 
@@ -199,7 +202,7 @@ def _search_mse(x, valid, dim, bits, symmetric, span) -> tuple[Tensor, Tensor]:
             best = error, scale, zero
         else:
             better = error < best[0]
-            best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best))
+            best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True))
     return best[1], best[2]
 
 
