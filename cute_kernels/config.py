@@ -1,0 +1,239 @@
+"""QuantSpec: what the bits of a cache mean. KernelConfig: what gets compiled.
+
+Both are classes of the compiled module (the fields are declared in include/bitdecoding/config.hpp); this file adds
+the methods. Objects are immutable, comparable, hashable, and can be copied, pickled and written as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from tvm_ffi import Object
+from tvm_ffi.dataclasses import c_class, fields
+
+from . import native
+from .errors import InvalidArgument, UnsupportedConfig
+
+MMA_COLUMNS = 8  # query columns of one m16n8k16
+MAX_Q_TILE = 16
+RING_BYTES = 70 * 1024  # shared memory for blocks in flight: more than the 32 KB that keep HBM busy
+MAX_STAGES = 16
+NUM_WARPS = 4
+WARPS_PER_BLOCK = 4
+BULK_COPY_ARCHS = ("sm90a", "sm100", "sm120")
+
+_quant_validate = native.function("quant_validate")
+_quant_name = native.function("quant_name")
+_config_validate = native.function("config_validate")
+_config_name = native.function("config_name")
+_config_parse = native.function("config_parse")
+_config_smem_bytes = native.function("config_smem_bytes")
+_block_bytes = native.function("block_bytes")
+_smem_limit = native.function("smem_limit")
+_device_info = native.function("device_info")
+
+
+def _field_dict(obj: Any) -> dict[str, Any]:
+    return {field.name: getattr(obj, field.name) for field in fields(type(obj))}
+
+
+def _from_json(cls: type, text: str) -> Any:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidArgument(f"{cls.__name__}: not JSON: {error}") from None
+    return _from_dict(cls, values)
+
+
+def _from_dict(cls: type, values: Any) -> Any:
+    if not isinstance(values, dict):
+        raise InvalidArgument(f"{cls.__name__}: a JSON object is needed, got {type(values).__name__}")
+    known = {field.name for field in fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise InvalidArgument(f"{cls.__name__}: unknown fields: {', '.join(unknown)}")
+    if isinstance(values.get("quant"), dict):
+        values = values | {"quant": _from_dict(QuantSpec, values["quant"])}
+    try:
+        made = cls(**values)
+    except TypeError as error:
+        raise InvalidArgument(f"{cls.__name__}: {error}") from None
+    made.validate()
+    return made
+
+
+@c_class("bitdecoding.QuantSpec", eq=True, unsafe_hash=True)
+class QuantSpec(Object):
+    """How K and V are quantised. All fields are keywords with defaults.
+
+    A value is ``scale * (code + zero)``, scale and zero fp16, one pair per group.
+
+    Attributes:
+        k_bits, v_bits: 8, 4 or 2.
+        k_axis: a K group holds tokens of one "channel", or channels of one "token". V groups hold channels.
+        k_group, v_group: values per group: 32, 64 or 128.
+        k_symmetric, v_symmetric: codes are centred and no zero is stored.
+        k_mean: "block" subtracts the mean key of a block first and stores it once; or "none".
+        k_clip, v_clip: range of a group: "minmax", "mse" (searched) or a factor in (0, 1].
+        rotate_k, rotate_v: Hadamard transform over head_dim, of K and Q, and of V (undone on the output).
+    """
+
+    k_bits: int
+    v_bits: int
+    k_axis: str
+    k_group: int
+    v_group: int
+    k_symmetric: bool
+    v_symmetric: bool
+    k_mean: str
+    k_clip: str | float
+    v_clip: str | float
+    rotate_k: bool
+    rotate_v: bool
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self, head_dim: int = 0) -> None:
+        """Raises InvalidArgument for values that are not allowed (at this head_dim, if one is given)."""
+        _quant_validate(self, head_dim)
+
+    def name(self) -> str:
+        """The part that decides the format of a block, such as ``k4c128_v4g128`` (s: symmetric, m: mean)."""
+        return _quant_name(self)
+
+    def block_bytes(self, head_dim: int) -> int:
+        """Bytes of a block: 128 tokens of one KV head, K and V."""
+        return _block_bytes(head_dim, self)
+
+    def to_dict(self) -> dict[str, Any]:
+        return _field_dict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> QuantSpec:
+        """The inverse of to_json; raises InvalidArgument for anything else."""
+        return _from_json(cls, text)
+
+    def for_kernel(self) -> QuantSpec:
+        """This spec without what does not reach the decode kernel: clipping and rotation."""
+        keep = {k: v for k, v in _field_dict(self).items() if k not in ("k_clip", "v_clip", "rotate_k", "rotate_v")}
+        return QuantSpec(**keep)
+
+
+@c_class("bitdecoding.KernelConfig", eq=True, unsafe_hash=True)
+class KernelConfig(Object):
+    """One kernel to compile. All fields are keywords with defaults; :meth:`for_problem` chooses them.
+
+    Attributes:
+        kind: "decode".
+        arch: "sm80", "sm89", "sm90a", "sm100" or "sm120".
+        head_dim: 64, 96, 128 or 256.
+        quant: QuantSpec of the cache.
+        dtype: of q, tail, sinks and out: "float16" or "bfloat16".
+        q_tile: query columns (heads of a group x query tokens) of a tile, a multiple of 8.
+        mma: "mma_sync".
+        copy: how blocks reach shared memory: "bulk" (sm90a and later) or "cp_async".
+        num_warps: warps that compute.
+        warps_per_block: warps that share a cache block: 1, 2 or 4.
+        stages: blocks in the shared-memory ring.
+        softcap: compiled with the soft cap on scores.
+    """
+
+    kind: str
+    arch: str
+    head_dim: int
+    quant: QuantSpec
+    dtype: str
+    q_tile: int
+    mma: str
+    copy: str
+    num_warps: int
+    warps_per_block: int
+    stages: int
+    softcap: bool
+
+    def validate(self) -> None:
+        """Raises InvalidArgument for a value that is not allowed, UnsupportedConfig if no such kernel can exist."""
+        _config_validate(self)
+
+    def name(self) -> str:
+        """Canonical; two configurations share it only if they differ in nothing that reaches the kernel."""
+        return _config_name(self)
+
+    @classmethod
+    def from_name(cls, name: str) -> KernelConfig:
+        """The inverse of :meth:`name`, with the defaults for clipping and rotation."""
+        return _config_parse(name)
+
+    def smem_bytes(self) -> int:
+        """Bytes of dynamic shared memory that the kernel uses."""
+        return _config_smem_bytes(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        return _field_dict(self) | {"quant": self.quant.to_dict()}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> KernelConfig:
+        """The inverse of to_json; raises InvalidArgument for anything else."""
+        return _from_json(cls, text)
+
+    @classmethod
+    def for_problem(
+        cls,
+        *,
+        head_dim: int,
+        quant: QuantSpec,
+        dtype: Literal["float16", "bfloat16"],
+        num_q_heads: int,
+        num_kv_heads: int,
+        q_len: int = 1,
+        arch: str | None = None,
+        softcap: bool = False,
+    ) -> KernelConfig:
+        """The default kernel for a problem; ``arch`` None: that of device 0.
+
+        Raises InvalidArgument, UnsupportedConfig, or CudaError if a device is needed and there is none.
+        """
+        if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads != 0:
+            raise InvalidArgument(f"num_q_heads={num_q_heads}: must be a multiple of num_kv_heads={num_kv_heads}")
+        if q_len < 1:
+            raise InvalidArgument(f"q_len={q_len}: must be positive")
+        columns = num_q_heads // num_kv_heads * q_len
+        q_tile = min(-(-columns // MMA_COLUMNS) * MMA_COLUMNS, MAX_Q_TILE)
+        if arch is None:
+            arch = device_arch(0)
+        stages = max(2, min(MAX_STAGES, RING_BYTES // quant.block_bytes(head_dim)))
+        while True:
+            config = cls(
+                arch=arch,
+                head_dim=head_dim,
+                quant=quant.for_kernel(),
+                dtype=dtype,
+                q_tile=q_tile,
+                copy="bulk" if arch in BULK_COPY_ARCHS else "cp_async",
+                num_warps=NUM_WARPS,
+                warps_per_block=WARPS_PER_BLOCK,
+                stages=stages,
+                softcap=softcap,
+            )
+            if config.smem_bytes() <= _smem_limit(arch) or stages == 1:
+                config.validate()
+                return config
+            stages -= 1
+
+
+def device_arch(device: int) -> str:
+    """The architecture whose kernels run on a GPU; raises CudaError without one, UnsupportedConfig if too old."""
+    info = _device_info(device)
+    if not info["arch"]:
+        raise UnsupportedConfig(
+            f"device {device} ({info['name']}) has compute capability {info['major']}.{info['minor']}: "
+            "kernels need 8.0 or newer, of major 8, 9, 10 or 12"
+        )
+    return info["arch"]

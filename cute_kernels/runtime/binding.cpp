@@ -1,0 +1,319 @@
+// The Python binding: the core's structs as tvm-ffi objects, its functions under the name "bitdecoding.*".
+#include <tvm/ffi/container/array.h>
+#include <tvm/ffi/container/map.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/container/variant.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/object.h>
+#include <tvm/ffi/optional.h>
+#include <tvm/ffi/reflection/registry.h>
+#include <tvm/ffi/string.h>
+
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "bitdecoding/block_format.hpp"
+#include "bitdecoding/runtime.hpp"
+#include "check.hpp"
+#include "error.hpp"
+
+namespace bitdecoding {
+namespace {
+
+namespace ffi = tvm::ffi;
+namespace refl = tvm::ffi::reflection;
+
+// Python's exception classes are registered under these kinds (cute_kernels/config.py).
+void raise_unless_ok(Status status) {
+  switch (status) {
+    case Status::ok:
+      return;
+    case Status::invalid_argument:
+      TVM_FFI_THROW(InvalidArgument) << last_error();
+    case Status::unsupported_config:
+      TVM_FFI_THROW(UnsupportedConfig) << last_error();
+    case Status::kernel_not_found:
+      TVM_FFI_THROW(KernelNotFound) << last_error();
+    case Status::cuda_error:
+      TVM_FFI_THROW(CudaError) << last_error();
+    case Status::format_error:
+      TVM_FFI_THROW(CacheFormatError) << last_error();
+  }
+}
+
+// ---- fields: how a core type appears in Python ----
+
+using PyClip = ffi::Variant<ffi::String, double>;
+
+template <typename T>
+struct Field {
+  using Py = T;
+  static T to_py(const T& value) { return value; }
+  static T to_core(const char*, const T& value) { return value; }
+};
+
+template <>
+struct Field<std::string> {
+  using Py = ffi::String;
+  static ffi::String to_py(const std::string& value) { return value; }
+  static std::string to_core(const char*, const ffi::String& value) { return value; }
+};
+
+template <>
+struct Field<Clip> {
+  using Py = PyClip;
+  static PyClip to_py(const Clip& clip) {
+    if (clip.search) return ffi::String("mse");
+    if (clip.factor == 1.0) return ffi::String("minmax");
+    return clip.factor;
+  }
+  static Clip to_core(const char* name, const PyClip& value) {
+    if (auto factor = value.as<double>()) return Clip{*factor, false};
+    const std::string word = value.get<ffi::String>();
+    if (word == "minmax") return Clip{};
+    if (word == "mse") return Clip{1.0, true};
+    TVM_FFI_THROW(InvalidArgument) << name << "='" << word << "': allowed are 'minmax', 'mse' and factors in (0, 1]";
+  }
+};
+
+#define BITDECODING_MEMBER(type, name, initial, doc) Field<type>::Py name = Field<type>::to_py(initial);
+#define BITDECODING_TO_CORE(type, name, initial, doc) core.name = Field<type>::to_core(#name, name);
+#define BITDECODING_FROM_CORE(type, name, initial, doc) object->name = Field<type>::to_py(core.name);
+#define BITDECODING_REFLECT(type, name, initial, doc) \
+  def.def_ro(#name, &Self::name, doc, refl::kw_only(true), default_trait([]() { return Field<type>::to_py(initial); }));
+
+template <typename Make>
+auto default_trait(Make make) {
+  // Objects cannot be made yet, while the library is loading: their type has no index.
+  if constexpr (std::is_base_of_v<ffi::ObjectRef, decltype(make())>) {
+    return refl::default_factory(ffi::Function::FromTyped(make));
+  } else {
+    return refl::default_value(make());
+  }
+}
+
+class QuantSpecObj : public ffi::Object {
+ public:
+  BITDECODING_QUANT_SPEC_FIELDS(BITDECODING_MEMBER)
+
+  QuantSpec to_core() const {
+    QuantSpec core;
+    BITDECODING_QUANT_SPEC_FIELDS(BITDECODING_TO_CORE)
+    return core;
+  }
+
+  static ffi::ObjectPtr<QuantSpecObj> from_core(const QuantSpec& core) {
+    auto object = ffi::make_object<QuantSpecObj>();
+    BITDECODING_QUANT_SPEC_FIELDS(BITDECODING_FROM_CORE)
+    return object;
+  }
+
+  TVM_FFI_DECLARE_OBJECT_INFO_FINAL("bitdecoding.QuantSpec", QuantSpecObj, ffi::Object);
+};
+
+class QuantSpecRef : public ffi::ObjectRef {
+ public:
+  explicit QuantSpecRef(ffi::ObjectPtr<QuantSpecObj> object) : ffi::ObjectRef(std::move(object)) {}
+  TVM_FFI_DEFINE_OBJECT_REF_METHODS_NOTNULLABLE(QuantSpecRef, ffi::ObjectRef, QuantSpecObj);
+};
+
+template <>
+struct Field<QuantSpec> {
+  using Py = QuantSpecRef;
+  static QuantSpecRef to_py(const QuantSpec& value) { return QuantSpecRef(QuantSpecObj::from_core(value)); }
+  static QuantSpec to_core(const char*, const QuantSpecRef& value) { return value->to_core(); }
+};
+
+class KernelConfigObj : public ffi::Object {
+ public:
+  BITDECODING_KERNEL_CONFIG_FIELDS(BITDECODING_MEMBER)
+
+  KernelConfig to_core() const {
+    KernelConfig core;
+    BITDECODING_KERNEL_CONFIG_FIELDS(BITDECODING_TO_CORE)
+    return core;
+  }
+
+  static ffi::ObjectPtr<KernelConfigObj> from_core(const KernelConfig& core) {
+    auto object = ffi::make_object<KernelConfigObj>();
+    BITDECODING_KERNEL_CONFIG_FIELDS(BITDECODING_FROM_CORE)
+    return object;
+  }
+
+  TVM_FFI_DECLARE_OBJECT_INFO_FINAL("bitdecoding.KernelConfig", KernelConfigObj, ffi::Object);
+};
+
+class KernelConfigRef : public ffi::ObjectRef {
+ public:
+  explicit KernelConfigRef(ffi::ObjectPtr<KernelConfigObj> object) : ffi::ObjectRef(std::move(object)) {}
+  TVM_FFI_DEFINE_OBJECT_REF_METHODS_NOTNULLABLE(KernelConfigRef, ffi::ObjectRef, KernelConfigObj);
+};
+
+KernelConfig valid_config(const KernelConfigRef& config) {
+  KernelConfig core = config->to_core();
+  raise_unless_ok(core.validate());
+  return core;
+}
+
+KernelConfigRef parse_name(const ffi::String& name) {
+  KernelConfig core;
+  raise_unless_ok(KernelConfig::parse(name, &core));
+  return KernelConfigRef(KernelConfigObj::from_core(core));
+}
+
+// ---- registry and devices ----
+
+int64_t load_pack_py(const ffi::String& path) {
+  int kernels = 0;
+  raise_unless_ok(load_pack(path, &kernels));
+  return kernels;
+}
+
+int64_t add_kernel_py(const ffi::String& name, const ffi::String& entry, const ffi::Bytes& cubin, int64_t threads,
+                      int64_t smem, int64_t regs, int64_t ctas_per_sm) {
+  Kernel kernel;
+  kernel.name = name;
+  kernel.entry = entry;
+  kernel.image.assign(cubin.data(), cubin.size());
+  kernel.threads = static_cast<int>(threads);
+  kernel.smem = static_cast<int>(smem);
+  kernel.regs = static_cast<int>(regs);
+  kernel.ctas_per_sm = static_cast<int>(ctas_per_sm);
+  int handle = -1;
+  raise_unless_ok(add_kernel(std::move(kernel), &handle));
+  return handle;
+}
+
+ffi::Array<ffi::String> list_kernels_py() {
+  ffi::Array<ffi::String> names;
+  for (const std::string& name : list_kernels()) names.push_back(name);
+  return names;
+}
+
+int64_t device_count_py() {
+  int count = 0;
+  raise_unless_ok(device_count(&count));
+  return count;
+}
+
+ffi::Map<ffi::String, ffi::Any> device_info_py(int64_t device) {
+  DeviceInfo info;
+  raise_unless_ok(device_info(static_cast<int>(device), &info));
+  return {{"index", info.index},
+          {"name", ffi::String(info.name)},
+          {"arch", ffi::String(info.arch)},
+          {"major", info.major},
+          {"minor", info.minor},
+          {"num_sms", info.num_sms},
+          {"driver_version", info.driver_version},
+          {"memory_bytes", info.memory_bytes}};
+}
+
+// ---- decode ----
+
+using Tensor = const DLTensor*;
+using OptionalTensor = ffi::Optional<DLTensor*>;
+
+Tensor get(const OptionalTensor& tensor) { return tensor.has_value() ? tensor.value() : nullptr; }
+
+void check_decode_py(DLTensor* q, DLTensor* pages, DLTensor* block_table, DLTensor* seqlens, OptionalTensor packed_lens,
+                     OptionalTensor tail_k, OptionalTensor tail_v, OptionalTensor sink_k, OptionalTensor sink_v,
+                     OptionalTensor sink_logits, OptionalTensor out, OptionalTensor lse, const QuantSpecRef& quant,
+                     int64_t window, double softmax_scale, double softcap) {
+  const DecodeTensors tensors{q,           pages,       block_table, seqlens,          get(packed_lens), get(tail_k),
+                              get(tail_v), get(sink_k), get(sink_v), get(sink_logits), get(out),         get(lse)};
+  DecodeParams params;
+  raise_unless_ok(check_decode(tensors, quant->to_core(), window, softmax_scale, softcap, &params));
+}
+
+void decode_py(int64_t handle, DLTensor* q, DLTensor* pages, DLTensor* block_table, DLTensor* seqlens,
+               OptionalTensor packed_lens, OptionalTensor tail_k, OptionalTensor tail_v, OptionalTensor sink_k,
+               OptionalTensor sink_v, OptionalTensor sink_logits, DLTensor* out, OptionalTensor lse,
+               DLTensor* workspace, int64_t window, double softmax_scale, double softcap) {
+  const DecodeTensors tensors{q,           pages,       block_table, seqlens,     get(packed_lens),
+                              get(tail_k), get(tail_v), get(sink_k), get(sink_v), get(sink_logits),
+                              out,         get(lse)};
+  KernelConfig config;
+  DecodeParams params;
+  const int kernel = static_cast<int>(handle);
+  raise_unless_ok(kernel_config(kernel, &config));
+  raise_unless_ok(check_decode_for_kernel(tensors, config, *workspace, window, softmax_scale, softcap, &params));
+  if (params.batch == 0) return;
+  LaunchOptions options;
+  options.device = q->device.device_id;
+  options.stream = TVMFFIEnvGetStream(kDLCUDA, options.device);
+  raise_unless_ok(decode(kernel, params, workspace->shape[0], options));
+}
+
+int64_t workspace_bytes_py(int64_t handle, int64_t device, int64_t batch, int64_t q_len, int64_t num_q_heads,
+                           int64_t num_kv_heads) {
+  DecodeParams params;
+  params.batch = static_cast<int32_t>(batch);
+  params.q_len = static_cast<int32_t>(q_len);
+  params.num_q_heads = static_cast<int32_t>(num_q_heads);
+  params.num_kv_heads = static_cast<int32_t>(num_kv_heads);
+  int64_t bytes = 0;
+  raise_unless_ok(decode_workspace_bytes(static_cast<int>(handle), static_cast<int>(device), params, &bytes));
+  return bytes;
+}
+
+int64_t capture_id_py(int64_t device, int64_t stream) {
+  std::uint64_t id = 0;
+  raise_unless_ok(capture_id(static_cast<int>(device), reinterpret_cast<void*>(stream), &id));
+  return static_cast<int64_t>(id);
+}
+
+TVM_FFI_STATIC_INIT_BLOCK() {
+  {
+    using Self = QuantSpecObj;
+    refl::ObjectDef<Self> def;
+    BITDECODING_QUANT_SPEC_FIELDS(BITDECODING_REFLECT)
+  }
+  {
+    using Self = KernelConfigObj;
+    refl::ObjectDef<Self> def;
+    BITDECODING_KERNEL_CONFIG_FIELDS(BITDECODING_REFLECT)
+  }
+  refl::GlobalDef()
+      .def("bitdecoding.format_version", []() { return static_cast<int64_t>(kFormatVersion); })
+      .def("bitdecoding.quant_validate",
+           [](const QuantSpecRef& quant, int64_t head_dim) { raise_unless_ok(quant->to_core().validate(head_dim)); })
+      .def("bitdecoding.quant_name", [](const QuantSpecRef& quant) { return ffi::String(quant->to_core().name()); })
+      .def("bitdecoding.config_validate", [](const KernelConfigRef& config) { valid_config(config); })
+      .def("bitdecoding.config_name",
+           [](const KernelConfigRef& config) { return ffi::String(valid_config(config).name()); })
+      .def("bitdecoding.config_parse", parse_name)
+      .def("bitdecoding.config_smem_bytes",
+           [](const KernelConfigRef& config) {
+             const KernelConfig core = config->to_core();
+             raise_unless_ok(core.quant.validate(core.head_dim));
+             return core.smem_bytes();
+           })
+      .def("bitdecoding.smem_limit", [](const ffi::String& arch) { return smem_limit(arch); })
+      .def("bitdecoding.arch_of",
+           [](int64_t major, int64_t minor) {
+             return ffi::String(arch_of(static_cast<int>(major), static_cast<int>(minor)));
+           })
+      .def("bitdecoding.block_bytes",
+           [](int64_t head_dim, const QuantSpecRef& quant) {
+             const QuantSpec core = quant->to_core();
+             raise_unless_ok(core.validate(head_dim));
+             return block_bytes(head_dim, core);
+           })
+      .def("bitdecoding.load_pack", load_pack_py)
+      .def("bitdecoding.add_kernel", add_kernel_py)
+      .def("bitdecoding.find_kernel", [](const ffi::String& name) { return static_cast<int64_t>(find_kernel(name)); })
+      .def("bitdecoding.list_kernels", list_kernels_py)
+      .def("bitdecoding.device_count", device_count_py)
+      .def("bitdecoding.device_info", device_info_py)
+      .def("bitdecoding.workspace_bytes", workspace_bytes_py)
+      .def("bitdecoding.capture_id", capture_id_py)
+      .def("bitdecoding.check_decode", check_decode_py)
+      .def("bitdecoding.decode", decode_py);
+}
+
+}  // namespace
+}  // namespace bitdecoding

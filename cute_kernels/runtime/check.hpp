@@ -1,0 +1,34 @@
+// The one validator of decode's tensors, for CPU and CUDA.
+#pragma once
+
+#include <dlpack/dlpack.h>
+
+#include "bitdecoding/runtime.hpp"
+
+namespace bitdecoding {
+
+// The tensors of a decode call; optional ones may be null.
+struct DecodeTensors {
+  const DLTensor* q = nullptr;
+  const DLTensor* pages = nullptr;
+  const DLTensor* block_table = nullptr;
+  const DLTensor* seqlens = nullptr;
+  const DLTensor* packed_lens = nullptr;  // optional from here
+  const DLTensor* tail_k = nullptr;
+  const DLTensor* tail_v = nullptr;
+  const DLTensor* sink_k = nullptr;
+  const DLTensor* sink_v = nullptr;
+  const DLTensor* sink_logits = nullptr;
+  const DLTensor* out = nullptr;
+  const DLTensor* lse = nullptr;
+};
+
+// Checks types, shapes, strides, devices and ranges, and fills in all parameters but the workspace.
+Status check_decode(const DecodeTensors& tensors, const QuantSpec& quant, std::int64_t window, double softmax_scale,
+                    double softcap, DecodeParams* out);
+
+// The same for a given kernel, whose head_dim and dtype must be those of q; also checks the workspace.
+Status check_decode_for_kernel(const DecodeTensors& tensors, const KernelConfig& config, const DLTensor& workspace,
+                               std::int64_t window, double softmax_scale, double softcap, DecodeParams* out);
+
+}  // namespace bitdecoding

@@ -1,0 +1,213 @@
+#include "bitdecoding/config.hpp"
+
+#include <cctype>
+#include <initializer_list>
+#include <string>
+#include <utility>
+
+#include "bitdecoding/block_format.hpp"
+#include "error.hpp"
+
+namespace bitdecoding {
+namespace {
+
+thread_local std::string g_error;
+
+constexpr std::int64_t kKilobyte = 1024;
+constexpr std::int64_t kSmemAlign = 128;
+
+std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+Status check_clip(const char* argument, const Clip& clip) {
+  if (clip.search || (clip.factor > 0.0 && clip.factor <= 1.0)) return Status::ok;
+  return fail(Status::invalid_argument, argument, "=", clip.factor,
+              ": allowed are 'minmax', 'mse' and factors in (0, 1]");
+}
+
+Status check_group(const char* argument, std::int64_t group, std::int64_t head_dim) {
+  BITDECODING_TRY(check_one_of<std::int64_t>(argument, group, {32, 64, 128}));
+  if (head_dim % group != 0) {
+    return fail(Status::invalid_argument, argument, "=", group, ": must divide head_dim=", head_dim);
+  }
+  return Status::ok;
+}
+
+// Reads a name from the left.
+class NameReader {
+ public:
+  explicit NameReader(const std::string& text) : text_(text) {}
+
+  bool literal(const std::string& expected) {
+    if (text_.compare(at_, expected.size(), expected) != 0) return false;
+    at_ += expected.size();
+    return true;
+  }
+
+  bool one_of(std::initializer_list<const char*> words, std::string* out) {
+    for (const char* word : words) {
+      if (literal(word)) {
+        *out = word;
+        return true;
+      }
+    }
+    return false;
+  }
+
+  bool number(std::int64_t* out) {
+    constexpr std::size_t kMaxDigits = 6;
+    const std::size_t begin = at_;
+    *out = 0;
+    while (at_ < text_.size() && at_ - begin < kMaxDigits && std::isdigit(static_cast<unsigned char>(text_[at_]))) {
+      *out = *out * 10 + (text_[at_++] - '0');
+    }
+    return at_ > begin;
+  }
+
+  bool at_end() const { return at_ == text_.size(); }
+
+ private:
+  const std::string& text_;
+  std::size_t at_ = 0;
+};
+
+bool read_name(NameReader& in, KernelConfig* c) {
+  QuantSpec& q = c->quant;
+  std::string axis;
+  if (!(in.literal("decode_") && in.one_of({"sm80", "sm89", "sm90a", "sm100", "sm120"}, &c->arch))) return false;
+  if (!(in.literal("_d") && in.number(&c->head_dim))) return false;
+  if (!(in.literal("_") && in.one_of({"float16", "bfloat16"}, &c->dtype))) return false;
+  if (!(in.literal("_k") && in.number(&q.k_bits) && in.one_of({"c", "t"}, &axis) && in.number(&q.k_group)))
+    return false;
+  q.k_axis = axis == "c" ? "channel" : "token";
+  q.k_symmetric = in.literal("s");
+  q.k_mean = in.literal("m") ? "block" : "none";
+  if (!(in.literal("_v") && in.number(&q.v_bits) && in.literal("g") && in.number(&q.v_group))) return false;
+  q.v_symmetric = in.literal("s");
+  if (!(in.literal("_q") && in.number(&c->q_tile))) return false;
+  if (!(in.literal("_") && in.one_of({"mma_sync"}, &c->mma))) return false;
+  if (!(in.literal("_") && in.one_of({"bulk", "cp_async"}, &c->copy))) return false;
+  if (!(in.literal("_w") && in.number(&c->num_warps) && in.literal("x") && in.number(&c->warps_per_block)))
+    return false;
+  if (!(in.literal("_s") && in.number(&c->stages))) return false;
+  c->softcap = in.literal("_softcap");
+  return in.at_end();
+}
+
+}  // namespace
+
+const char* last_error() noexcept { return g_error.c_str(); }
+
+Status set_error(Status status, const std::string& message) {
+  g_error = message;
+  return status;
+}
+
+Status QuantSpec::validate(std::int64_t head_dim) const noexcept {
+  constexpr std::int64_t kAnyHeadDim = 128;  // every group divides it
+  if (head_dim == 0) head_dim = kAnyHeadDim;
+  BITDECODING_TRY(check_one_of<std::int64_t>("head_dim", head_dim, {64, 96, 128, 256}));
+  BITDECODING_TRY(check_one_of<std::int64_t>("k_bits", k_bits, {8, 4, 2}));
+  BITDECODING_TRY(check_one_of<std::int64_t>("v_bits", v_bits, {8, 4, 2}));
+  BITDECODING_TRY(check_one_of<std::string>("k_axis", k_axis, {"channel", "token"}));
+  BITDECODING_TRY(check_one_of<std::string>("k_mean", k_mean, {"none", "block"}));
+  // per channel, a K group lies along the block's 128 tokens
+  BITDECODING_TRY(check_group("k_group", k_group, k_axis == "channel" ? kBlockTokens : head_dim));
+  BITDECODING_TRY(check_group("v_group", v_group, head_dim));
+  BITDECODING_TRY(check_clip("k_clip", k_clip));
+  return check_clip("v_clip", v_clip);
+}
+
+std::string QuantSpec::name() const {
+  return "k" + std::to_string(k_bits) + (k_axis == "channel" ? "c" : "t") + std::to_string(k_group) +
+         (k_symmetric ? "s" : "") + (k_mean == "block" ? "m" : "") + "_v" + std::to_string(v_bits) + "g" +
+         std::to_string(v_group) + (v_symmetric ? "s" : "");
+}
+
+Status KernelConfig::validate() const noexcept {
+  BITDECODING_TRY(check_one_of<std::string>("kind", kind, {"decode"}));
+  BITDECODING_TRY(check_one_of<std::string>("arch", arch, {"sm80", "sm89", "sm90a", "sm100", "sm120"}));
+  BITDECODING_TRY(check_one_of<std::int64_t>("head_dim", head_dim, {64, 96, 128, 256}));
+  BITDECODING_TRY(quant.validate(head_dim));
+  BITDECODING_TRY(check_one_of<std::string>("dtype", dtype, {"float16", "bfloat16"}));
+  if (q_tile < 8 || q_tile > 64 || q_tile % 8 != 0) {
+    return fail(Status::invalid_argument, "q_tile=", q_tile, ": allowed are the multiples of 8 up to 64");
+  }
+  BITDECODING_TRY(check_one_of<std::string>("mma", mma, {"mma_sync"}));
+  BITDECODING_TRY(check_one_of<std::string>("copy", copy, {"bulk", "cp_async"}));
+  if (num_warps < 1 || num_warps > 16) {
+    return fail(Status::invalid_argument, "num_warps=", num_warps, ": allowed are 1 to 16");
+  }
+  BITDECODING_TRY(check_one_of<std::int64_t>("warps_per_block", warps_per_block, {1, 2, 4}));
+  if (num_warps % warps_per_block != 0) {
+    return fail(Status::invalid_argument, "warps_per_block=", warps_per_block, ": must divide num_warps=", num_warps);
+  }
+  if (stages < 1 || stages > 32) {
+    return fail(Status::invalid_argument, "stages=", stages, ": allowed are 1 to 32");
+  }
+  if (copy == "bulk" && (arch == "sm80" || arch == "sm89")) {
+    return fail(Status::unsupported_config, "copy=bulk: needs sm90a or later, arch=", arch, " has cp_async only");
+  }
+  if (smem_bytes() > smem_limit(arch)) {
+    return fail(Status::unsupported_config, "stages=", stages, ": the kernel would need ", smem_bytes(),
+                " bytes of shared memory, ", arch, " has ", smem_limit(arch));
+  }
+  return Status::ok;
+}
+
+std::string KernelConfig::name() const {
+  return kind + "_" + arch + "_d" + std::to_string(head_dim) + "_" + dtype + "_" + quant.name() + "_q" +
+         std::to_string(q_tile) + "_" + mma + "_" + copy + "_w" + std::to_string(num_warps) + "x" +
+         std::to_string(warps_per_block) + "_s" + std::to_string(stages) + (softcap ? "_softcap" : "");
+}
+
+Status KernelConfig::parse(const std::string& name, KernelConfig* out) noexcept {
+  KernelConfig config;
+  NameReader reader(name);
+  // comparing the names rejects spellings that are not canonical, such as leading zeros
+  if (!read_name(reader, &config) || config.name() != name) {
+    return fail(Status::invalid_argument, "name='", name, "': is not the name of a kernel configuration");
+  }
+  BITDECODING_TRY(config.validate());
+  *out = std::move(config);
+  return Status::ok;
+}
+
+std::int64_t KernelConfig::smem_bytes() const noexcept {
+  constexpr std::int64_t kBarrierBytes = 16;  // a full and an empty mbarrier per stage
+  const std::int64_t ring = round_up(stages * block_bytes(head_dim, quant), kSmemAlign);
+  const std::int64_t merge = num_warps * q_tile * (head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
+  return round_up(ring + merge + kBarrierBytes * stages, kSmemAlign);
+}
+
+std::int64_t smem_limit(const std::string& arch) noexcept {
+  if (arch == "sm80") return 163 * kKilobyte;
+  if (arch == "sm89" || arch == "sm120") return 99 * kKilobyte;
+  if (arch == "sm90a" || arch == "sm100") return 227 * kKilobyte;
+  return 0;
+}
+
+const char* arch_of(int major, int minor) noexcept {
+  if (major == 8) return minor == 9 ? "sm89" : "sm80";  // 8.0 code runs on 8.6 and 8.7
+  if (major == 9) return "sm90a";
+  if (major == 10) return "sm100";
+  if (major == 12) return "sm120";
+  return "";
+}
+
+std::int64_t block_bytes(std::int64_t head_dim, const QuantSpec& q) noexcept {
+  BlockSpec spec;
+  spec.head_dim = static_cast<int>(head_dim);
+  spec.k_bits = static_cast<int>(q.k_bits);
+  spec.v_bits = static_cast<int>(q.v_bits);
+  spec.k_per_token = q.k_axis == "token";
+  spec.k_group = static_cast<int>(q.k_group);
+  spec.v_group = static_cast<int>(q.v_group);
+  spec.k_symmetric = q.k_symmetric;
+  spec.v_symmetric = q.v_symmetric;
+  spec.k_mean = q.k_mean == "block";
+  return block_sections(spec).block_bytes;
+}
+
+}  // namespace bitdecoding

@@ -1,0 +1,45 @@
+// Composing the message that last_error() returns.
+#pragma once
+
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+#include "bitdecoding/status.hpp"
+
+namespace bitdecoding {
+
+// Keeps the message for this thread and returns the status.
+Status set_error(Status status, const std::string& message);
+
+template <typename... Parts>
+Status fail(Status status, const Parts&... parts) {
+  std::ostringstream text;
+  text << std::boolalpha;
+  (text << ... << parts);
+  return set_error(status, text.str());
+}
+
+template <typename T>
+Status check_one_of(const char* argument, const T& value, std::initializer_list<T> allowed) {
+  for (const T& candidate : allowed) {
+    if (candidate == value) return Status::ok;
+  }
+  std::ostringstream text;
+  text << argument << "=" << value << ": allowed are ";
+  const char* separator = "";
+  for (const T& candidate : allowed) {
+    text << separator << candidate;
+    separator = ", ";
+  }
+  return set_error(Status::invalid_argument, text.str());
+}
+
+#define BITDECODING_TRY(expression)                                                  \
+  do {                                                                               \
+    if (const ::bitdecoding::Status status_ = (expression); status_ != Status::ok) { \
+      return status_;                                                                \
+    }                                                                                \
+  } while (false)
+
+}  // namespace bitdecoding

@@ -1,0 +1,282 @@
+// The registry of kernels, and decode launches.
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "bitdecoding/runtime.hpp"
+#include "driver.hpp"
+#include "error.hpp"
+#include "pack.hpp"
+
+namespace bitdecoding {
+namespace {
+
+constexpr std::int64_t kWorkspaceAlign = 128;
+
+struct Registered {
+  Kernel kernel;
+  KernelConfig config;
+  // Set at the first launch: a cuda::Kernel is good in every context, its attributes are set per device.
+  std::mutex mutex;
+  cuda::Kernel loaded = nullptr;
+  std::array<std::atomic<bool>, cuda::kMaxDevices> ready{};
+};
+
+class Registry {
+ public:
+  int find(const std::string& name) const {
+    std::shared_lock<std::shared_mutex> lock(mutex_);
+    const auto found = handles_.find(name);
+    return found == handles_.end() ? -1 : found->second;
+  }
+
+  // A validated kernel; a name that is known keeps its first kernel.
+  int add(Kernel kernel) {
+    std::unique_lock<std::shared_mutex> lock(mutex_);
+    const auto [place, inserted] = handles_.emplace(kernel.name, static_cast<int>(kernels_.size()));
+    if (inserted) {
+      kernels_.emplace_back();
+      KernelConfig::parse(kernel.name, &kernels_.back().config);
+      kernels_.back().kernel = std::move(kernel);
+    }
+    return place->second;
+  }
+
+  Status get(int handle, Registered** out) {
+    std::shared_lock<std::shared_mutex> lock(mutex_);
+    if (handle < 0 || handle >= static_cast<int>(kernels_.size())) {
+      return fail(Status::kernel_not_found, "handle=", handle, ": ", kernels_.size(), " kernel(s) are registered");
+    }
+    *out = &kernels_[handle];
+    return Status::ok;
+  }
+
+  std::vector<std::string> names() const {
+    std::shared_lock<std::shared_mutex> lock(mutex_);
+    std::vector<std::string> result;
+    for (const Registered& each : kernels_) result.push_back(each.kernel.name);
+    return result;
+  }
+
+ private:
+  mutable std::shared_mutex mutex_;
+  std::deque<Registered> kernels_;  // addresses stay
+  std::unordered_map<std::string, int> handles_;
+};
+
+Registry& registry() {
+  static auto* instance = new Registry;  // never destroyed: threads may outlive main
+  return *instance;
+}
+
+// Loads the kernel into the current context of the device, at its first launch there.
+Status make_ready(const cuda::Driver& driver, int device, Registered* r) {
+  if (r->ready[device].load(std::memory_order_acquire)) return Status::ok;
+  std::lock_guard<std::mutex> lock(r->mutex);
+  if (r->ready[device].load(std::memory_order_relaxed)) return Status::ok;
+
+  // Loading is no stream operation: allow it while this thread captures a graph.
+  cuda::CaptureMode mode = cuda::kCaptureRelaxed;
+  driver.exchange_capture_mode(&mode);
+  auto load = [&]() -> Status {
+    const std::string what = "loading kernel " + r->kernel.name;
+    if (r->loaded == nullptr) {
+      cuda::Library library = nullptr;
+      BITDECODING_TRY(cuda::check(
+          driver, driver.library_load(&library, r->kernel.image.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+          what.c_str()));
+      const Status found =
+          cuda::check(driver, driver.library_kernel(&r->loaded, library, r->kernel.entry.c_str()), what.c_str());
+      if (found != Status::ok) {
+        r->loaded = nullptr;
+        driver.library_unload(library);
+        return found;
+      }
+    }
+    cuda::Device handle = 0;
+    cuda::Function function = nullptr;
+    BITDECODING_TRY(cuda::check(driver, driver.device_get(&handle, device), what.c_str()));
+    BITDECODING_TRY(cuda::check(driver, driver.kernel_function(&function, r->loaded), what.c_str()));
+    return cuda::check(driver, driver.kernel_set_attribute(cuda::kMaxDynamicSmem, r->kernel.smem, r->loaded, handle),
+                       what.c_str());
+  };
+  const Status status = load();
+  driver.exchange_capture_mode(&mode);
+  if (status == Status::ok) r->ready[device].store(true, std::memory_order_release);
+  return status;
+}
+
+Status validate_params(const KernelConfig& config, const DecodeParams& p) {
+  auto positive = [](const char* name, std::int64_t value) {
+    return value > 0 ? Status::ok : fail(Status::invalid_argument, name, "=", value, ": must be positive");
+  };
+  auto present = [](const char* name, const void* pointer) {
+    return pointer != nullptr ? Status::ok : fail(Status::invalid_argument, name, ": is null");
+  };
+  BITDECODING_TRY(positive("batch", p.batch));
+  BITDECODING_TRY(positive("q_len", p.q_len));
+  BITDECODING_TRY(positive("num_kv_heads", p.num_kv_heads));
+  BITDECODING_TRY(positive("num_q_heads", p.num_q_heads));
+  BITDECODING_TRY(positive("window", p.window));
+  if (p.num_q_heads % p.num_kv_heads != 0) {
+    return fail(Status::invalid_argument, "num_q_heads=", p.num_q_heads,
+                ": must be a multiple of num_kv_heads=", p.num_kv_heads);
+  }
+  if (p.max_pages < 0 || p.tail_capacity < 0 || p.num_sink < 0) {
+    return fail(Status::invalid_argument, "max_pages, tail_capacity and num_sink must not be negative");
+  }
+  if (config.softcap != (p.softcap > 0.0f)) {
+    return fail(Status::invalid_argument, "softcap=", p.softcap,
+                ": the kernel was built with softcap=", config.softcap);
+  }
+  BITDECODING_TRY(present("q", p.q));
+  BITDECODING_TRY(present("out", p.out));
+  BITDECODING_TRY(present("seqlens", p.seqlens));
+  BITDECODING_TRY(present("workspace", p.workspace));
+  if (p.tail_capacity > 0) {
+    BITDECODING_TRY(present("tail_k", p.tail_k));
+    BITDECODING_TRY(present("tail_v", p.tail_v));
+  }
+  if (p.num_sink > 0) {
+    BITDECODING_TRY(present("sink_k", p.sink_k));
+    BITDECODING_TRY(present("sink_v", p.sink_v));
+  }
+  return Status::ok;
+}
+
+}  // namespace
+
+Status load_pack(const std::string& path, int* kernels_in_pack) noexcept {
+  std::vector<Kernel> kernels;
+  BITDECODING_TRY(read_pack(path, &kernels));
+  if (kernels_in_pack != nullptr) *kernels_in_pack = static_cast<int>(kernels.size());
+  for (Kernel& kernel : kernels) registry().add(std::move(kernel));
+  return Status::ok;
+}
+
+Status add_kernel(Kernel kernel, int* handle) noexcept {
+  BITDECODING_TRY(validate_kernel(kernel));
+  *handle = registry().add(std::move(kernel));
+  return Status::ok;
+}
+
+int find_kernel(const std::string& name) noexcept { return registry().find(name); }
+
+std::vector<std::string> list_kernels() { return registry().names(); }
+
+Status kernel_config(int handle, KernelConfig* out) noexcept {
+  Registered* r = nullptr;
+  BITDECODING_TRY(registry().get(handle, &r));
+  *out = r->config;
+  return Status::ok;
+}
+
+std::int64_t decode_workspace_bytes(const KernelConfig& config, std::int64_t num_ctas, std::int64_t batch,
+                                    std::int64_t q_len, std::int64_t num_q_heads, std::int64_t num_kv_heads) noexcept {
+  const std::int64_t columns = num_q_heads / num_kv_heads * q_len;
+  const std::int64_t q_tiles = (columns + config.q_tile - 1) / config.q_tile;
+  const std::int64_t counters = batch * num_kv_heads * q_tiles * static_cast<std::int64_t>(sizeof(std::int32_t));
+  const std::int64_t aligned = (counters + kWorkspaceAlign - 1) / kWorkspaceAlign * kWorkspaceAlign;
+  // a CTA's share of the blocks begins and ends inside a sequence: two partial results at most
+  return aligned + num_ctas * 2 * config.q_tile * (config.head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
+}
+
+Status decode_workspace_bytes(int handle, int device, const DecodeParams& p, std::int64_t* out) noexcept {
+  Registered* r = nullptr;
+  DeviceInfo info;
+  BITDECODING_TRY(registry().get(handle, &r));
+  BITDECODING_TRY(device_info(device, &info));
+  *out = decode_workspace_bytes(r->config, std::int64_t{info.num_sms} * r->kernel.ctas_per_sm, p.batch, p.q_len,
+                                p.num_q_heads, p.num_kv_heads);
+  return Status::ok;
+}
+
+Status decode(int handle, const DecodeParams& params, std::int64_t workspace_bytes,
+              const LaunchOptions& options) noexcept {
+  const cuda::Driver* driver = nullptr;
+  Registered* r = nullptr;
+  const DeviceInfo* info = nullptr;
+  BITDECODING_TRY(registry().get(handle, &r));
+  BITDECODING_TRY(validate_params(r->config, params));
+  BITDECODING_TRY(cuda::get_driver(&driver));
+  BITDECODING_TRY(cuda::find_device(*driver, options.device, &info));
+  if (r->config.arch != info->arch) {
+    return fail(Status::unsupported_config, "arch=", r->config.arch, ": device ", info->index, " (", info->name,
+                ", compute capability ", info->major, ".", info->minor, ") runs kernels of ",
+                info->arch.empty() ? "no supported arch" : info->arch);
+  }
+  const int num_ctas = info->num_sms * r->kernel.ctas_per_sm;
+  const std::int64_t needed =
+      decode_workspace_bytes(r->config, num_ctas, params.batch, params.q_len, params.num_q_heads, params.num_kv_heads);
+  if (workspace_bytes < needed) {
+    return fail(Status::invalid_argument, "workspace: has ", workspace_bytes, " bytes, ", needed, " are needed");
+  }
+
+  cuda::ContextScope context;
+  BITDECODING_TRY(context.enter(*driver, options.device));
+  BITDECODING_TRY(make_ready(*driver, options.device, r));
+
+  DecodeParams p = params;
+  void* arguments[] = {&p.q,
+                       &p.pages,
+                       &p.block_table,
+                       &p.seqlens,
+                       &p.packed_lens,
+                       &p.tail_k,
+                       &p.tail_v,
+                       &p.sink_k,
+                       &p.sink_v,
+                       &p.sink_logits,
+                       &p.out,
+                       &p.lse,
+                       &p.workspace,
+                       &p.page_stride_bytes,
+                       &p.head_stride_bytes,
+                       &p.batch,
+                       &p.q_len,
+                       &p.num_q_heads,
+                       &p.num_kv_heads,
+                       &p.max_pages,
+                       &p.tail_capacity,
+                       &p.num_sink,
+                       &p.window,
+                       &p.softmax_scale_log2,
+                       &p.softcap};
+  cuda::LaunchAttribute programmatic;
+  programmatic.id = cuda::LaunchAttribute::kProgrammaticStreamSerialization;
+  programmatic.value.flag = 1;
+  cuda::LaunchConfig launch;
+  launch.grid[0] = static_cast<unsigned>(num_ctas);
+  launch.block[0] = static_cast<unsigned>(r->kernel.threads);
+  launch.smem = static_cast<unsigned>(r->kernel.smem);
+  launch.stream = static_cast<cuda::Stream>(options.stream);
+  launch.attributes = &programmatic;
+  launch.num_attributes = options.programmatic ? 1 : 0;
+  return cuda::check(*driver, driver->launch(&launch, r->loaded, arguments, nullptr), r->kernel.name.c_str());
+}
+
+Status capture_id(int device, void* stream, std::uint64_t* out) noexcept {
+  const cuda::Driver* driver = nullptr;
+  const DeviceInfo* info = nullptr;
+  BITDECODING_TRY(cuda::get_driver(&driver));
+  BITDECODING_TRY(cuda::find_device(*driver, device, &info));
+  cuda::ContextScope context;
+  BITDECODING_TRY(context.enter(*driver, device));
+  cuda::CaptureStatus status{};
+  *out = 0;
+  BITDECODING_TRY(cuda::check(
+      *driver, driver->capture_info(static_cast<cuda::Stream>(stream), &status, out, nullptr, nullptr, nullptr),
+      "cuStreamGetCaptureInfo"));
+  if (status != cuda::kCaptureActive) *out = 0;
+  return Status::ok;
+}
+
+}  // namespace bitdecoding

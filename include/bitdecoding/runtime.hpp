@@ -1,0 +1,107 @@
+// The runtime: which kernels exist, and how to launch them on the public CUDA driver API.
+//
+// libcuda is looked for at the first call that needs a device, so the library loads and plans without one.
+// All functions are thread safe. None throws.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "bitdecoding/config.hpp"
+#include "bitdecoding/status.hpp"
+
+namespace bitdecoding {
+
+// ---- devices ----
+
+struct DeviceInfo {
+  int index = 0;
+  std::string name;
+  std::string arch;  // "" if no kernel of ours can run there
+  int major = 0;     // compute capability
+  int minor = 0;
+  int num_sms = 0;
+  int driver_version = 0;  // of CUDA, such as 13000
+  std::int64_t memory_bytes = 0;
+};
+
+Status device_count(int* out) noexcept;
+// Read once per device and kept.
+Status device_info(int device, DeviceInfo* out) noexcept;
+
+// ---- kernels ----
+
+// A compiled kernel; `image` holds the cubin.
+struct Kernel {
+  std::string name;   // KernelConfig::name()
+  std::string entry;  // symbol in the image
+  std::string image;
+  int threads = 0;      // per block
+  int smem = 0;         // bytes of dynamic shared memory
+  int regs = 0;         // per thread, for information
+  int ctas_per_sm = 1;  // grid = SMs * ctas_per_sm
+};
+
+// Registers every kernel of a pack, or none. Names that are registered already keep their first kernel.
+Status load_pack(const std::string& path, int* kernels_in_pack = nullptr) noexcept;
+// Registers one kernel. *handle is also set when the name is registered already.
+Status add_kernel(Kernel kernel, int* handle) noexcept;
+// The handle of a kernel, or -1.
+int find_kernel(const std::string& name) noexcept;
+std::vector<std::string> list_kernels();
+// The configuration that a handle's name stands for.
+Status kernel_config(int handle, KernelConfig* out) noexcept;
+
+// ---- decode ----
+
+// The kernel's parameters, in its order. Pointers are device pointers; those marked optional may be null.
+struct DecodeParams {
+  const void* q = nullptr;                    // [batch, q_len, num_q_heads, head_dim]
+  const void* pages = nullptr;                // [num_pages, num_kv_heads, block_bytes], 16-byte aligned
+  const std::int32_t* block_table = nullptr;  // [batch, max_pages]
+  const std::int32_t* seqlens = nullptr;      // [batch]
+  const std::int32_t* packed_lens = nullptr;  // [batch], optional
+  const void* tail_k = nullptr;               // [batch, tail_capacity, num_kv_heads, head_dim], optional
+  const void* tail_v = nullptr;
+  const void* sink_k = nullptr;  // [batch, num_sink, num_kv_heads, head_dim], optional
+  const void* sink_v = nullptr;
+  const float* sink_logits = nullptr;  // [num_q_heads], optional
+  void* out = nullptr;                 // like q
+  float* lse = nullptr;                // [batch, q_len, num_q_heads], optional
+  void* workspace = nullptr;           // decode_workspace_bytes(), zeroed once when it is allocated
+  std::int64_t page_stride_bytes = 0;
+  std::int64_t head_stride_bytes = 0;
+  std::int32_t batch = 0;
+  std::int32_t q_len = 1;
+  std::int32_t num_q_heads = 0;
+  std::int32_t num_kv_heads = 0;
+  std::int32_t max_pages = 0;
+  std::int32_t tail_capacity = 0;
+  std::int32_t num_sink = 0;
+  std::int32_t window = INT32_MAX;  // tokens visible to a query, itself included; INT32_MAX: all
+  float softmax_scale_log2 = 0.0f;  // softmax scale * log2(e)
+  float softcap = 0.0f;             // 0: none
+};
+
+// Bytes of workspace for a grid of num_ctas: the merge counters, then two partial results per CTA.
+std::int64_t decode_workspace_bytes(const KernelConfig& config, std::int64_t num_ctas, std::int64_t batch,
+                                    std::int64_t q_len, std::int64_t num_q_heads, std::int64_t num_kv_heads) noexcept;
+// The same for a registered kernel on a device.
+Status decode_workspace_bytes(int handle, int device, const DecodeParams& params, std::int64_t* out) noexcept;
+
+struct LaunchOptions {
+  int device = 0;
+  void* stream = nullptr;     // CUstream
+  bool programmatic = false;  // may start before the previous kernel of the stream ends (sm90 and later)
+};
+
+// Launches a registered kernel; returns once it is enqueued. workspace_bytes: size of params.workspace.
+Status decode(int handle, const DecodeParams& params, std::int64_t workspace_bytes,
+              const LaunchOptions& options) noexcept;
+
+// An id of the graph capture that a stream is in, or 0.
+Status capture_id(int device, void* stream, std::uint64_t* out) noexcept;
+
+}  // namespace bitdecoding
