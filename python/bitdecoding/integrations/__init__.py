@@ -1,0 +1,1 @@
+"""Adapters that put the low-bit cache under other libraries' models."""
