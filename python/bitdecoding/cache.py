@@ -259,7 +259,15 @@ class KVCache:
             if set(config) != set(SIZES) or not all(type(n) is int for n in config.values()):
                 raise CacheFormatError(f"config: allowed are integers {', '.join(SIZES)}, besides quant and dtype")
             bytes_per_block = ops.block_bytes(config["head_dim"], quant)
-        except (BitDecodingError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        except (
+            BitDecodingError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            LookupError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise CacheFormatError(f"config: {error!r}") from None
 
         # the lengths are as long as the file says, so they bound batch_size; they decide all other shapes

@@ -89,7 +89,7 @@ def _by_head(x: Tensor) -> Tensor:
 def _unpack(
     blocks_of: Codec, pages: Tensor, table: Tensor, start: int, packed_len: int, first_block: int, step: int
 ) -> Iterator[Chunk]:
-    """A sequence's packed tokens, the first at position ``start``, from ``first_block`` on, ``step`` blocks at a time."""
+    """A sequence's packed tokens (from position ``start``) from ``first_block`` on, ``step`` blocks at a time."""
     end_block = -(-packed_len // BLOCK_TOKENS)
     for block in range(first_block, end_block, step):
         used = table[block : min(block + step, end_block)].long()
