@@ -1,0 +1,289 @@
+"""Global memory as registered NumPy buffers, shared memory with the state of every byte, mbarriers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .errors import BarrierMisuse, CopyInFlight, OutOfBounds, Race, Uninitialised
+
+WINDOW_BITS = 32  # every buffer has an address window of its own, so no overrun can reach another one
+SHARED_WINDOW, LOCAL_WINDOW, FIRST_BUFFER = 1, 2, 16
+SHARED_BASE = 1024  # shared addresses start here; 0 is no shared address
+POISON = 0xFF  # NaN in every float format
+
+UNWRITTEN, VALID, IN_FLIGHT, MBARRIER = range(4)  # state of a byte of shared memory
+
+
+def views(data: np.ndarray) -> dict[int, np.ndarray]:
+    """The bytes as unsigned integers of 1, 2, 4 and 8 bytes."""
+    return {1: data, 2: data.view(np.uint16), 4: data.view(np.uint32), 8: data.view(np.uint64)}
+
+
+class Buffer:
+    """One registered array. ``written`` marks bytes written by the launch, ``valid`` those that may be read."""
+
+    def __init__(self, array: np.ndarray, name: str, writable: bool, initialised: bool):
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{name}: the array must be contiguous")
+        self.array, self.name, self.writable = array, name, writable
+        self.nbytes = array.nbytes
+        self.data = np.full(-(-array.nbytes // 16) * 16, POISON, np.uint8)
+        self.data[: self.nbytes] = array.reshape(-1).view(np.uint8)
+        self.written = np.zeros(len(self.data), bool)
+        self.valid = None if initialised else np.zeros(len(self.data), bool)
+        self.views = views(self.data)
+
+
+class Memory:
+    """Global memory: arrays at made-up 64-bit addresses. ``run`` copies results back into writable arrays."""
+
+    def __init__(self):
+        self.buffers: dict[int, Buffer] = {}
+
+    def add(self, array: np.ndarray, name: str = "", *, writable: bool = True, initialised: bool = True) -> int:
+        """Register a contiguous array; returns its address.
+
+        ``initialised=False``: reading bytes that no kernel wrote is an error.
+        """
+        index = FIRST_BUFFER + len(self.buffers)
+        self.buffers[index] = Buffer(array, name or f"buffer {len(self.buffers)}", writable, initialised)
+        return index << WINDOW_BITS
+
+    def begin(self) -> None:
+        """A launch starts: take over what the host wrote meanwhile."""
+        for b in self.buffers.values():
+            b.data[: b.nbytes] = b.array.reshape(-1).view(np.uint8)
+            b.written[:] = False
+
+    def end(self) -> None:
+        for b in self.buffers.values():
+            if b.writable and b.written.any():
+                b.array.reshape(-1).view(np.uint8)[:] = b.data[: b.nbytes]
+
+    def locate(self, addresses: np.ndarray, nbytes: int, align: int = 0) -> tuple[Buffer, np.ndarray]:
+        """The buffer of all addresses (uint64) and the offsets in it; raises where they leave it."""
+        addresses = np.asarray(addresses, np.uint64)
+        window = int(addresses[0]) >> WINDOW_BITS
+        buffer = self.buffers.get(window)
+        if buffer is None:
+            raise OutOfBounds(f"global address {int(addresses[0]):#x} is in no buffer")
+        offsets = addresses.astype(np.int64) - (window << WINDOW_BITS)
+        low, high = int(offsets.min()), int(offsets.max()) + nbytes
+        if low < 0 or high > buffer.nbytes:
+            bad = low if low < 0 else high - nbytes
+            raise OutOfBounds(f"{nbytes} bytes at offset {bad} of {buffer.name!r}, which has {buffer.nbytes} bytes")
+        if ((offsets & ((align or nbytes) - 1)) != 0).any():
+            raise OutOfBounds(f"misaligned access of {nbytes} bytes to {buffer.name!r}")
+        return buffer, offsets
+
+    def check_read(self, buffer: Buffer, offsets: np.ndarray, nbytes: int, constant: bool = False) -> None:
+        if buffer.valid is not None and not buffer.valid[offsets[:, None] + np.arange(nbytes)].all():
+            raise Uninitialised(f"read of bytes of {buffer.name!r} that nobody wrote")
+        if constant and buffer.writable and buffer.written[offsets[:, None] + np.arange(nbytes)].any():
+            raise Race(f"ld.global.nc of bytes of {buffer.name!r} that this launch writes")
+
+    def mark_written(self, buffer: Buffer, offsets: np.ndarray, nbytes: int) -> None:
+        if not buffer.writable:
+            raise OutOfBounds(f"write to read-only {buffer.name!r}")
+        index = offsets[:, None] + np.arange(nbytes)
+        buffer.written[index] = True
+        if buffer.valid is not None:
+            buffer.valid[index] = True
+
+    def read_bytes(self, address: int, nbytes: int) -> np.ndarray:
+        buffer, offsets = self.locate(np.array([address], np.uint64), nbytes, align=1)
+        self.check_read(buffer, offsets, nbytes)
+        return buffer.data[offsets[0] : offsets[0] + nbytes].copy()
+
+    def write_bytes(self, address: int, data: np.ndarray) -> None:
+        buffer, offsets = self.locate(np.array([address], np.uint64), len(data), align=1)
+        self.mark_written(buffer, offsets, len(data))
+        buffer.data[offsets[0] : offsets[0] + len(data)] = data
+
+
+class Mbarrier:
+    """State of one mbarrier object."""
+
+    def __init__(self, count: int, num_clocks: int):
+        self.count = self.pending = count
+        self.transactions = 0
+        self.phase = 0
+        self.clock = np.zeros(num_clocks, np.int64)  # what those who arrived had seen
+        self.next_clock = np.zeros(num_clocks, np.int64)
+
+    def arrive(self, count: int, clock: np.ndarray) -> None:
+        if count > self.pending:
+            raise BarrierMisuse(f"{count} arrivals where the phase expects {self.pending} more (of {self.count})")
+        self.pending -= count
+        np.maximum(self.next_clock, clock, out=self.next_clock)
+        self.settle()
+
+    def complete(self, nbytes: int, clock: np.ndarray) -> None:
+        self.transactions -= nbytes
+        np.maximum(self.next_clock, clock, out=self.next_clock)
+        self.settle()
+
+    def settle(self) -> None:
+        """End the phase if nothing is missing."""
+        if self.pending == 0 and self.transactions == 0:
+            self.phase += 1
+            self.pending = self.count
+            np.maximum(self.clock, self.next_clock, out=self.clock)
+
+    def done(self, parity: int) -> bool:
+        return (self.phase & 1) != (parity & 1)
+
+    def __str__(self) -> str:
+        return (
+            f"phase {self.phase} (parity {self.phase & 1}) open, {self.pending} of {self.count} arrivals and "
+            f"{self.transactions} bytes missing"
+        )
+
+
+class SharedMemory:
+    """A CTA's shared memory, byte states, mbarriers and a vector clock per warp.
+
+    Clock ``w`` counts the synchronising steps of warp w; the last clock stands for bulk copies. Races are
+    found per 2-byte granule and between warps only; lanes of one warp run in lockstep here.
+    """
+
+    def __init__(self, nbytes: int, num_warps: int, races: bool):
+        self.limit = SHARED_BASE + nbytes
+        size = -(-self.limit // 16) * 16
+        self.data = np.full(size, POISON, np.uint8)
+        self.state = np.zeros(size, np.uint8)
+        self.views, self.state_views = views(self.data), views(self.state)
+        self.mbarriers: dict[int, Mbarrier] = {}
+        self.copies = num_warps  # index of the clock of bulk copies
+        self.clocks = np.zeros((num_warps + 1, num_warps + 1), np.int64)
+        self.clocks[np.arange(num_warps + 1), np.arange(num_warps + 1)] = 1
+        self.races = races
+        self.writer = np.zeros(size // 2, np.int64)
+        self.write_time = np.zeros(size // 2, np.int64)
+        self.read_time = np.zeros((num_warps + 1, size // 2), np.int64)
+
+    def check(self, addresses: np.ndarray, nbytes: int, align: int = 0) -> None:
+        """Bounds and alignment of addresses (int64)."""
+        low, high = int(addresses.min()), int(addresses.max()) + nbytes
+        if low < SHARED_BASE or high > self.limit:
+            bad = low if low < SHARED_BASE else high - nbytes
+            raise OutOfBounds(
+                f"{nbytes} bytes at offset {bad - SHARED_BASE} of shared memory, which has "
+                f"{self.limit - SHARED_BASE} bytes"
+            )
+        if ((addresses & ((align or nbytes) - 1)) != 0).any():
+            raise OutOfBounds(f"misaligned access of {nbytes} bytes to shared memory")
+
+    def states(self, addresses: np.ndarray, nbytes: int) -> np.ndarray:
+        return self.state[addresses[:, None] + np.arange(nbytes)]
+
+    def check_read(self, addresses: np.ndarray, nbytes: int, warp: int) -> None:
+        unit = min(nbytes, 8)
+        index = addresses // unit if nbytes == unit else (addresses // unit)[:, None] + np.arange(nbytes // unit)
+        if (self.state_views[unit][index] != 0x0101010101010101 >> 64 - 8 * unit).any():
+            self.refuse(addresses, nbytes, "read")
+        if self.races:
+            granules = self.granules(addresses, nbytes)
+            self.no_race("read", warp, self.writer[granules], self.write_time[granules])
+            self.read_time[warp][granules] = self.clocks[warp, warp]
+
+    def check_write(self, addresses: np.ndarray, nbytes: int, warp: int, by: int | None = None) -> None:
+        """A write by a warp (``by``: whose clock will stand for it)."""
+        unit = min(nbytes, 8)
+        index = addresses // unit if nbytes == unit else (addresses // unit)[:, None] + np.arange(nbytes // unit)
+        states = self.state_views[unit][index]
+        valid = 0x0101010101010101 >> 64 - 8 * unit
+        if ((states != valid) & (states != 0)).any() and (self.states(addresses, nbytes) >= IN_FLIGHT).any():
+            self.refuse(addresses, nbytes, "write")
+        if self.races:
+            granules = self.granules(addresses, nbytes)
+            self.no_race("write", warp, self.writer[granules], self.write_time[granules])
+            flat = granules.reshape(-1)
+            seen = self.clocks[warp][:, None]
+            if (self.read_time[:, flat] > seen).any():
+                other = int(np.argwhere(self.read_time[:, flat] > seen)[0, 0])
+                raise Race(f"write of shared bytes that {self.who(other)} read with no synchronisation since")
+            by = warp if by is None else by
+            self.writer[granules] = by
+            self.write_time[granules] = self.clocks[by, by]
+            self.read_time[:, flat] = 0
+        self.state_views[unit][index] = valid
+
+    def granules(self, addresses: np.ndarray, nbytes: int) -> np.ndarray:
+        first = addresses >> 1
+        return first if nbytes <= 2 else first[:, None] + np.arange(nbytes // 2)
+
+    def no_race(self, what: str, warp: int, writer: np.ndarray, time: np.ndarray) -> None:
+        bad = time > self.clocks[warp][writer]
+        if bad.any():
+            raise Race(
+                f"{what} of shared bytes that {self.who(int(writer[bad][0]))} wrote with no synchronisation since"
+            )
+
+    def who(self, clock: int) -> str:
+        return "a bulk copy" if clock == self.copies else f"warp {clock}"
+
+    def refuse(self, addresses: np.ndarray, nbytes: int, what: str) -> None:
+        states = self.states(addresses, nbytes)
+        at = int(addresses[(states != VALID).any(1)][0]) - SHARED_BASE
+        where = f"{what} of {nbytes} bytes at offset {at} of shared memory"
+        if (states == IN_FLIGHT).any():
+            raise CopyInFlight(f"{where}: an asynchronous copy to it is in flight")
+        if (states == MBARRIER).any():
+            raise BarrierMisuse(f"{where}: an mbarrier lies there")
+        raise Uninitialised(f"{where}: nobody wrote it")
+
+    def released(self, warp: int) -> np.ndarray:
+        """What others may know of a warp from now on; its later accesses are not part of it."""
+        clock = self.clocks[warp].copy()
+        self.clocks[warp, warp] += 1
+        return clock
+
+    def acquire(self, warp: int, clock: np.ndarray) -> None:
+        np.maximum(self.clocks[warp], clock, out=self.clocks[warp])
+
+    # -- mbarriers -----------------------------------------------------------------------------------------
+
+    def mbarrier(self, address: int) -> Mbarrier:
+        if address not in self.mbarriers:
+            raise BarrierMisuse(f"no mbarrier at offset {address - SHARED_BASE} of shared memory")
+        return self.mbarriers[address]
+
+    def mbarrier_init(self, address: int, count: int, warp: int) -> None:
+        self.check(np.array([address]), 8)
+        if address in self.mbarriers:
+            raise BarrierMisuse(f"the mbarrier at offset {address - SHARED_BASE} is initialised twice")
+        if not 1 <= count < 1 << 20:
+            raise BarrierMisuse(f"mbarrier count {count}")
+        self.check_write(np.array([address]), 8, warp)
+        self.state[address : address + 8] = MBARRIER
+        self.mbarriers[address] = Mbarrier(count, len(self.clocks))
+
+    def mbarrier_inval(self, address: int) -> None:
+        self.mbarrier(address)
+        del self.mbarriers[address]
+        self.state[address : address + 8] = UNWRITTEN
+
+    def mbarrier_visible(self, address: int, warp: int) -> Mbarrier:
+        """The mbarrier, whose initialisation the warp must have been told of."""
+        barrier = self.mbarrier(address)
+        if self.races:
+            at = np.array([address >> 1])
+            self.no_race("use", warp, self.writer[at], self.write_time[at])
+        return barrier
+
+    # -- asynchronous copies -------------------------------------------------------------------------------
+
+    def begin_copy(self, address: int, nbytes: int, warp: int, by: int) -> None:
+        """An asynchronous copy may land from now on: the bytes are nobody's."""
+        addresses = np.array([address])
+        self.check(addresses, nbytes, align=min(nbytes & -nbytes, 16))
+        # 16-byte pieces, so that one check serves 16 bytes to whole blocks
+        unit = min(nbytes & -nbytes, 16)
+        self.check_write(address + unit * np.arange(nbytes // unit), unit, warp, by)
+        self.state[address : address + nbytes] = IN_FLIGHT
+        self.data[address : address + nbytes] = POISON
+
+    def land(self, address: int, data: np.ndarray) -> None:
+        self.data[address : address + len(data)] = data
+        self.state[address : address + len(data)] = VALID
