@@ -30,17 +30,22 @@ namespace refl = tvm::ffi::reflection;
 void raise_unless_ok(Status status) {
   switch (status) {
     case Status::ok:
-      return;
+      break;
     case Status::invalid_argument:
       TVM_FFI_THROW(InvalidArgument) << last_error();
+      break;
     case Status::unsupported_config:
       TVM_FFI_THROW(UnsupportedConfig) << last_error();
+      break;
     case Status::kernel_not_found:
       TVM_FFI_THROW(KernelNotFound) << last_error();
+      break;
     case Status::cuda_error:
       TVM_FFI_THROW(CudaError) << last_error();
+      break;
     case Status::format_error:
       TVM_FFI_THROW(CacheFormatError) << last_error();
+      break;
   }
 }
 
@@ -73,9 +78,11 @@ struct Field<Clip> {
   static Clip to_core(const char* name, const PyClip& value) {
     if (auto factor = value.as<double>()) return Clip{*factor, false};
     const std::string word = value.get<ffi::String>();
-    if (word == "minmax") return Clip{};
     if (word == "mse") return Clip{1.0, true};
-    TVM_FFI_THROW(InvalidArgument) << name << "='" << word << "': allowed are 'minmax', 'mse' and factors in (0, 1]";
+    if (word != "minmax") {
+      TVM_FFI_THROW(InvalidArgument) << name << "='" << word << "': allowed are 'minmax', 'mse' and factors in (0, 1]";
+    }
+    return Clip{};
   }
 };
 
@@ -248,15 +255,9 @@ void decode_py(int64_t handle, DLTensor* q, DLTensor* pages, DLTensor* block_tab
   raise_unless_ok(decode(kernel, params, workspace->shape[0], options));
 }
 
-int64_t workspace_bytes_py(int64_t handle, int64_t device, int64_t batch, int64_t q_len, int64_t num_q_heads,
-                           int64_t num_kv_heads) {
-  DecodeParams params;
-  params.batch = static_cast<int32_t>(batch);
-  params.q_len = static_cast<int32_t>(q_len);
-  params.num_q_heads = static_cast<int32_t>(num_q_heads);
-  params.num_kv_heads = static_cast<int32_t>(num_kv_heads);
+int64_t workspace_bytes_py(int64_t handle, int64_t device) {
   int64_t bytes = 0;
-  raise_unless_ok(decode_workspace_bytes(static_cast<int>(handle), static_cast<int>(device), params, &bytes));
+  raise_unless_ok(decode_workspace_bytes(static_cast<int>(handle), static_cast<int>(device), &bytes));
   return bytes;
 }
 
@@ -309,6 +310,7 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("bitdecoding.list_kernels", list_kernels_py)
       .def("bitdecoding.device_count", device_count_py)
       .def("bitdecoding.device_info", device_info_py)
+      .def("bitdecoding.counter_bytes", []() { return kCounterBytes; })
       .def("bitdecoding.workspace_bytes", workspace_bytes_py)
       .def("bitdecoding.capture_id", capture_id_py)
       .def("bitdecoding.check_decode", check_decode_py)

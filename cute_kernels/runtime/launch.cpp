@@ -19,7 +19,7 @@
 namespace bitdecoding {
 namespace {
 
-constexpr std::int64_t kWorkspaceAlign = 128;
+constexpr std::int64_t kCounterAlign = 128;  // as in the kernel
 
 struct Registered {
   Kernel kernel;
@@ -114,6 +114,14 @@ Status make_ready(const cuda::Driver& driver, int device, Registered* r) {
   return status;
 }
 
+// What the kernel takes for its counters, one per (sequence, KV head, tile of query columns).
+std::int64_t counter_bytes(const KernelConfig& config, const DecodeParams& p) {
+  const std::int64_t columns = std::int64_t{p.num_q_heads} / p.num_kv_heads * p.q_len;
+  const std::int64_t q_tiles = (columns + config.q_tile - 1) / config.q_tile;
+  const std::int64_t bytes = p.batch * p.num_kv_heads * q_tiles * static_cast<std::int64_t>(sizeof(std::int32_t));
+  return (bytes + kCounterAlign - 1) / kCounterAlign * kCounterAlign;
+}
+
 Status validate_params(const KernelConfig& config, const DecodeParams& p) {
   auto positive = [](const char* name, std::int64_t value) {
     return value > 0 ? Status::ok : fail(Status::invalid_argument, name, "=", value, ": must be positive");
@@ -179,23 +187,18 @@ Status kernel_config(int handle, KernelConfig* out) noexcept {
   return Status::ok;
 }
 
-std::int64_t decode_workspace_bytes(const KernelConfig& config, std::int64_t num_ctas, std::int64_t batch,
-                                    std::int64_t q_len, std::int64_t num_q_heads, std::int64_t num_kv_heads) noexcept {
-  const std::int64_t columns = num_q_heads / num_kv_heads * q_len;
-  const std::int64_t q_tiles = (columns + config.q_tile - 1) / config.q_tile;
-  const std::int64_t counters = batch * num_kv_heads * q_tiles * static_cast<std::int64_t>(sizeof(std::int32_t));
-  const std::int64_t aligned = (counters + kWorkspaceAlign - 1) / kWorkspaceAlign * kWorkspaceAlign;
+std::int64_t decode_workspace_bytes(const KernelConfig& config, std::int64_t num_ctas) noexcept {
   // a CTA's share of the blocks begins and ends inside a sequence: two partial results at most
-  return aligned + num_ctas * 2 * config.q_tile * (config.head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t slot = config.q_tile * (config.head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
+  return kCounterBytes + num_ctas * 2 * slot;
 }
 
-Status decode_workspace_bytes(int handle, int device, const DecodeParams& p, std::int64_t* out) noexcept {
+Status decode_workspace_bytes(int handle, int device, std::int64_t* out) noexcept {
   Registered* r = nullptr;
   DeviceInfo info;
   BITDECODING_TRY(registry().get(handle, &r));
   BITDECODING_TRY(device_info(device, &info));
-  *out = decode_workspace_bytes(r->config, std::int64_t{info.num_sms} * r->kernel.ctas_per_sm, p.batch, p.q_len,
-                                p.num_q_heads, p.num_kv_heads);
+  *out = decode_workspace_bytes(r->config, std::int64_t{info.num_sms} * r->kernel.ctas_per_sm);
   return Status::ok;
 }
 
@@ -214,8 +217,13 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
                 info->arch.empty() ? "no supported arch" : info->arch);
   }
   const int num_ctas = info->num_sms * r->kernel.ctas_per_sm;
-  const std::int64_t needed =
-      decode_workspace_bytes(r->config, num_ctas, params.batch, params.q_len, params.num_q_heads, params.num_kv_heads);
+  const std::int64_t counters = counter_bytes(r->config, params);
+  if (counters > kCounterBytes) {
+    return fail(Status::unsupported_config, "batch=", params.batch, ": with q_len=", params.q_len,
+                " and num_kv_heads=", params.num_kv_heads, " one launch would need ", counters, " bytes of counters, ",
+                kCounterBytes, " is the limit");
+  }
+  const std::int64_t needed = decode_workspace_bytes(r->config, num_ctas);
   if (workspace_bytes < needed) {
     return fail(Status::invalid_argument, "workspace: has ", workspace_bytes, " bytes, ", needed, " are needed");
   }
@@ -225,6 +233,9 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
   BITDECODING_TRY(make_ready(*driver, options.device, r));
 
   DecodeParams p = params;
+  // The kernel expects the partial results right behind its counters: put these at the end of their space, so that
+  // no call's partial results lie where another's counters are.
+  p.workspace = static_cast<char*>(params.workspace) + (kCounterBytes - counters);
   void* arguments[] = {&p.q,
                        &p.pages,
                        &p.block_table,

@@ -70,7 +70,7 @@ struct DecodeParams {
   const float* sink_logits = nullptr;  // [num_q_heads], optional
   void* out = nullptr;                 // like q
   float* lse = nullptr;                // [batch, q_len, num_q_heads], optional
-  void* workspace = nullptr;           // decode_workspace_bytes(), zeroed once when it is allocated
+  void* workspace = nullptr;           // decode_workspace_bytes(), see kCounterBytes
   std::int64_t page_stride_bytes = 0;
   std::int64_t head_stride_bytes = 0;
   std::int32_t batch = 0;
@@ -85,11 +85,14 @@ struct DecodeParams {
   float softcap = 0.0f;             // 0: none
 };
 
-// Bytes of workspace for a grid of num_ctas: the merge counters, then two partial results per CTA.
-std::int64_t decode_workspace_bytes(const KernelConfig& config, std::int64_t num_ctas, std::int64_t batch,
-                                    std::int64_t q_len, std::int64_t num_q_heads, std::int64_t num_kv_heads) noexcept;
+// A workspace begins with counters, zeroed once when it is allocated; kernels leave them zero. Their space has a fixed
+// size, so calls of all shapes can share a workspace, as long as they do not run at the same time.
+constexpr std::int64_t kCounterBytes = 1 << 20;
+
+// Bytes of workspace for a grid of num_ctas: the counters, then two partial results per CTA.
+std::int64_t decode_workspace_bytes(const KernelConfig& config, std::int64_t num_ctas) noexcept;
 // The same for a registered kernel on a device.
-Status decode_workspace_bytes(int handle, int device, const DecodeParams& params, std::int64_t* out) noexcept;
+Status decode_workspace_bytes(int handle, int device, std::int64_t* out) noexcept;
 
 struct LaunchOptions {
   int device = 0;

@@ -1,0 +1,40 @@
+"""The command line. Each command is a module with ``add_arguments(parser)`` and ``run(args) -> exit status``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .cute_kernels.errors import BitDecodingError
+
+# name -> (module, what it does); a module is imported when its command is used
+COMMANDS = {
+    "info": ("info", "what is installed, and what this machine's GPU needs"),
+    "demo": ("demo", "generate text with a small model on a quantised cache"),
+}
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; errors of the library are one line on stderr and exit status 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="bitdecoding", description="Decode attention over a low-bit KV cache.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (module, about) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about)
+        if argv[:1] == [name]:
+            try:
+                loaded = importlib.import_module(f".{module}", __package__)
+            except ModuleNotFoundError as error:
+                print(f"bitdecoding {name}: needs {error.name}; pip install '.[{name}]'", file=sys.stderr)
+                return USAGE_ERROR
+            loaded.add_arguments(command)
+            command.set_defaults(run=loaded.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except BitDecodingError as error:
+        print(f"bitdecoding {args.command}: {error}", file=sys.stderr)
+        return USAGE_ERROR

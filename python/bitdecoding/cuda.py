@@ -1,0 +1,242 @@
+"""Decode on CUDA tensors: finds the kernel for a problem, keeps workspaces, launches.
+
+The path of a repeated call is short: one dictionary look-up, one allocation for ``out``, one call into the library,
+which checks the tensors and launches on torch's current stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cute_kernels import native
+from .cute_kernels.config import KernelConfig, QuantSpec, device_arch
+from .cute_kernels.errors import CacheFormatError, InvalidArgument, KernelNotFound
+from .cute_kernels.pack import CompiledKernel, write_pack
+
+NO_WINDOW = 2**31 - 1
+DSL = "nvidia-cutlass-dsl"
+MAX_PLANS = 4096  # a bound for callers that make a new QuantSpec for every call
+
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+_decode = native.function("decode")
+_find_kernel = native.function("find_kernel")
+_load_pack = native.function("load_pack")
+_workspace_bytes = native.function("workspace_bytes")
+_capture_id = native.function("capture_id")
+_counter_bytes: int = native.function("counter_bytes")()
+
+
+class _Plan(NamedTuple):
+    handle: int
+    workspace_bytes: int
+    softmax_scale: float
+    keys: tuple  # the objects whose id() is part of the plan's key: kept alive so that the ids stay theirs
+
+
+_plans: dict[tuple, _Plan] = {}
+_workspaces: dict[tuple[int, int], Tensor] = {}  # by device and stream
+_capture_workspace: tuple[tuple[int, int, int], Tensor] | None = None  # of the latest (device, stream, capture)
+_lock = Lock()
+
+
+def decode(
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seqlens: Tensor,
+    spec: QuantSpec,
+    *,
+    packed_lens: Tensor | None = None,
+    tail_k: Tensor | None = None,
+    tail_v: Tensor | None = None,
+    sink_k: Tensor | None = None,
+    sink_v: Tensor | None = None,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    config: KernelConfig | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`bitdecoding.decode` on CUDA tensors. Values on the device (lengths, table) are trusted, not checked.
+
+    Raises InvalidArgument, UnsupportedConfig, KernelNotFound or CudaError before anything is launched.
+    """
+    device = q.get_device()
+    key = (q.shape, q.dtype, device, pages.shape, id(spec), bool(softcap), id(config))
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plan(key, q, pages, spec, bool(softcap), config)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    if torch.cuda.is_current_stream_capturing():
+        workspace = _workspace_for_capture(device, stream, plan.workspace_bytes)
+    else:
+        found = _workspaces.get((device, stream))
+        if found is None or found.numel() < plan.workspace_bytes:
+            found = _workspaces[device, stream] = _new_workspace(device, plan.workspace_bytes)
+        workspace = found
+
+    if spec.rotate_k:
+        q, tail_k, sink_k = _rotated(q), _rotated(tail_k), _rotated(sink_k)
+    if spec.rotate_v:
+        tail_v, sink_v = _rotated(tail_v), _rotated(sink_v)
+    if out is None:
+        out = torch.empty_like(q)
+    target = torch.empty_like(out) if spec.rotate_v else out
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
+    _decode(
+        plan.handle, q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits, target,
+        lse, workspace, NO_WINDOW if window is None else window,
+        plan.softmax_scale if softmax_scale is None else softmax_scale, softcap or 0.0,
+    )  # fmt: skip
+    if spec.rotate_v:
+        rotate(target, out)
+    return out if lse is None else (out, lse)
+
+
+# ---------------------------------------------------------------------------------------------- rotation
+
+
+@lru_cache(maxsize=None)
+def _signs(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sylvester's Walsh-Hadamard matrix as +-1, block diagonal where head_dim is no power of two."""
+    size = head_dim & -head_dim
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    return torch.block_diag(*[matrix] * (head_dim // size)).to(dtype).to(device)
+
+
+def rotate(x: Tensor, out: Tensor) -> Tensor:
+    """:func:`bitdecoding.quantization.hadamard` in one launch: the sum is fp32, scaled there, and rounded once."""
+    head_dim = x.shape[-1]
+    signs = _signs(head_dim, x.dtype, x.device)
+    rows = out.view(-1, head_dim)
+    torch.addmm(rows, x.reshape(-1, head_dim), signs, beta=0, alpha=(head_dim & -head_dim) ** -0.5, out=rows)
+    return out
+
+
+def _rotated(x: Tensor | None) -> Tensor | None:
+    return None if x is None else rotate(x, torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
+# ---------------------------------------------------------------------------------------------- workspaces
+
+
+def _new_workspace(device: int, size: int) -> Tensor:
+    """A workspace with its counters zeroed; kernels leave them zero."""
+    workspace = torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
+    workspace[:_counter_bytes].zero_()
+    return workspace
+
+
+def _workspace_for_capture(device: int, stream: int, size: int) -> Tensor:
+    """The workspace of the graph that is being captured: its own, since replays may run beside other work.
+
+    It comes from the graph's memory pool and its zeroing is captured, once per graph and stream.
+    """
+    global _capture_workspace
+    key = (device, stream, _capture_id(device, stream))
+    if _capture_workspace is None or _capture_workspace[0] != key or _capture_workspace[1].numel() < size:
+        _capture_workspace = (key, _new_workspace(device, size))
+    return _capture_workspace[1]
+
+
+# ---------------------------------------------------------------------------------------------- kernels
+
+
+def _plan(
+    key: tuple, q: Tensor, pages: Tensor, spec: QuantSpec, softcap: bool, config: KernelConfig | None
+) -> _Plan:
+    """Find or compile the kernel for a problem, and remember the answer."""
+    if q.dim() != 4 or q.dtype not in _DTYPES:
+        raise InvalidArgument(f"q is {q.dtype} {list(q.shape)}: allowed is float16 or bfloat16 of rank 4")
+    if pages.dim() != 3:
+        raise InvalidArgument(f"pages: shape {list(pages.shape)}: must be [num_pages, num_kv_heads, block_bytes]")
+    device = q.get_device()
+    _, q_len, num_q_heads, head_dim = q.shape
+    if config is None:
+        config = KernelConfig.for_problem(
+            head_dim=head_dim,
+            quant=spec,
+            dtype=_DTYPES[q.dtype],
+            num_q_heads=num_q_heads,
+            num_kv_heads=pages.shape[1],
+            q_len=q_len,
+            arch=device_arch(device),
+            softcap=softcap,
+        )
+    elif config.quant.for_kernel() != spec.for_kernel():
+        raise InvalidArgument(f"config.quant={config.quant.name()}: differs from spec={spec.name()}")
+    handle = kernel_handle(config)
+    plan = _Plan(handle, _workspace_bytes(handle, device), head_dim**-0.5, (spec, key, config))
+    if len(_plans) >= MAX_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+def kernel_handle(config: KernelConfig) -> int:
+    """The handle of a kernel: from the packs that were built, from the disk cache, or compiled now."""
+    name = config.name()
+    with _lock:
+        _load_built_pack(config.arch)
+        handle = _find_kernel(name)
+        return handle if handle >= 0 else _compile(config, name)
+
+
+@lru_cache(maxsize=None)
+def _load_built_pack(arch: str) -> None:
+    path = native.PACKS_DIR / f"bitdecoding-{arch}.bdpack"
+    if path.is_file():
+        _load_pack(str(path))
+
+
+def cache_dir() -> Path:
+    """Where kernels compiled at first use are kept: $XDG_CACHE_HOME/bitdecoding or ~/.cache/bitdecoding."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitdecoding"
+
+
+def install_command(arch: str) -> str:
+    """The command that installs the library with the kernels of an architecture."""
+    return f"BITDECODING_ARCH={arch} pip install ."
+
+
+def _compile(config: KernelConfig, name: str) -> int:
+    try:
+        from .cute_kernels.compile import compile_kernel
+
+        version = metadata.version(DSL)
+    except (ImportError, metadata.PackageNotFoundError):
+        raise KernelNotFound(
+            f"kernel {name} is in no kernel pack, and {DSL} is not installed to compile it; "
+            f"install with `{install_command(config.arch)}`, or `pip install '.[jit]'` to compile at first use"
+        ) from None
+    path = cache_dir() / f"{name}-{_source_digest(version)}.bdpack"
+    try:
+        _load_pack(str(path))
+    except (InvalidArgument, CacheFormatError):  # not there yet, or damaged
+        kernel: CompiledKernel = compile_kernel(config)
+        write_pack(path, [kernel], {"arch": config.arch, "dsl": version})
+        _load_pack(str(path))
+    return _find_kernel(name)
+
+
+@lru_cache(maxsize=None)
+def _source_digest(version: str) -> str:
+    """Changes with the sources of the kernels and with the version of their compiler."""
+    digest = hashlib.sha256(version.encode())
+    for source in sorted(Path(native.__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
