@@ -209,6 +209,7 @@ class KernelConfig(Object):
         if arch is None:
             arch = device_arch(0)
         stages = max(2, min(MAX_STAGES, RING_BYTES // quant.block_bytes(head_dim)))
+        num_warps = NUM_WARPS
         while True:
             config = cls(
                 arch=arch,
@@ -217,15 +218,19 @@ class KernelConfig(Object):
                 dtype=dtype,
                 q_tile=q_tile,
                 copy="bulk" if arch in BULK_COPY_ARCHS else "cp_async",
-                num_warps=NUM_WARPS,
-                warps_per_block=WARPS_PER_BLOCK,
+                num_warps=num_warps,
+                warps_per_block=min(num_warps, WARPS_PER_BLOCK),
                 stages=stages,
                 softcap=softcap,
             )
-            if config.smem_bytes() <= _smem_limit(arch) or stages == 1:
+            if config.smem_bytes() <= _smem_limit(arch) or num_warps == 1:
                 config.validate()
                 return config
-            stages -= 1
+            # too large: fewer blocks in flight, then fewer warps whose results are merged in shared memory
+            if stages > 1:
+                stages -= 1
+            else:
+                num_warps //= 2
 
 
 def device_arch(device: int) -> str:

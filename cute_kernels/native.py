@@ -27,7 +27,9 @@ def _find_library() -> Path:
     for folder in package.__path__:
         if (path := Path(folder) / "lib" / _LIBRARY).is_file():
             return path
-    raise ImportError(f"{_LIBRARY} is not beside the package; install it with `pip install .`, or set BITDECODING_LIBRARY")
+    raise ImportError(
+        f"{_LIBRARY} is not beside the package; install it with `pip install .`, or set BITDECODING_LIBRARY"
+    )
 
 
 LIBRARY_PATH = _find_library()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bitdecoding.cute_kernels.layouts import BITS, GROUPS, HEAD_DIMS, block_format
 
 from bitdecoding import QuantSpec
-from bitdecoding.cute_kernels.layouts import BITS, GROUPS, HEAD_DIMS, block_format
 
 ROOT = Path(__file__).parents[1]
 # package -> a header that it holds, and how many folders above it the include path begins

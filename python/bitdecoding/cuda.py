@@ -156,9 +156,7 @@ def _workspace_for_capture(device: int, stream: int, size: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------- kernels
 
 
-def _plan(
-    key: tuple, q: Tensor, pages: Tensor, spec: QuantSpec, softcap: bool, config: KernelConfig | None
-) -> _Plan:
+def _plan(key: tuple, q: Tensor, pages: Tensor, spec: QuantSpec, softcap: bool, config: KernelConfig | None) -> _Plan:
     """Find or compile the kernel for a problem, and remember the answer."""
     if q.dim() != 4 or q.dtype not in _DTYPES:
         raise InvalidArgument(f"q is {q.dtype} {list(q.shape)}: allowed is float16 or bfloat16 of rank 4")

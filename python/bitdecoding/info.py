@@ -43,7 +43,7 @@ def collect() -> dict[str, Any]:
     }
     try:
         for index in range(native.function("device_count")()):
-            gpu = {key: value for key, value in native.function("device_info")(index).items()}
+            gpu = dict(native.function("device_info")(index))
             facts["gpus"].append(gpu)
             if gpu["arch"]:
                 facts["install"][gpu["arch"]] = install_command(gpu["arch"])
@@ -69,7 +69,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     if facts["compiler"]:
         lines.append(f"compiler   {DSL} {facts['compiler']}: missing kernels are compiled at first use")
     else:
-        lines.append(f"compiler   none; `pip install '.[jit]'` compiles missing kernels at first use")
+        lines.append("compiler   none; `pip install '.[jit]'` compiles missing kernels at first use")
     if facts["no_gpu_because"]:
         lines.append(f"GPU        none: {facts['no_gpu_because']}")
         lines.append("           the CPU backend is used; for a GPU: BITDECODING_ARCH=<arch> pip install .")

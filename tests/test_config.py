@@ -1,0 +1,268 @@
+"""QuantSpec and KernelConfig: values, names, text forms, and the default choice for a problem."""
+
+import copy
+import itertools
+import json
+import pickle
+
+import pytest
+from bitdecoding.cute_kernels import config as config_module
+from bitdecoding.cute_kernels import native
+from bitdecoding.cute_kernels.layouts import FORMAT_VERSION, block_format
+
+from bitdecoding import InvalidArgument, KernelConfig, QuantSpec, UnsupportedConfig
+
+NON_DEFAULT_SPEC = {
+    "k_bits": 2,
+    "v_bits": 8,
+    "k_axis": "token",
+    "k_group": 64,
+    "v_group": 32,
+    "k_symmetric": True,
+    "v_symmetric": True,
+    "k_mean": "block",
+    "k_clip": 0.8,
+    "v_clip": "mse",
+    "rotate_k": True,
+    "rotate_v": True,
+}
+NON_DEFAULT_CONFIG = {
+    "arch": "sm80",
+    "head_dim": 64,
+    "quant": QuantSpec(v_group=64),
+    "dtype": "bfloat16",
+    "q_tile": 16,
+    "copy": "cp_async",
+    "num_warps": 8,
+    "warps_per_block": 2,
+    "stages": 3,
+    "softcap": True,
+}
+
+
+def test_defaults():
+    spec = QuantSpec()
+    assert (spec.k_bits, spec.v_bits, spec.k_axis, spec.k_group, spec.v_group) == (4, 4, "channel", 128, 128)
+    assert (spec.k_symmetric, spec.v_symmetric, spec.k_mean) == (False, False, "none")
+    assert (spec.k_clip, spec.v_clip, spec.rotate_k, spec.rotate_v) == ("minmax", "minmax", False, False)
+    assert KernelConfig().name() == "decode_sm90a_d128_float16_k4c128_v4g128_q8_mma_sync_bulk_w4x4_s4"
+
+
+@pytest.mark.parametrize("clip", [0.8, 1.0, "mse", "minmax"])
+def test_clip_reads_back_as_given(clip):
+    assert QuantSpec(k_clip=clip).k_clip == clip
+    assert QuantSpec(v_clip=clip).v_clip == clip
+    assert type(QuantSpec(k_clip=clip).k_clip) is type(clip)
+
+
+@pytest.mark.parametrize(("field", "value"), NON_DEFAULT_SPEC.items())
+def test_every_spec_field_counts(field, value):
+    spec = QuantSpec(**{field: value})
+    assert getattr(spec, field) == value
+    assert spec != QuantSpec()
+    assert QuantSpec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize("field", NON_DEFAULT_CONFIG)
+def test_every_config_field_counts(field):
+    # from a configuration that stays valid whichever of its fields changes
+    base = {"arch": "sm90a", "quant": QuantSpec(v_group=32), "copy": "cp_async"}
+    value = "bulk" if field == "copy" else NON_DEFAULT_CONFIG[field]
+    base |= {"head_dim": 64} if field == "quant" else {}
+    config = KernelConfig(**base | {field: value})
+    assert getattr(config, field) == value
+    assert config != KernelConfig(**base)
+    assert config.name() != KernelConfig(**base).name()
+    assert KernelConfig.from_json(config.to_json()) == config
+
+
+def test_objects_are_frozen_equal_and_hashable():
+    spec, same, other = QuantSpec(**NON_DEFAULT_SPEC), QuantSpec(**NON_DEFAULT_SPEC), QuantSpec()
+    assert spec == same
+    assert hash(spec) == hash(same)
+    assert len({spec, same, other, KernelConfig(quant=other), KernelConfig()}) == 3
+    with pytest.raises(AttributeError):
+        spec.k_bits = 8
+    with pytest.raises(AttributeError):
+        KernelConfig().arch = "sm80"
+
+
+@pytest.mark.parametrize("obj", [QuantSpec(**NON_DEFAULT_SPEC), KernelConfig(**NON_DEFAULT_CONFIG)])
+def test_copies(obj):
+    for made in (pickle.loads(pickle.dumps(obj)), copy.copy(obj), copy.deepcopy(obj)):
+        assert made == obj
+        assert type(made) is type(obj)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"k_bits": 3}, "k_bits=3: allowed are 8, 4, 2"),
+        ({"v_bits": 16}, "v_bits=16: allowed are 8, 4, 2"),
+        ({"k_axis": "row"}, "k_axis=row: allowed are channel, token"),
+        ({"k_group": 16}, "k_group=16: allowed are 32, 64, 128"),
+        ({"v_group": 0}, "v_group=0: allowed are 32, 64, 128"),
+        ({"k_mean": "all"}, "k_mean=all: allowed are none, block"),
+        ({"k_clip": 0.0}, "k_clip=0: allowed are 'minmax', 'mse' and factors in (0, 1]"),
+        ({"v_clip": 1.5}, "v_clip=1.5: allowed are"),
+        ({"v_clip": float("nan")}, "v_clip=nan: allowed are"),
+        ({"k_clip": "max"}, "k_clip='max': allowed are"),
+    ],
+)
+def test_spec_errors_name_the_argument(fields, message):
+    with pytest.raises(InvalidArgument) as caught:
+        QuantSpec(**fields)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"kind": "encode"}, InvalidArgument, "kind=encode: allowed are decode"),
+        ({"arch": "sm70"}, InvalidArgument, "arch=sm70: allowed are sm80, sm89, sm90a, sm100, sm120"),
+        ({"head_dim": 80}, InvalidArgument, "head_dim=80: allowed are 64, 96, 128, 256"),
+        ({"head_dim": 96}, InvalidArgument, "v_group=128: must divide head_dim=96"),
+        ({"dtype": "float32"}, InvalidArgument, "dtype=float32: allowed are float16, bfloat16"),
+        ({"q_tile": 12}, InvalidArgument, "q_tile=12: allowed are the multiples of 8"),
+        ({"q_tile": 0}, InvalidArgument, "q_tile=0"),
+        ({"mma": "wmma"}, InvalidArgument, "mma=wmma"),
+        ({"copy": "tma"}, InvalidArgument, "copy=tma: allowed are bulk, cp_async"),
+        ({"num_warps": 0}, InvalidArgument, "num_warps=0: allowed are 1 to 16"),
+        ({"num_warps": 6}, InvalidArgument, "warps_per_block=4: must divide num_warps=6"),
+        ({"warps_per_block": 3}, InvalidArgument, "warps_per_block=3: allowed are 1, 2, 4"),
+        ({"stages": 0}, InvalidArgument, "stages=0: allowed are 1 to 32"),
+        ({"arch": "sm80"}, UnsupportedConfig, "copy=bulk: needs sm90a or later"),
+        ({"stages": 14}, UnsupportedConfig, "stages=14: the kernel would need"),
+    ],
+)
+def test_config_errors_name_the_argument(fields, error, message):
+    config = KernelConfig(**fields)
+    for method in (config.validate, config.name):
+        with pytest.raises(error) as caught:
+            method()
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"k_bits": 5}', '{"k_bitz": 4}', '{"k_bits": "4"}', "{"])
+def test_damaged_json(text):
+    with pytest.raises(InvalidArgument):
+        QuantSpec.from_json(text)
+
+
+def test_json_is_plain_text():
+    values = json.loads(KernelConfig(**NON_DEFAULT_CONFIG).to_json())
+    assert values["arch"] == "sm80"
+    assert values["quant"]["v_group"] == 64
+
+
+def sample_of_configs():
+    specs = [
+        QuantSpec(k_bits=kb, v_bits=vb, k_axis=axis, k_group=g, v_group=vg, k_symmetric=ks, v_symmetric=vs, k_mean=mean)
+        for kb, vb, axis, g, vg, ks, vs, mean in itertools.product(
+            (8, 4, 2), (4, 2), ("channel", "token"), (32, 64), (32, 64), (False, True), (False, True), ("none", "block")
+        )
+    ]
+    shapes = itertools.product(("sm80", "sm90a"), (64, 128), ("float16", "bfloat16"), (8, 16), (1, 2), (False, True))
+    for i, (arch, head_dim, dtype, q_tile, stages, softcap) in enumerate(shapes):
+        for spec in specs[i % 7 :: 7]:
+            yield KernelConfig(
+                arch=arch,
+                head_dim=head_dim,
+                quant=spec,
+                dtype=dtype,
+                q_tile=q_tile,
+                copy="cp_async",
+                stages=stages,
+                softcap=softcap,
+            )
+
+
+def test_names_are_injective_and_invertible():
+    configs = list(sample_of_configs())
+    assert len({config.name() for config in configs}) == len(set(configs)) > 3000
+    for config in configs[::13]:
+        assert KernelConfig.from_name(config.name()) == config
+
+
+def test_clip_and_rotation_do_not_reach_the_kernel():
+    spec = QuantSpec(k_clip=0.5, v_clip="mse", rotate_k=True, rotate_v=True)
+    assert spec.for_kernel() == QuantSpec()
+    assert KernelConfig(quant=spec).name() == KernelConfig().name()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "decode",
+        KernelConfig().name() + "x",
+        KernelConfig().name().replace("d128", "d0128"),
+        KernelConfig().name().replace("_s4", "_s99999999999999999999"),
+        KernelConfig().name().replace("k4c128", "k4c128ms"),
+        KernelConfig().name().replace("sm90a", "sm80"),
+    ],
+)
+def test_names_that_are_none(name):
+    with pytest.raises((InvalidArgument, UnsupportedConfig)):
+        KernelConfig.from_name(name)
+
+
+def test_format_version_is_the_same_in_both_languages():
+    assert native.function("format_version")() == FORMAT_VERSION
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm89", "sm90a", "sm100", "sm120"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_for_problem_fits_every_arch(arch, head_dim, bits):
+    spec = QuantSpec(k_bits=bits, v_bits=bits, v_group=32, rotate_k=True, k_clip=0.9)
+    config = KernelConfig.for_problem(
+        head_dim=head_dim, quant=spec, dtype="bfloat16", num_q_heads=32, num_kv_heads=8, arch=arch
+    )
+    config.validate()
+    assert config.quant == spec.for_kernel()
+    assert config.copy == ("cp_async" if arch in ("sm80", "sm89") else "bulk")
+    limit = {"sm80": 163, "sm89": 99, "sm90a": 227, "sm100": 227, "sm120": 99}[arch] * 1024
+    assert block_format(head_dim, spec).block_bytes * config.stages < config.smem_bytes() <= limit
+
+
+@pytest.mark.parametrize(
+    ("num_q_heads", "num_kv_heads", "q_len", "q_tile"),
+    [(8, 8, 1, 8), (32, 4, 1, 8), (36, 4, 1, 16), (32, 8, 3, 16), (64, 1, 1, 16)],
+)
+def test_for_problem_chooses_the_tile(num_q_heads, num_kv_heads, q_len, q_tile):
+    config = KernelConfig.for_problem(
+        head_dim=128,
+        quant=QuantSpec(),
+        dtype="float16",
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        q_len=q_len,
+        arch="sm90a",
+    )
+    assert config.q_tile == q_tile
+
+
+def test_for_problem_rejects_head_counts():
+    with pytest.raises(InvalidArgument, match="num_q_heads=33: must be a multiple of num_kv_heads=8"):
+        KernelConfig.for_problem(
+            head_dim=128, quant=QuantSpec(), dtype="float16", num_q_heads=33, num_kv_heads=8, arch="sm90a"
+        )
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [
+        *[((7, 5), ""), ((8, 0), "sm80"), ((8, 6), "sm80"), ((8, 9), "sm89")],
+        *[((9, 0), "sm90a"), ((10, 3), "sm100"), ((11, 0), ""), ((12, 0), "sm120")],
+    ],
+)
+def test_arch_of_a_device(capability, arch):
+    assert native.function("arch_of")(*capability) == arch
+
+
+def test_unsupported_device_is_a_typed_error(monkeypatch):
+    old = {"arch": "", "name": "Tesla T4", "major": 7, "minor": 5}
+    monkeypatch.setattr(config_module, "_device_info", lambda index: old)
+    with pytest.raises(UnsupportedConfig, match=r"Tesla T4.*7\.5"):
+        config_module.device_arch(0)
