@@ -1,0 +1,449 @@
+"""The arithmetic of one warp: queries as B operand, scores, softmax and values of its part of a block.
+
+Lists at trace time stand for registers: n is a column tile (8 query columns), c a channel tile, t a token tile.
+A lane is g = lane / 4, q = lane % 4; an accumulator's four values are rows g (0, 1) and g + 8 (2, 3), columns
+2q and 2q + 1. Shared-memory offsets all come from the block's layouts.
+"""
+
+from typing import NamedTuple
+
+import cutlass
+from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
+
+from . import ptx
+from .fragments import extract, fragments, half2_constant, power
+from .layouts import NUM_SLICES, SLICE_TOKENS, TILE, Section, symmetric_zero
+from .plan import COLUMNS, Plan
+from .schedule import Params, Sequence
+
+LOG2E = 1.4426950408889634
+FIRST_MAX = -1.0e30  # running maximum before the first key: finite, so that masked scores give exp2(-inf) = 0
+RESCALE_ABOVE = 1.0  # log2; P <= 2 keeps P * scale within fp16 for every scale of the quantiser
+HALF_MAX = 65504.0
+HALF2_ONES = 0x3C003C00
+EXPONENT = 0x7F800000  # of fp32
+
+
+class Query(NamedTuple):
+    """A query tile, for all of a piece."""
+
+    tiles: list  # [n][c][2] half2: Q * softmax scale * log2 e / power, as B operand
+    powers: list  # [n][2] of columns 2q, 2q + 1: what normalised the column, a power of two
+    sums: list  # [n][channel group][2]: sums of ``tiles`` over the groups of K per token
+    bounds: list  # [n][2] of (low, high): visible positions of the columns, less the lane's row g
+
+
+class State(NamedTuple):
+    """A warp's running result of a piece."""
+
+    top: list  # [n][2] maximum of the scores, log2
+    total: list  # [n][2] the lane's part of the sum of P
+    out: list  # [n][c][4] O^T, in units of the codes' powers of two until ``finished``
+    zeros: list  # [n][channel group][4] sums of P * scale * zero, equal in all rows
+
+
+class Addresses(NamedTuple):
+    """A lane's bases within a stage; the layouts give the offsets that follow."""
+
+    k_lane: Int32  # code vectors of K
+    v_lane: Int32
+    k_quad: Int32  # parameters in B order (K: channels, V: tokens)
+    v_quad: Int32
+    rows: Int32  # parameters in row order
+
+
+class Attention:
+    """The warp arithmetic of one kernel."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.fmt = plan.fmt
+        self.tiles = plan.tiles
+        self.columns = plan.column_tiles
+        self.k_bits, self.v_bits = plan.quant.k_bits, plan.quant.v_bits
+        self.k_group, self.v_group = plan.quant.k_group, plan.quant.v_group
+        self.k_per_channel = plan.quant.k_axis == "channel"
+        self.softcap = plan.config.softcap
+        self.k_fragments = fragments(self.fmt.k_codes, "k", plan.head_dim, self.fmt.k_vector_words)
+        self.v_fragments = fragments(self.fmt.v_codes, "v", plan.head_dim, self.fmt.v_vector_words)
+
+    # -- queries -----------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def load_queries(self, p: Params, lane: Int32, b: Int32, head: Int32, first_row: Int32, seq: Sequence):
+        """The Query of rows first_row.. of a KV head; row = query token * group + head of the group."""
+        group = p.num_q_heads // p.num_kv_heads
+        tiles, powers, sums, bounds = [], [], [], []
+        for n in range_constexpr(self.columns):
+            row = first_row + n * COLUMNS + (lane >> 2)
+            valid = row < group * p.q_len
+            row = cutlass.select_(valid, row, Int32(0))
+            token = row // group
+            at = Int64(b * p.q_len + token) * p.num_q_heads + head * group + row - token * group
+            at = p.q.toint() + at * (2 * self.plan.head_dim) + Int64(lane & 3) * 4
+            scale = cutlass.select_(valid, p.softmax_scale_log2, Float32(0.0))
+            registers = [ptx.load_global(at, offset=16 * i)[0] for i in range(2 * self.tiles)]
+            values = [(low * scale, high * scale) for low, high in self.floats(p, registers)]
+            largest = Float32(0.0)
+            for i in range_constexpr(2 * self.tiles):
+                largest = ptx.fmax(largest, ptx.fmax(ptx.fabs(values[i][0]), ptx.fabs(values[i][1])))
+            for i in range_constexpr(2):
+                largest = ptx.fmax(largest, ptx.shuffle_xor(largest, 1 << i))
+            exponent = ptx.bits(largest) & EXPONENT
+            inverse = ptx.from_bits(0x7F000000 - exponent)  # 1 / 2^e
+            halves = [ptx.to_half2(low * inverse, high * inverse) for low, high in values]
+            tiles.append([halves[2 * c : 2 * c + 2] for c in range(self.tiles)])
+            # lane 4 g holds column g: fetch those of columns 2q, 2q + 1
+            powers.append([ptx.from_bits(ptx.shuffle(exponent, (lane & 3) * 8 + 4 * j)) for j in range(2)])
+            sums.append([] if self.k_per_channel else self.group_sums(tiles[n]))
+            highs = [
+                seq.length - p.q_len + (first_row + n * COLUMNS + (lane & 3) * 2 + j) // group + 1 - (lane >> 2)
+                for j in range(2)
+            ]
+            bounds.append([(high - p.window, high) for high in highs])
+        return Query(tiles, powers, sums, bounds)
+
+    def group_sums(self, tiles: list) -> list:
+        per_group = self.k_group // TILE
+        sums = []
+        for j in range(self.plan.k_groups):
+            total = [Float32(0.0)] * 4
+            for c in range(j * per_group, (j + 1) * per_group):
+                total = ptx.mma(total, [Int32(HALF2_ONES)] * 4, tiles[c])
+            sums.append(total[:2])
+        return sums
+
+    @cute.jit
+    def floats(self, p: Params, registers: list):
+        """Registers of two 16-bit values of the model's dtype as pairs of fp32."""
+        pairs = [ptx.half2_floats(register) for register in registers]
+        if p.bfloat16 == 1:
+            pairs = [ptx.bfloat2_floats(register) for register in registers]
+        return pairs
+
+    @cute.jit
+    def halves(self, p: Params, registers: list):
+        """Registers of two 16-bit values of the model's dtype as fp16; bf16 beyond its range saturates."""
+        if p.bfloat16 == 1:
+            registers = [ptx.to_half2(*[saturated(x) for x in ptx.bfloat2_floats(register)]) for register in registers]
+        return registers
+
+    def first_state(self) -> State:
+        columns = range(self.columns)
+        return State(
+            [[Float32(FIRST_MAX)] * 2 for _ in columns],
+            [[Float32(0.0)] * 2 for _ in columns],
+            [[[Float32(0.0)] * 4 for _ in range(self.tiles)] for _ in columns],
+            [[[Float32(0.0)] * 4 for _ in range(self.plan.v_groups)] for _ in columns],
+        )
+
+    # -- a block -----------------------------------------------------------------------------------------------
+
+    def addresses(self, stage: Int32, member: Int32, lane: Int32) -> Addresses:
+        """For warp ``member`` of those that share the block in ``stage``."""
+        fmt = self.fmt
+        first = member * self.plan.slices
+        quad = (lane & 3) * 16
+        group_row = first * SLICE_TOKENS // self.k_group * (2 * self.plan.head_dim) if self.k_per_channel else 0
+        return Addresses(
+            stage + first * (fmt.k_codes.nbytes // NUM_SLICES) + lane * (4 * fmt.k_vector_words),
+            stage + first * (fmt.v_codes.nbytes // NUM_SLICES) + lane * (4 * fmt.v_vector_words),
+            stage + quad + group_row,
+            stage + quad + first * (2 * SLICE_TOKENS),
+            stage + (lane >> 2) * (8 * self.plan.k_groups) + first * (2 * SLICE_TOKENS * self.plan.k_groups),
+        )
+
+    @cute.jit
+    def attend_block(
+        self, p: Params, at: Addresses, position: Int32, end: Int32, lane: Int32, query: Query, state: State, masked
+    ):
+        """Attend to the warp's slices; ``position`` of their first token, ``end`` of the packed tokens.
+
+        masked (trace time): some of the tokens are invisible to a query or beyond ``end``.
+        """
+        mean = self.mean_scores(at.k_quad, query)
+        scaled, bias = [], []
+        scores = [[] for _ in range(self.columns)]
+        for i in range_constexpr(self.plan.slices):
+            if cutlass.const_expr(self.k_per_channel and i * SLICE_TOKENS % self.k_group == 0):
+                scaled, bias = self.scaled_queries(at.k_quad, i * SLICE_TOKENS // self.k_group, query)
+            vectors = self.code_vectors(at.k_lane, self.fmt.k_codes, i, self.fmt.k_vector_words)
+            if cutlass.const_expr(self.k_per_channel):
+                tiles = self.channel_scores(vectors, scaled, bias, mean, query)
+            else:
+                tiles = self.token_scores(vectors, at.rows, i, mean, query)
+            for n in range_constexpr(self.columns):
+                scores[n] += tiles[n]
+        if cutlass.const_expr(self.softcap):
+            scores = self.soft_capped(scores, p.softcap)
+        if cutlass.const_expr(masked):
+            scores = self.visible(scores, position, end - (lane >> 2), query)
+        probabilities, state = self.softmax(scores, state)
+        for i in range_constexpr(self.plan.slices):
+            state = self.accumulate(
+                at, i, [tiles[2 * i : 2 * i + 2] for tiles in probabilities], state, position + (lane & 3) * 2, end, masked
+            )
+        return state
+
+    def code_vectors(self, lane_base: Int32, section: Section, slice_: int, vector_words: int) -> list:
+        """All code vectors of a slice; lane_base = stage + the lane's place in a vector."""
+        slice_bytes = section.nbytes // NUM_SLICES
+        step = cute.arch.WARP_SIZE * vector_words * 4
+        first = section.offset + slice_ * slice_bytes
+        return [ptx.load_shared(lane_base, first + v * step, vector_words) for v in range(slice_bytes // step)]
+
+    def b_params(self, quad_base: Int32, section: Section, row: int, tile_pair: int) -> list:
+        """Parameters in B order, [tile][2] half2 of two tiles; quad_base = stage + 16 q."""
+        got = ptx.load_shared(quad_base, section.offset + 2 * section.layout(row, 2 * TILE * tile_pair), 4)
+        return [got[:2], got[2:]]
+
+    def row_params(self, row_base: Int32, section: Section, slice_: int, group: int) -> list:
+        """Four parameters, of rows g, g+8, g+16, g+24, as fp32; row_base = stage + the place of g."""
+        first, second = ptx.load_shared(row_base, section.offset + 2 * section.layout(slice_ * SLICE_TOKENS, group), 2)
+        return [*ptx.half2_floats(first), *ptx.half2_floats(second)]
+
+    def scaled_queries(self, quad_base: Int32, row: int, query: Query) -> tuple:
+        """K per channel: Q' = Q * scale, [n][c][2] half2, and the bias sum_c Q' * zero, [n][2]."""
+        scaled = [[] for _ in query.tiles]
+        bias = [[Float32(0.0)] * 4 for _ in query.tiles]
+        zero = [[half2_constant(symmetric_zero(self.k_bits))] * 2] * 2
+        for pair in range(self.tiles // 2):
+            scale = self.b_params(quad_base, self.fmt.k_scale, row, pair)
+            if self.fmt.k_zero is not None:
+                zero = self.b_params(quad_base, self.fmt.k_zero, row, pair)
+            for n, tiles in enumerate(query.tiles):
+                for i in range(2):
+                    operand = [ptx.mul_half2(tiles[2 * pair + i][r], scale[i][r]) for r in range(2)]
+                    bias[n] = ptx.mma(bias[n], rows_of(zero[i]), operand)
+                    scaled[n].append(operand)
+        return scaled, [total[:2] for total in bias]
+
+    def mean_scores(self, quad_base: Int32, query: Query) -> list:
+        """[n][2]: Q times the block's channel mean, 0 without one."""
+        if self.fmt.k_mean is None:
+            return [[Float32(0.0)] * 2 for _ in query.tiles]
+        total = [[Float32(0.0)] * 4 for _ in query.tiles]
+        for pair in range(self.tiles // 2):
+            mean = self.b_params(quad_base, self.fmt.k_mean, 0, pair)
+            for n, tiles in enumerate(query.tiles):
+                for i in range(2):
+                    total[n] = ptx.mma(total[n], rows_of(mean[i]), tiles[2 * pair + i])
+        return [t[:2] for t in total]
+
+    def code_products(self, vectors: list, operand: list, channel_tiles: range) -> list:
+        """codes_k Q over some channel tiles, [n][t][4]; rows are still scaled by the codes' powers of two."""
+        acc = [[[Float32(0.0)] * 4 for _ in range(2)] for _ in operand]
+        for c in channel_tiles:
+            for t in range(2):
+                a = [extract(vectors, f, self.k_bits) for f in self.k_fragments[t, c]]
+                for n, tiles in enumerate(operand):
+                    acc[n][t] = ptx.mma(acc[n][t], a, tiles[c])
+        return acc
+
+    def row_factor(self, t: int, i: int) -> float:
+        """Takes accumulator i of token tile t back from the codes' power of two."""
+        return 1.0 / power(self.k_fragments[t, 0][i // 2])
+
+    def channel_scores(self, vectors: list, scaled: list, bias: list, mean: list, query: Query) -> list:
+        """log2 scores of a slice, [n][t][4], K per channel."""
+        acc = self.code_products(vectors, scaled, range(self.tiles))
+        for n, powers in enumerate(query.powers):
+            offset = [(bias[n][j] + mean[n][j]) * powers[j] for j in range(2)]
+            for t in range(2):
+                factor = [powers[i % 2] * self.row_factor(t, i) for i in range(4)]
+                acc[n][t] = [x * factor[i] + offset[i % 2] for i, x in enumerate(acc[n][t])]
+        return acc
+
+    def token_scores(self, vectors: list, row_base: Int32, slice_: int, mean: list, query: Query) -> list:
+        """log2 scores of a slice, [n][t][4], K per token: sum over channel groups of scale (codes Q + zero sum Q)."""
+        total = [[[mean[n][i % 2] for i in range(4)] for _ in range(2)] for n in range(self.columns)]
+        per_group = self.k_group // TILE
+        zero = [Float32(symmetric_zero(self.k_bits))] * 4
+        for j in range(self.plan.k_groups):
+            acc = self.code_products(vectors, query.tiles, range(j * per_group, (j + 1) * per_group))
+            scale = self.row_params(row_base, self.fmt.k_scale, slice_, j)
+            if self.fmt.k_zero is not None:
+                zero = self.row_params(row_base, self.fmt.k_zero, slice_, j)
+            for n in range(self.columns):
+                for t in range(2):
+                    for i, x in enumerate(acc[n][t]):
+                        row = 2 * t + i // 2
+                        value = x * self.row_factor(t, i) + zero[row] * query.sums[n][j][i % 2]
+                        total[n][t][i] = value * scale[row] + total[n][t][i]
+        return [[[x * powers[i % 2] for i, x in enumerate(t)] for t in total[n]] for n, powers in enumerate(query.powers)]
+
+    def soft_capped(self, scores: list, cap: Float32) -> list:
+        """cap * tanh(s / cap) on log2 scores; tanh through exp2, since tanh.approx has 11 bits only."""
+        inverse = ptx.reciprocal(cap) * 2.0  # exp2(log2 score * 2 / cap) = e^(2 s / cap)
+        limit = cap * LOG2E
+
+        def capped(x: Float32) -> Float32:
+            return limit - 2.0 * limit * ptx.reciprocal(ptx.exp2(x * inverse) + 1.0)
+
+        return [[[capped(x) for x in tile] for tile in tiles] for tiles in scores]
+
+    @cute.jit
+    def visible(self, scores: list, position: Int32, end: Int32, query: Query):
+        """Scores with -inf where a key is outside its column's bounds or beyond ``end`` (less the lane's row)."""
+        for n in range_constexpr(self.columns):
+            for t in range_constexpr(len(scores[n])):
+                for i in range_constexpr(4):
+                    at = position + TILE * t + 8 * (i // 2)
+                    low, high = query.bounds[n][i % 2]
+                    if (at < low) | (at >= cutlass.min(high, end)):
+                        scores[n][t][i] = Float32(-float("inf"))
+        return scores
+
+    @cute.jit
+    def softmax(self, scores: list, state: State):
+        """P = exp2(S - maximum), [n][t][4], and the State with its sums; it is rescaled only if the maximum must grow."""
+        top, total, out, zeros = state
+        highest = []
+        grown = Boolean(False)
+        for n in range_constexpr(self.columns):
+            peaks = []
+            for j in range_constexpr(2):
+                peak = ptx.fmax(scores[n][0][j], scores[n][0][j + 2])
+                for t in range_constexpr(1, len(scores[n])):
+                    peak = ptx.fmax(peak, ptx.fmax(scores[n][t][j], scores[n][t][j + 2]))
+                grown = grown | (peak > top[n][j] + RESCALE_ABOVE)
+                peaks.append(peak)
+            highest.append(peaks)
+        if ptx.any_lane(grown):
+            for n in range_constexpr(self.columns):
+                for j in range_constexpr(2):
+                    peak = highest[n][j]
+                    for i in range_constexpr(3):
+                        peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 4 << i))
+                    peak = ptx.fmax(peak, top[n][j])
+                    factor = ptx.exp2(top[n][j] - peak)
+                    top[n][j] = peak
+                    total[n][j] = total[n][j] * factor
+                    for i in range_constexpr(j, 4, 2):
+                        for c in range_constexpr(self.tiles):
+                            out[n][c][i] = out[n][c][i] * factor
+                        for g in range_constexpr(self.plan.v_groups):
+                            zeros[n][g][i] = zeros[n][g][i] * factor
+        for n in range_constexpr(self.columns):
+            for t in range_constexpr(len(scores[n])):
+                for i in range_constexpr(4):
+                    scores[n][t][i] = ptx.exp2(scores[n][t][i] - top[n][i % 2])
+                    total[n][i % 2] = total[n][i % 2] + scores[n][t][i]
+        return scores, State(top, total, out, zeros)
+
+    def transposed(self, tile: list) -> list:
+        """P of a token tile from accumulator order to B operand: 4 floats -> 2 half2."""
+        return [ptx.transpose8x8(ptx.to_half2(tile[2 * r], tile[2 * r + 1])) for r in range(2)]
+
+    def accumulate(self, at: Addresses, slice_: int, p: list, state: State, token: Int32, end: Int32, masked: bool) -> State:
+        """O^T += V^T P^T of a slice; ``token``: position of the lane's first token of the block part in B order."""
+        top, total, out, zeros = state
+        operand = [[self.transposed(t) for t in tiles] for tiles in p]
+        vectors = self.code_vectors(at.v_lane, self.fmt.v_codes, slice_, self.fmt.v_vector_words)
+        zero = [[half2_constant(symmetric_zero(self.v_bits))] * 2] * 2
+        per_group = self.v_group // TILE
+        for g in range(self.plan.v_groups):
+            scale = self.value_params(at, self.fmt.v_scale, g, slice_, token, end, masked)
+            if self.fmt.v_zero is not None:
+                zero = self.value_params(at, self.fmt.v_zero, g, slice_, token, end, masked)
+            for n in range(self.columns):
+                for t in range(2):
+                    scaled = [ptx.mul_half2(operand[n][t][r], scale[t][r]) for r in range(2)]
+                    zeros[n][g] = ptx.mma(zeros[n][g], rows_of(zero[t]), scaled)
+                    for c in range(g * per_group, (g + 1) * per_group):
+                        a = [extract(vectors, f, self.v_bits) for f in self.v_fragments[t, c]]
+                        out[n][c] = ptx.mma(out[n][c], a, scaled)
+        return State(top, total, out, zeros)
+
+    def value_params(self, at: Addresses, section: Section, group: int, slice_: int, token: Int32, end: Int32, masked: bool) -> list:
+        """V parameters of a slice, [t][2] half2; if masked, those from token ``end`` on read as 0, never as NaN."""
+        params = self.b_params(at.v_quad, section, group, slice_)
+        if masked:
+            token = token + slice_ * SLICE_TOKENS
+            params = [[self.before(params[t][r], token + TILE * t + 8 * r, end) for r in range(2)] for t in range(2)]
+        return params
+
+    def before(self, register: Int32, token: Int32, end: Int32) -> Int32:
+        """A half2 of parameters of tokens (token, token + 1), zero from ``end`` on."""
+        kept = cutlass.select_(token + 1 < end, register, register & 0xFFFF)
+        return cutlass.select_(token < end, kept, Int32(0))
+
+    def v_power(self, c: int, i: int) -> float:
+        """The codes' power of two in accumulator i of channel tile c."""
+        return power(self.v_fragments[0, c][i // 2])
+
+    def folded(self, state: State) -> State:
+        """The zeros' sums moved into the codes' sums, so that neither grows far: they cancel for the most part."""
+        top, total, out, zeros = state
+        per_group = self.v_group // TILE
+        for n in range(self.columns):
+            for c in range(self.tiles):
+                zero = zeros[n][c // per_group]
+                out[n][c] = [x + zero[i] * self.v_power(c, i) for i, x in enumerate(out[n][c])]
+            zeros[n] = [[Float32(0.0)] * 4 for _ in zeros[n]]
+        return State(top, total, out, zeros)
+
+    def finished(self, state: State) -> State:
+        """``out`` as O^T itself, after the last block."""
+        top, total, out, zeros = self.folded(state)
+        for n in range(self.columns):
+            out[n] = [[x * (1.0 / self.v_power(c, i)) for i, x in enumerate(out[n][c])] for c in range(self.tiles)]
+        return State(top, total, out, zeros)
+
+    # -- 16-bit tokens -----------------------------------------------------------------------------------------
+
+    @cute.jit
+    def attend_chunk(
+        self, p: Params, seq: Sequence, chunk: Int32, member: Int32, lane: Int32, b: Int32, head: Int32, query: Query, state: State
+    ):
+        """A warp's 16 tokens of a 16-bit unit, read from global memory; sinks come first, then the tail."""
+        k, v, capacity = p.sink_k.toint(), p.sink_v.toint(), p.num_sink
+        token, held, position = chunk * self.plan.chunk, seq.sinks, Int32(0)
+        if chunk >= seq.sink_units:
+            k, v, capacity = p.tail_k.toint(), p.tail_v.toint(), p.tail_capacity
+            token = (chunk - seq.sink_units) * self.plan.chunk
+            held = seq.tail
+            position = seq.sinks + seq.packed
+        token += member * TILE
+        if token < held:
+            # byte offsets of the lane's rows g and g + 8; rows beyond the last are read as the last, and masked
+            rows = []
+            for r in range_constexpr(2):
+                row = cutlass.min(token + (lane >> 2) + 8 * r, held - 1)
+                at = (Int64(b * capacity + row) * p.num_kv_heads + head) * (2 * self.plan.head_dim)
+                rows.append(at + Int64(lane & 3) * 4)
+            scores = [[[Float32(0.0)] * 4] for _ in range(self.columns)]
+            keys = self.halves(p, [channel_pair(k + rows[i & 1], i // 4, i >> 1 & 1) for i in range(4 * self.tiles)])
+            for c in range_constexpr(self.tiles):
+                for n in range_constexpr(self.columns):
+                    scores[n][0] = ptx.mma(scores[n][0], keys[4 * c : 4 * c + 4], query.tiles[n][c])
+            scores = [[[x * query.powers[n][i % 2] for i, x in enumerate(scores[n][0])]] for n in range(self.columns)]
+            if cutlass.const_expr(self.softcap):
+                scores = self.soft_capped(scores, p.softcap)
+            scores = self.visible(scores, position + token, position + held - (lane >> 2), query)
+            probabilities, state = self.softmax(scores, state)
+            top, total, out, zeros = state
+            operand = [self.transposed(tiles[0]) for tiles in probabilities]
+            # 8x8 matrices (tokens, channels) transposed: register r of an A tile has channels 8 (r & 1), tokens 8 (r >> 1)
+            values = [channel_pair(v + rows[i >> 1 & 1], i // 4, i & 1) for i in range(4 * self.tiles)]
+            values = self.halves(p, values)
+            for c in range_constexpr(self.tiles):
+                a = [ptx.transpose8x8(x) for x in values[4 * c : 4 * c + 4]]
+                for n in range_constexpr(self.columns):
+                    out[n][c] = ptx.mma(out[n][c], a, operand[n])
+            state = State(top, total, out, zeros)
+        return state
+
+
+def channel_pair(row: Int64, c: int, half: int) -> Int32:
+    """Channels 2q, 2q + 1 of half ``half`` of channel tile c of a 16-bit row; row includes the lane's 4 q bytes."""
+    return ptx.load_global(row, offset=2 * (TILE * c + 8 * half))[0]
+
+
+def saturated(x: Float32) -> Float32:
+    return ptx.fmin(ptx.fmax(x, Float32(-HALF_MAX)), Float32(HALF_MAX))
+
+
+def rows_of(pair: list) -> list:
+    """The A tile whose 16 rows are all the same 16 values, given as B-order half2 (columns 2q.., 2q + 8..)."""
+    return [pair[0], pair[0], pair[1], pair[1]]

@@ -1,0 +1,152 @@
+"""KernelConfig -> cubin and what its launch needs; kernel packs for the build.
+
+``python -m cute_kernels.compile --arch sm90a --out bitdecoding-sm90a.bdpack`` compiles the manifest of an
+architecture; ``--name`` compiles named kernels instead. Needs the CuTe DSL, but neither a GPU nor a CUDA toolkit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from .config import KernelConfig, QuantSpec
+from .cubin import read_cubin
+from .errors import UnsupportedConfig
+from .pack import CompiledKernel, write_pack
+from .plan import Plan
+
+DSL = "nvidia-cutlass-dsl"
+# "a": instructions of this architecture only; "f": runs on its family (sm_100 and 103, sm_120 and 121)
+GPU_ARCHS = {"sm80": "sm_80", "sm89": "sm_89", "sm90a": "sm_90a", "sm100": "sm_100f", "sm120": "sm_120f"}
+MANIFEST_HEAD_DIMS = (64, 128)
+MANIFEST_GROUPS = (32, 64, 128)
+MAX_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the DSL makes of a config: PTX text, cubin, and the symbol of the kernel."""
+
+    ptx: str
+    cubin: bytes
+    entry: str
+
+
+def compile_config(config: KernelConfig) -> Compiled:
+    """Compile one kernel in this process; raises UnsupportedConfig or InvalidArgument before the DSL starts."""
+    config.validate()
+    arch = GPU_ARCHS[config.arch]
+    os.environ["CUTE_DSL_ARCH"] = arch  # without it the DSL asks a driver
+    from cutlass import Int32, cute
+
+    from .decode import DecodeKernel, example_params
+
+    with _scratch_directory():  # the DSL leaves the files that it keeps in the current one
+        options = f"--gpu-arch {arch} --keep-ptx --keep-cubin"
+        made = cute.compile(DecodeKernel(config), example_params(), Int32(1), options=options)
+    entry = re.search(r"\.visible \.entry (\w+)\(", made.__ptx__)
+    return Compiled(made.__ptx__, made.__cubin__, entry.group(1))
+
+
+def compile_kernel(config: KernelConfig) -> CompiledKernel:
+    """Compile one kernel for a pack; raises UnsupportedConfig if its registers spill."""
+    made = compile_config(config)
+    resources = read_cubin(made.cubin)[made.entry]
+    if resources.frame_bytes:
+        raise UnsupportedConfig(f"{config.name()}: {resources.frame_bytes} bytes of registers spill")
+    plan = Plan(config)
+    return CompiledKernel(
+        name=config.name(),
+        entry=made.entry,
+        cubin=made.cubin,
+        threads=plan.threads,
+        smem=plan.smem_bytes,
+        regs=resources.registers,
+        ctas_per_sm=config.ctas_per_sm,
+    )
+
+
+@contextlib.contextmanager
+def _scratch_directory() -> Iterator[None]:
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+
+def manifest_specs(head_dim: int) -> list[QuantSpec]:
+    """The formats whose kernels a build compiles: K per channel with all groups at 4 bit, and the presets'."""
+    groups = [g for g in MANIFEST_GROUPS if head_dim % g == 0]
+    specs = [QuantSpec(k_group=k, v_group=v) for k in MANIFEST_GROUPS for v in groups]
+    specs += [
+        QuantSpec(k_bits=8, v_bits=8, v_group=64),  # kv8
+        QuantSpec(v_group=64, v_symmetric=True),  # kv4
+        QuantSpec(v_bits=2, v_group=64),  # k4v2
+        QuantSpec(k_bits=2, v_bits=2, k_axis="token", k_group=64, v_group=64, k_symmetric=True, k_mean="block"),  # kv2
+        QuantSpec(k_bits=2, v_bits=2, v_group=groups[-1]),  # kc2
+    ]
+    return specs
+
+
+def manifest(arch: str) -> list[KernelConfig]:
+    """The kernels that a build for ``arch`` compiles, for groups of up to 8 and, for some formats, of more heads."""
+    wide = 16
+    configs = []
+    for head_dim in MANIFEST_HEAD_DIMS:
+        for spec in manifest_specs(head_dim):
+            for group in (8, wide):
+                if group == wide and (spec.k_group, spec.v_group) not in ((128, 64), (128, 128), (64, 64)):
+                    continue
+                configs.append(
+                    KernelConfig.for_problem(
+                        head_dim=head_dim, quant=spec, num_q_heads=group, num_kv_heads=1, arch=arch
+                    )
+                )
+    return configs
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="compile kernels into a kernel pack")
+    parser.add_argument("--arch", required=True, choices=sorted(GPU_ARCHS))
+    parser.add_argument("--out", required=True, type=Path, help="the pack to write")
+    parser.add_argument("--name", action="append", help="a kernel's name, instead of the manifest (may be repeated)")
+    parser.add_argument("--dsl-version", help="fail if another version of the DSL is installed")
+    args = parser.parse_args(arguments)
+    version = metadata.version(DSL)
+    if args.dsl_version not in (None, version):
+        parser.error(f"--dsl-version {args.dsl_version}: {DSL} {version} is installed")
+    configs = [KernelConfig.from_name(name) for name in args.name] if args.name else manifest(args.arch)
+    kernels = compile_kernels(configs)
+    write_pack(args.out, kernels, {"arch": args.arch, "dsl": version})
+    return 0
+
+
+def compile_kernels(configs: list[KernelConfig]) -> list[CompiledKernel]:
+    """Compile several kernels, in parallel where that pays; progress goes to standard error."""
+    workers = min(os.cpu_count() or 1, MAX_WORKERS, len(configs))
+    if workers == 1:
+        return [compile_kernel(config) for config in configs]
+    kernels = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for done, kernel in enumerate(pool.map(compile_kernel, configs), 1):
+            kernels.append(kernel)
+            print(f"[{done}/{len(configs)}] {kernel.name}", file=sys.stderr, flush=True)
+    return kernels
+
+
+if __name__ == "__main__":
+    sys.exit(main())
