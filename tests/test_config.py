@@ -9,6 +9,7 @@ import pytest
 from bitdecoding.cute_kernels import config as config_module
 from bitdecoding.cute_kernels import native
 from bitdecoding.cute_kernels.layouts import FORMAT_VERSION, block_format
+from bitdecoding.cute_kernels.plan import Plan
 
 from bitdecoding import InvalidArgument, KernelConfig, QuantSpec, UnsupportedConfig
 
@@ -241,6 +242,14 @@ def test_for_problem_chooses_the_tile(num_q_heads, num_kv_heads, q_len, q_tile):
         arch="sm90a",
     )
     assert config.q_tile == q_tile
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, NON_DEFAULT_CONFIG, {"head_dim": 256, "stages": 2, "num_warps": 8, "q_tile": 16}]
+)
+def test_smem_bytes_is_what_the_kernel_plans(fields):
+    config = KernelConfig(**fields)
+    assert config.smem_bytes() == Plan(config).smem_bytes
 
 
 def test_for_problem_rejects_head_counts():

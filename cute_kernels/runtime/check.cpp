@@ -81,7 +81,7 @@ class Checker {
   // Row-major without gaps, and 16-byte aligned if the kernel reads it with vector loads.
   Status contiguous(const char* name, const DLTensor& t, bool vectors) const {
     std::int64_t expected = 1;
-    for (int i = t.ndim - 1; i >= 0; --i) {
+    for (int i = t.ndim - 1; i >= 0 && expected > 0; --i) {  // strides of an empty tensor do not matter
       if (t.strides != nullptr && t.shape[i] != 1 && t.strides[i] != expected) {
         return fail(Status::invalid_argument, name, ": strides ", list(t.strides, t.ndim), " of shape ", shape(t),
                     ": must be contiguous");

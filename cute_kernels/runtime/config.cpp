@@ -175,10 +175,13 @@ Status KernelConfig::parse(const std::string& name, KernelConfig* out) noexcept 
 }
 
 std::int64_t KernelConfig::smem_bytes() const noexcept {
+  // as in cute_kernels/plan.py: ring, merge scratch, barriers, flag
+  constexpr std::int64_t kRowPad = 4;
   constexpr std::int64_t kBarrierBytes = 16;  // a full and an empty mbarrier per stage
-  const std::int64_t ring = round_up(stages * block_bytes(head_dim, quant), kSmemAlign);
-  const std::int64_t merge = num_warps * q_tile * (head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
-  return round_up(ring + merge + kBarrierBytes * stages, kSmemAlign);
+  constexpr std::int64_t kFlagBytes = 16;
+  const std::int64_t ring = stages * block_bytes(head_dim, quant);
+  const std::int64_t scratch = num_warps * q_tile * (head_dim + kRowPad) * static_cast<std::int64_t>(sizeof(float));
+  return round_up(ring + scratch + kBarrierBytes * stages + kFlagBytes, kSmemAlign);
 }
 
 std::int64_t smem_limit(const std::string& arch) noexcept {

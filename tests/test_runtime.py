@@ -1,0 +1,426 @@
+"""The runtime without a GPU: the validator of decode's tensors, errors without a driver, kernel look-up, command line.
+
+The launch itself is tested on a GPU with a hand-written kernel that reports its parameters.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from bitdecoding.cute_kernels import native
+from bitdecoding.cute_kernels.pack import CompiledKernel, read_pack
+
+import bitdecoding as bd
+from bitdecoding import CudaError, InvalidArgument, KernelConfig, KernelNotFound, QuantSpec, cli, cuda
+
+check_decode = native.function("check_decode")
+NO_WINDOW = 2**31 - 1
+SPEC = QuantSpec()
+NAMES = ["q", "pages", "block_table", "seqlens", "packed_lens", "tail_k", "tail_v", "sink_k", "sink_v", "sink_logits"]
+NAMES += ["out", "lse"]
+
+
+def decode_tensors(dtype=torch.float16, device="cpu"):
+    """All tensors of a small decode call, by argument name."""
+    batch, q_len, num_q_heads, num_kv_heads, head_dim = 2, 1, 32, 8, 128
+    new = {"dtype": dtype, "device": device}
+    int32 = {"dtype": torch.int32, "device": device}
+    return {
+        "q": torch.zeros(batch, q_len, num_q_heads, head_dim, **new),
+        "pages": torch.zeros(5, num_kv_heads, SPEC.block_bytes(head_dim), dtype=torch.uint8, device=device),
+        "block_table": torch.zeros(batch, 3, **int32),
+        "seqlens": torch.zeros(batch, **int32),
+        "packed_lens": torch.zeros(batch, **int32),
+        "tail_k": torch.zeros(batch, 16, num_kv_heads, head_dim, **new),
+        "tail_v": torch.zeros(batch, 16, num_kv_heads, head_dim, **new),
+        "sink_k": torch.zeros(batch, 4, num_kv_heads, head_dim, **new),
+        "sink_v": torch.zeros(batch, 4, num_kv_heads, head_dim, **new),
+        "sink_logits": torch.zeros(num_q_heads, device=device),
+        "out": torch.zeros(batch, q_len, num_q_heads, head_dim, **new),
+        "lse": torch.zeros(batch, q_len, num_q_heads, device=device),
+    }
+
+
+def check(tensors, spec=SPEC, window=NO_WINDOW, softmax_scale=0.1, softcap=0.0):
+    check_decode(*(tensors[name] for name in NAMES), spec, window, softmax_scale, softcap)
+
+
+# ---------------------------------------------------------------------------------------------- the validator
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sound_tensors_pass(dtype):
+    check(decode_tensors(dtype))
+    required = decode_tensors(dtype) | dict.fromkeys(NAMES[4:])
+    check(required)
+    check(required, window=1, softmax_scale=2.0, softcap=50.0)
+
+
+def test_pages_may_be_a_slice_of_a_pool():
+    tensors = decode_tensors()
+    pool = torch.zeros(5, 3, *tensors["pages"].shape[1:], dtype=torch.uint8)
+    check(tensors | {"pages": pool[:, 1]})
+    check(tensors | {"pages": tensors["pages"][::2]})
+
+
+WRONG_TENSORS = [
+    ("q", lambda t: t.float().double(), "q: dtype float64: allowed are float16, bfloat16, float32"),
+    ("q", lambda t: t[0], "q: shape [1, 32, 128]: must be [batch, q_len, num_q_heads, head_dim]"),
+    ("q", lambda t: t[:, :, :31].contiguous(), "num_q_heads must be a multiple of num_kv_heads=8"),
+    ("q", lambda t: t[:, :0], "q_len must be positive"),
+    ("q", lambda t: t[..., :80].contiguous(), "head_dim=80: allowed are 64, 96, 128, 256"),
+    ("q", lambda t: t.transpose(2, 3).contiguous().transpose(2, 3), "q: strides"),
+    ("q", lambda t: torch.zeros(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape), "q: address must be a multiple of 16"),
+    ("pages", lambda t: t.int(), "pages: dtype int32: allowed are uint8"),
+    ("pages", lambda t: t[..., :-1], "block_bytes=17408"),
+    ("pages", lambda t: t[0], "pages: shape [8, 17408]"),
+    ("pages", lambda t: t[:, :0], "num_q_heads must be a multiple of num_kv_heads=0"),
+    ("pages", lambda t: t.mT.contiguous().mT, "pages: strides"),
+    ("block_table", lambda t: t.long(), "block_table: dtype int64: allowed are int32"),
+    ("block_table", lambda t: t[:1], "block_table: shape [1, 3]: must be [batch=2, max_pages]"),
+    ("block_table", lambda t: t.T.contiguous().T, "block_table: strides"),
+    ("seqlens", lambda t: t[:1], "seqlens: shape [1]: must be [batch=2]"),
+    ("seqlens", lambda t: t.float(), "seqlens: dtype float32"),
+    ("packed_lens", lambda t: t[None], "packed_lens: shape [1, 2]"),
+    ("tail_k", lambda t: None, "tail_k: is missing, tail_v is given"),
+    ("tail_v", lambda t: None, "tail_v: is missing, tail_k is given"),
+    ("tail_k", lambda t: t.bfloat16(), "tail_k: dtype bfloat16: allowed are float16"),
+    ("tail_k", lambda t: t[:, :, :4], "num_kv_heads=8"),
+    ("tail_v", lambda t: t[:, :8].contiguous(), "tail_capacity=16"),
+    ("tail_v", lambda t: t[:, ::2], "tail_v: shape [2, 8, 8, 128]"),
+    ("sink_v", lambda t: None, "sink_v: is missing, sink_k is given"),
+    ("sink_k", lambda t: t[..., :64].contiguous(), "head_dim=128"),
+    ("sink_v", lambda t: t[:, :3].contiguous(), "num_sink=4"),
+    ("sink_logits", lambda t: t.half(), "sink_logits: dtype float16: allowed are float32"),
+    ("sink_logits", lambda t: t[:8], "sink_logits: shape [8]: must be [num_q_heads=32]"),
+    ("out", lambda t: t.float(), "out: dtype float32: allowed are float16"),
+    ("out", lambda t: t[:, :, :16].contiguous(), "out: shape [2, 1, 16, 128]"),
+    ("lse", lambda t: t[..., None], "lse: shape [2, 1, 32, 1]: must be [batch=2, q_len=1, num_q_heads=32]"),
+    ("lse", lambda t: t.half(), "lse: dtype float16"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), WRONG_TENSORS, ids=lambda x: x if isinstance(x, str) else "")
+def test_wrong_tensors_are_named(name, change, message):
+    tensors = decode_tensors()
+    tensors[name] = change(tensors[name])
+    with pytest.raises(InvalidArgument) as caught:
+        check(tensors)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window=0: allowed are 1 to 2^31 - 1"),
+        ({"window": 2**31}, "window=2147483648"),
+        ({"softmax_scale": 0.0}, "softmax_scale=0: must be positive and finite"),
+        ({"softmax_scale": float("nan")}, "softmax_scale=nan"),
+        ({"softcap": -1.0}, "softcap=-1: must be positive and finite, or 0"),
+        ({"softcap": float("inf")}, "softcap=inf"),
+    ],
+)
+def test_wrong_scalars_are_named(options, message):
+    with pytest.raises(InvalidArgument) as caught:
+        check(decode_tensors(), **options)
+    assert message in str(caught.value)
+
+
+def test_spec_must_fit_head_dim():
+    tensors = decode_tensors()
+    tensors["q"] = tensors["q"][..., :64].contiguous()
+    with pytest.raises(InvalidArgument, match="v_group=128: must divide head_dim=64"):
+        check(tensors)
+
+
+def test_tensors_are_needed():
+    with pytest.raises(TypeError, match="DLTensor"):
+        check(decode_tensors() | {"q": [1.0]})
+
+
+# ---------------------------------------------------------------------------------------------- without a driver
+
+WITHOUT_DRIVER = """
+import bitdecoding as bd
+from bitdecoding.cute_kernels import native
+for call in (
+    lambda: native.function("device_count")(),
+    lambda: native.function("device_info")(0),
+    lambda: native.function("capture_id")(0, 0),
+    lambda: bd.KernelConfig.for_problem(
+        head_dim=128, quant=bd.QuantSpec(), dtype="float16", num_q_heads=8, num_kv_heads=8
+    ),
+):
+    try:
+        call()
+    except bd.CudaError as error:
+        print(error)
+"""
+
+
+def test_without_a_usable_driver_errors_say_what_is_missing():
+    # hidden devices make a machine with a driver fail alike, at cuInit
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-c", WITHOUT_DRIVER]
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    lines = output.splitlines()
+    assert len(lines) == 4
+    assert all("libcuda.so.1: not found" in line or "CUDA_ERROR" in line for line in lines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_launch_without_a_driver():
+    name = KernelConfig(q_tile=40).name()
+    handle = native.function("add_kernel")(name, "entry", b"cubin", 160, 0, 0, 1)
+    with pytest.raises(CudaError, match=r"libcuda\.so\.1|CUDA_ERROR"):
+        native.function("workspace_bytes")(handle, 0)
+
+
+def test_kernels_reject_cpu_tensors():
+    handle = native.function("add_kernel")(KernelConfig(q_tile=40).name(), "entry", b"cubin", 160, 0, 0, 1)
+    tensors = decode_tensors()
+    workspace = torch.zeros(16, dtype=torch.uint8)
+    with pytest.raises(InvalidArgument, match="q: is on cpu: kernels need CUDA tensors"):
+        native.function("decode")(handle, *tensors.values(), workspace, NO_WINDOW, 0.1, 0.0)
+
+
+def test_registry_from_many_threads():
+    names = [
+        KernelConfig(
+            q_tile=48, stages=1 + i % 4, num_warps=4 * (1 + i % 2), head_dim=64, quant=QuantSpec(v_group=64)
+        ).name()
+        for i in range(64)
+    ]
+    handles = [None] * len(names)
+
+    def register(i):
+        handles[i] = native.function("add_kernel")(names[i], "entry", b"cubin", 160, 0, 0, 1)
+
+    threads = [threading.Thread(target=register, args=(i,)) for i in range(len(names))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert handles == [native.function("find_kernel")(name) for name in names]
+    assert len(set(handles)) == len(set(names))
+
+
+# ---------------------------------------------------------------------------------------------- finding kernels
+
+
+def fake_compiler(monkeypatch, tmp_path, calls):
+    """Replaces the compiler by one that records its calls; the cache of compiled kernels is empty."""
+    module = type(sys)("bitdecoding.cute_kernels.compile")
+
+    def compile_kernel(config):
+        calls.append(config.name())
+        return CompiledKernel(config.name(), "entry", b"cubin", 160, config.smem_bytes(), 128, 1)
+
+    module.compile_kernel = compile_kernel
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(cuda.metadata, "version", lambda name: "4.8.1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def test_a_missing_kernel_is_compiled_once_and_kept_on_disk(monkeypatch, tmp_path):
+    calls = []
+    fake_compiler(monkeypatch, tmp_path, calls)
+    config = KernelConfig(q_tile=56, stages=1)
+    handle = cuda.kernel_handle(config)
+    assert cuda.kernel_handle(config) == handle
+    assert calls == [config.name()]
+    (path,) = (tmp_path / "bitdecoding").iterdir()
+    assert path.name.startswith(config.name() + "-")
+    assert [kernel.name for kernel in read_pack(path)[1]] == [config.name()]
+
+
+def test_a_damaged_cache_file_is_compiled_anew(monkeypatch, tmp_path):
+    calls = []
+    fake_compiler(monkeypatch, tmp_path, calls)
+    config = KernelConfig(q_tile=56, stages=2)
+    path = tmp_path / "bitdecoding" / f"{config.name()}-{cuda._source_digest('4.8.1')}.bdpack"
+    path.parent.mkdir()
+    path.write_bytes(b"BDPACK 1\n7\n")
+    assert cuda.kernel_handle(config) >= 0
+    assert calls == [config.name()]
+    assert len(read_pack(path)[1]) == 1
+
+
+def test_without_a_compiler_the_error_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitdecoding.cute_kernels.compile", None)  # importing it fails
+    with pytest.raises(KernelNotFound) as caught:
+        cuda.kernel_handle(KernelConfig(q_tile=56, stages=3))
+    assert "BITDECODING_ARCH=sm90a pip install ." in str(caught.value)
+    assert "pip install '.[jit]'" in str(caught.value)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_rotation_by_matrix_equals_the_transform(head_dim):
+    x = torch.randn(3, 2, head_dim, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(cuda.rotate(x, torch.empty_like(x)), bd.hadamard(x), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def test_info_as_text(capsys):
+    assert cli.main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("bitdecoding 0.1.0")
+    assert "libbitdecoding_ffi.so" in output
+    if not torch.cuda.is_available():
+        assert "GPU        none: " in output
+
+
+def test_info_as_json(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["format_version"] == 1
+    assert bool(facts["gpus"]) == (facts["no_gpu_because"] is None)
+    for gpu in facts["gpus"]:
+        assert facts["install"][gpu["arch"]] == f"BITDECODING_ARCH={gpu['arch']} pip install ."
+
+
+def test_errors_of_a_command_are_one_line(monkeypatch, capsys):
+    def fail(args):
+        raise InvalidArgument("tokens=0: must be positive")
+
+    monkeypatch.setattr("bitdecoding.info.run", fail)
+    assert cli.main(["info"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "bitdecoding info: tokens=0: must be positive\n"
+    assert captured.out == ""
+
+
+def test_a_command_without_its_extra(monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "demo", ("no_such_module", "about"))
+    assert cli.main(["demo"]) == 2
+    assert "pip install '.[demo]'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- on a GPU
+
+# Thread 0 of the first CTA writes its 160 bytes of parameters to `out`, then grid, block and shared-memory sizes.
+PARAMETERS = [("u64", 15), ("u32", 10)]
+
+
+def reporting_ptx():
+    kinds = [kind for kind, count in PARAMETERS for _ in range(count)]
+    offsets = [sum(4 if kind == "u32" else 8 for kind in kinds[:i]) for i in range(len(kinds))]
+    declared = ", ".join(f".param .{kind} p{i}" for i, kind in enumerate(kinds))
+    stores = []
+    for i, (kind, offset) in enumerate(zip(kinds, offsets, strict=True)):
+        register = "%r1" if kind == "u32" else "%rd2"
+        stores.append(f"ld.param.{kind} {register}, [p{i}]; st.global.{kind} [%rd1+{offset}], {register};")
+    for i, special in enumerate(("%nctaid.x", "%ntid.x", "%dynamic_smem_size")):
+        stores.append(f"mov.u32 %r1, {special}; st.global.u32 [%rd1+{160 + 4 * i}], %r1;")
+    body = "\n".join(stores)
+    return (
+        f"""
+.version 7.8
+.target sm_80
+.address_size 64
+.visible .entry report({declared})
+{{
+    .reg .pred %p1; .reg .b32 %r<4>; .reg .b64 %rd<4>;
+    mov.u32 %r2, %ctaid.x; mov.u32 %r3, %tid.x; or.b32 %r2, %r2, %r3;
+    setp.ne.u32 %p1, %r2, 0;
+    @%p1 bra DONE;
+    ld.param.u64 %rd1, [p10];
+    {body}
+DONE:
+    ret;
+}}
+""".encode()
+        + b"\0"
+    )
+
+
+@pytest.fixture(scope="module")
+def report_kernel():
+    from bitdecoding.cute_kernels.config import device_arch
+
+    config = KernelConfig(arch=device_arch(0), copy="cp_async", q_tile=64, stages=1)
+    smem = 70_000  # more than a kernel gets without asking
+    handle = native.function("add_kernel")(config.name(), "report", reporting_ptx(), 160, smem, 0, 2)
+    return config, handle, smem
+
+
+@pytest.mark.gpu
+def test_launch_passes_every_parameter(report_kernel):
+    _, handle, smem = report_kernel
+    tensors = decode_tensors(device="cuda")
+    size = native.function("workspace_bytes")(handle, 0)
+    workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        native.function("decode")(handle, *tensors.values(), workspace, 77, 0.25, 0.0)
+    stream.synchronize()
+    report = tensors["out"].view(torch.uint8).flatten()[:172].cpu()
+    words = report[:120].view(torch.int64).tolist()
+    ints = report[120:152].view(torch.int32).tolist()
+    floats = report[152:160].view(torch.float32).tolist()
+    expected = [tensors[name].data_ptr() for name in NAMES]
+    counters = native.function("counter_bytes")()
+    assert words[:12] == expected
+    assert words[12] == workspace.data_ptr() + counters - 128  # 2 sequences x 8 heads x 1 tile: 64 bytes, aligned
+    assert words[13:] == [8 * SPEC.block_bytes(128), SPEC.block_bytes(128)]
+    assert ints == [2, 1, 32, 8, 3, 16, 4, 77]
+    assert floats == [pytest.approx(0.25 * 1.4426950408889634), 0.0]
+    sms = native.function("device_info")(0)["num_sms"]
+    assert report[160:].view(torch.int32).tolist() == [2 * sms, 160, smem]
+    with pytest.raises(InvalidArgument, match="workspace: has 128 bytes"):
+        native.function("decode")(handle, *tensors.values(), workspace[:128], 77, 0.25, 0.0)
+    on_cpu = tensors | {"seqlens": tensors["seqlens"].cpu()}
+    with pytest.raises(InvalidArgument, match="seqlens: is on cpu: q is on cuda:0"):
+        native.function("decode")(handle, *on_cpu.values(), workspace, 77, 0.25, 0.0)
+    with pytest.raises(InvalidArgument, match="the kernel was built with softcap=false"):
+        native.function("decode")(handle, *tensors.values(), workspace, 77, 0.25, 30.0)
+
+
+@pytest.mark.gpu
+def test_decode_runs_in_threads_and_graphs(report_kernel):
+    config, _, _ = report_kernel
+    tensors = decode_tensors(device="cuda")
+    q, pages, table, seqlens = (tensors[name] for name in NAMES[:4])
+
+    def run():
+        return cuda.decode(q, pages, table, seqlens, SPEC, config=config, return_lse=True)
+
+    def batch_of(out):
+        return out.view(torch.uint8).flatten()[120:124].view(torch.int32).item()
+
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run()[0]))  # no current context there yet
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert batch_of(results[0]) == 2
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = run()
+        again, _ = run()
+    out.zero_()
+    again.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert batch_of(out) == batch_of(again) == 2
+    workspaces = [x.view(torch.uint8).flatten()[96:104].view(torch.int64).item() for x in (out, again, results[0])]
+    assert workspaces[0] == workspaces[1] != workspaces[2]  # a graph has its own
+
+
+@pytest.mark.gpu
+def test_wrong_arch_is_a_typed_error():
+    from bitdecoding.cute_kernels.config import device_arch
+
+    arch = "sm80" if device_arch(0) != "sm80" else "sm89"
+    name = KernelConfig(arch=arch, copy="cp_async", q_tile=64, stages=1).name()
+    handle = native.function("add_kernel")(name, "report", reporting_ptx(), 160, 0, 0, 1)
+    tensors = decode_tensors(device="cuda")
+    workspace = torch.zeros(1 << 23, dtype=torch.uint8, device="cuda")
+    with pytest.raises(bd.UnsupportedConfig, match=f"arch={arch}"):
+        native.function("decode")(handle, *tensors.values(), workspace, NO_WINDOW, 0.25, 0.0)
