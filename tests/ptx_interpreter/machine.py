@@ -117,16 +117,19 @@ class AsyncCopy:
 class Warp:
     def __init__(self, cta: Cta, index: int, program: Program, live: np.ndarray):
         self.cta, self.index, self.program = cta, index, program
+        self.agent = cta.shared.first + index
         self.live = live.copy()
         self.pc: int | None = 0
         self.mask = live.copy()
         self.full = bool(live.all())
         self.timed_out = False
+        self.refused: set[int] = set()  # waits that failed at their last attempt
         self.others: list[Fragment] = []
         self.limit = 1 << 60  # program counter at which other lanes may join
         self.switch = False
         self.steps = 0
         self.carry = np.zeros(32, bool)
+        self.unordered = np.zeros(32, bool)  # lanes with accesses since the warp last met
         self.copies: list[AsyncCopy] = []
         self.committed = np.zeros(32, np.int64)
         self.late_arrivals: list[tuple[np.ndarray, np.ndarray, bool]] = []
@@ -136,13 +139,13 @@ class Warp:
         self.r = self._rows()
 
     def _rows(self) -> list[np.ndarray]:
+        registers = self.program.entry.registers
         base: dict[int, np.ndarray] = {}
-        for register in self.program.entry.registers:
-            size = TYPE_BYTES[register.type]
-            if register.type == "pred":
-                base[register.index] = np.zeros(32, np.bool_)
-            elif size <= 8:
-                base[register.index] = np.full(32, 0xBAADF00DBAADF00D >> (64 - 8 * size), ops.UNSIGNED[size])
+        for size in {TYPE_BYTES[r.type] for r in registers}:
+            same = [r.index for r in registers if TYPE_BYTES[r.type] == size]
+            dtype = np.bool_ if size == 1 else ops.UNSIGNED.get(size, np.uint64)
+            garbage = False if size == 1 else 0xBAADF00DBAADF00D >> (64 - 8 * min(size, 8))
+            base |= zip(same, np.full((len(same), 32), garbage, dtype))
         rows = []
         for kind, what, *rest in self.program.decoder.plan:
             if kind == "const":
@@ -332,6 +335,22 @@ class Warp:
         )
         return False
 
+    # -- ordering ------------------------------------------------------------------------------------------------
+
+    def touch(self, mask: np.ndarray | None) -> None:
+        """Lanes access memory that others share."""
+        self.unordered |= True if mask is None else mask
+
+    def release(self, lanes: np.ndarray) -> np.ndarray:
+        """What others may know once these lanes tell them: nothing that other lanes did since the warp last met."""
+        clocks = self.cta.launch.clocks
+        if (self.unordered & ~lanes).any():
+            clock = clocks.now[self.agent].copy()
+            clock[self.agent] -= 1
+            return clock
+        self.unordered[:] = False
+        return clocks.release(self.agent)
+
     # -- cp.async ------------------------------------------------------------------------------------------------
 
     def land(self, ready: Callable[[AsyncCopy], np.ndarray]) -> None:
@@ -384,7 +403,8 @@ class Cta:
         threads = x * y * z
         self.num_warps = -(-threads // 32)
         self.warps: list[Warp] = []
-        self.shared = mem.SharedMemory(launch.shared_bytes, self.num_warps, launch.races)
+        first = number * (self.num_warps + 1)
+        self.shared = mem.SharedMemory(launch.shared_bytes, self.num_warps, launch.clocks, first, launch.races)
         self.rounds: dict[int, Round] = {}
         self.bulk: deque[BulkCopy] = deque()
         self.sync_clocks: dict[int, np.ndarray] = {}  # of atomics and volatile accesses, by address
@@ -400,7 +420,7 @@ class Cta:
 
     def round(self, barrier: int) -> Round:
         if barrier not in self.rounds or self.rounds[barrier].done:
-            self.rounds[barrier] = Round(len(self.shared.clocks))
+            self.rounds[barrier] = Round(len(self.launch.clocks.now))
         return self.rounds[barrier]
 
     def arrive(self, barrier: int, warp: Warp, threads: int, count: int | None) -> Round:
@@ -414,7 +434,7 @@ class Cta:
             raise BarrierMisuse(f"barrier {barrier} expects {current.expected} threads, a warp says {count}")
         current.expected = count
         current.arrived += threads
-        np.maximum(current.clock, self.shared.released(warp.index), out=current.clock)
+        np.maximum(current.clock, warp.release(warp.mask), out=current.clock)
         self.launch.events += 1
         self.settle(barrier)
         if current.arrived > (self.live_threads() if count is None else count):
@@ -463,6 +483,7 @@ class Launch:
     dynamic_smem: int
     late: bool
     races: bool
+    clocks: mem.Clocks
     params: np.ndarray
     count_conflicts: bool
     statistics: Statistics
@@ -578,14 +599,15 @@ def run(
     shared_bytes += dynamic_smem
     params = _params(kernel, args, symbols)
 
-    memory.begin()
+    count = grid[0] * grid[1] * grid[2]
+    clocks = mem.Clocks(count * (-(-threads // 32) + 1))
+    memory.begin(clocks if races else None)
     program = Program(kernel, symbols, local_bytes)
     statistics = Statistics()
     launch = Launch(
-        program, grid, block, memory, shared_bytes, dynamic_smem, async_copies == "late", races, params,
+        program, grid, block, memory, shared_bytes, dynamic_smem, async_copies == "late", races, clocks, params,
         count_conflicts, statistics, [0] * len(program.operations),
     )  # fmt: skip
-    count = grid[0] * grid[1] * grid[2]
     rng = None if seed is None else np.random.default_rng(seed)
     with np.errstate(all="ignore"):
         if cta_order == "interleaved":
@@ -701,6 +723,7 @@ def _bar(d, ins, m, entry):
         def run_warp(w, mask):
             fake = Operation(None, True, None, False, members, ins)
             if w._gathered(fake, mask):
+                w.release(w.mask)
                 w.pc += 1
 
         return run_warp
@@ -733,7 +756,7 @@ def _bar(d, ins, m, entry):
             return
 
         def resume(w, mask):
-            w.cta.shared.acquire(w.index, current.clock)
+            w.cta.launch.clocks.acquire(w.agent, current.clock)
             if target is not None:
                 all_votes = np.concatenate(current.votes)
                 value = {"popc": all_votes.sum, "and": all_votes.all, "or": all_votes.any}[combine]()
@@ -769,10 +792,10 @@ def _address(d: ops.Decoder, operand) -> Callable[[list], np.ndarray]:
     return lambda r: r[slot] + offset
 
 
-def _memory_modifiers(m: ops.Modifiers) -> tuple[str, bool, bool, int]:
-    """(space, whether it synchronises, non-coherent, vector length)."""
+def _memory_modifiers(m: ops.Modifiers) -> tuple[str, str, bool, int]:
+    """(space, order or "" for a plain access, non-coherent, vector length)."""
     space = m.one_of(_SPACES, "generic").split("::")[0]
-    order = m.flag(*_ORDER)
+    order = m.one_of(_ORDER) if set(m.rest) & set(_ORDER) else ""
     m.flag("weak")
     m.flag(*_SCOPES)
     m.flag(*_CACHE)
@@ -806,15 +829,20 @@ def count_wavefronts(w: Warp, at: np.ndarray, nbytes: int, ins: Instruction) -> 
         w.cta.launch.statistics.shared_wavefronts[f"{ins.line}: {ins.text}"] += extra
 
 
-def sync_point(w: Warp, addresses: np.ndarray, release: bool, acquire: bool) -> None:
-    """Synchronising accesses to shared memory: whoever sees the value knows what its writer knew."""
-    cta = w.cta
+def synchronise(
+    w: Warp, where: str, addresses: np.ndarray, mask: np.ndarray | None, reads: bool, writes: bool, order: str
+) -> None:
+    """Ordered accesses: whoever reads the location may learn what its writers knew. Shared: always in order."""
+    launch = w.cta.launch
+    if not launch.races:
+        return
+    release = lambda: w.release(ALL if mask is None else mask)  # noqa: E731
     for address in {int(a) for a in addresses}:
-        clock = cta.sync_clocks.setdefault(address, np.zeros(len(cta.shared.clocks), np.int64))
-        if acquire:
-            cta.shared.acquire(w.index, clock)
-        if release:
-            np.maximum(clock, cta.shared.released(w.index), out=clock)
+        if where == "shared":
+            clock = w.cta.sync_clocks.setdefault(address, np.zeros(len(launch.clocks.now), np.int64))
+            launch.clocks.synchronise(w.agent, clock, reads, writes, "acq_rel", release)
+        else:
+            launch.clocks.synchronise(w.agent, launch.memory.sync_clock(address), reads, writes, order, release)
 
 
 @ops.builder("ld", "ldu")
@@ -839,15 +867,21 @@ def _ld(d, ins, m):
         where, at = resolve(space, at)
         if where in ("global", "const"):
             memory = w.cta.launch.memory
+            if order:
+                synchronise(w, where, at, mask, True, False, order)
             buffer, at = memory.locate(at, total)
             memory.check_read(buffer, at, total, nc)
+            if not order and buffer.writable:
+                memory.check_race(buffer, at, total, w.agent, write=False)
+                w.touch(mask)
             view = buffer.views[size]
         elif where == "shared":
             shared = w.cta.shared
             shared.check(at, total)
             if order:
-                sync_point(w, at, release=False, acquire=True)
-            shared.check_read(at, total, w.index)
+                synchronise(w, where, at, mask, True, False, order)
+            shared.check_read(at, total, w.agent)
+            w.touch(mask)
             count_wavefronts(w, at, total, ins)
             view = shared.views[size]
         elif where == "param":
@@ -905,15 +939,21 @@ def _st(d, ins, m):
         where, at = resolve(space, at)
         if where == "global":
             memory = w.cta.launch.memory
+            if order:
+                synchronise(w, where, at, mask, False, True, order)
             buffer, at = memory.locate(at, total)
             memory.mark_written(buffer, at, total)
+            if not order:
+                memory.check_race(buffer, at, total, w.agent, write=True)
+                w.touch(mask)
             view = buffer.views[size]
         elif where == "shared":
             shared = w.cta.shared
             shared.check(at, total)
-            shared.check_write(at, total, w.index)
+            shared.check_write(at, total, w.agent)
+            w.touch(mask)
             if order:
-                sync_point(w, at, release=True, acquire=False)
+                synchronise(w, where, at, mask, False, True, order)
             count_wavefronts(w, at, total, ins)
             view = shared.views[size]
         elif where == "local":
@@ -969,6 +1009,7 @@ def _atom(d, ins, m):
         where, at = resolve(space, address(w.r)[lanes])
         if where == "global":
             memory = w.cta.launch.memory
+            synchronise(w, where, at, mask, True, True, order)
             buffer, at = memory.locate(at, size)
             memory.check_read(buffer, at, size)
             memory.mark_written(buffer, at, size)
@@ -978,7 +1019,7 @@ def _atom(d, ins, m):
             shared.check(at, size)
             if (shared.states(at, size) != mem.VALID).any():
                 shared.refuse(at, size, "atomic")
-            sync_point(w, at, release=True, acquire=True)
+            synchronise(w, where, at, mask, True, True, order)
             view = shared.data.view(dtype)
         else:
             raise UnknownInstruction(f"atomic in .{where}")
@@ -1000,8 +1041,21 @@ def no_operation(*names: str):
         ops.BUILDERS[name] = lambda d, ins, m: lambda w, mask: None
 
 
-# ordering, hints and limits: nothing to do where memory is sequentially consistent and time does not count
-no_operation("fence", "membar", "prefetch", "prefetchu", "discard", "griddepcontrol", "setmaxnreg", "applypriority")
+# hints and limits
+no_operation("prefetch", "prefetchu", "discard", "griddepcontrol", "setmaxnreg", "applypriority")
+
+
+@ops.builder("fence", "membar")
+def _fence(d, ins, m):
+    if m.rest[:1] == ["proxy"] or m.rest[:1] == ["mbarrier_init"]:
+        return lambda w, mask: None
+
+    def run(w, mask):
+        clocks = w.cta.launch.clocks
+        clocks.acquire(w.agent, clocks.pending[w.agent])
+        clocks.fenced[w.agent] = w.release(ALL if mask is None else mask)
+
+    return run
 
 
 @ops.builder("createpolicy")
@@ -1050,13 +1104,15 @@ def _ldmatrix(d, ins, m):
         count_wavefronts(w, at, 16, ins)
         index = (at // 2)[:, None] + np.arange(8)
         if load:
-            shared.check_read(at, 16, w.index)
+            shared.check_read(at, 16, w.agent)
+            w.touch(mask)
             rows = shared.views[2][index].reshape(count, 8, 8)
             for slot, matrix in zip(slots, rows):
                 matrix = np.ascontiguousarray(matrix.T if trans else matrix)
                 w.r[slot][...] = matrix.view(np.uint32).reshape(-1)
         else:
-            shared.check_write(at, 16, w.index)
+            shared.check_write(at, 16, w.agent)
+            w.touch(mask)
             w.cta.launch.events += 1
             for slot, rows in zip(slots, index.reshape(count, 8, 8)):
                 matrix = w.r[slot].view(np.uint16).reshape(8, 8)
@@ -1120,8 +1176,10 @@ def _cp(d, ins, m):
         if (src[lanes] % nbytes).any():
             raise OutOfBounds(f"misaligned source of a cp.async of {nbytes} bytes")
         for n in np.unique(sizes[reading]):
-            launch.memory.locate(src[reading & (sizes == n)], int(n), align=1)
-        shared.check_write(dst[lanes], nbytes, w.index)
+            buffer, offsets = launch.memory.locate(src[reading & (sizes == n)], int(n), align=1)
+            launch.memory.check_race(buffer, offsets, int(n), w.agent, write=False)
+        shared.check_write(dst[lanes], nbytes, w.agent)
+        w.touch(mask)
         index = dst[lanes][:, None] + np.arange(nbytes)
         shared.state[index] = mem.IN_FLIGHT
         shared.data[index] = mem.POISON
@@ -1140,11 +1198,11 @@ def _cp_arrive(d, ins, noinc: bool) -> Callable:
     def run(w, mask):
         shared, launch = w.cta.shared, w.cta.launch
         lanes = (ALL if mask is None else mask).copy()
-        barriers = [shared.mbarrier_visible(int(a), w.index) for a in address(w.r)[lanes]]
+        barriers = [shared.mbarrier_visible(int(a), w.agent) for a in address(w.r)[lanes]]
         if not noinc:
             for barrier in barriers:
                 barrier.pending += 1
-        clock = shared.released(w.index)
+        clock = w.release(lanes)
 
         def arrive():
             for barrier in barriers:
@@ -1195,12 +1253,11 @@ def _bulk_load(d, ins) -> Callable:
                 raise OutOfBounds(f"bulk copy of {nbytes} bytes from {src:#x} to {dst:#x}: not multiples of 16")
             if nbytes == 0:
                 continue
-            launch.memory.locate(np.array([src]), nbytes, align=16)
-            target = shared.mbarrier_visible(int(barrier(w.r)[lane]), w.index)
-            clock = np.zeros(len(shared.clocks), np.int64)
-            clock[shared.copies] = shared.clocks[shared.copies, shared.copies]
-            shared.begin_copy(dst, nbytes, w.index, by=shared.copies)
-            shared.clocks[shared.copies, shared.copies] += 1
+            buffer, _ = launch.memory.locate(np.array([src]), nbytes, align=16)
+            pieces = src % (1 << mem.WINDOW_BITS) + 16 * np.arange(nbytes // 16)
+            launch.memory.check_race(buffer, pieces, 16, w.agent, write=False)
+            target = shared.mbarrier_visible(int(barrier(w.r)[lane]), w.agent)
+            clock = shared.begin_bulk(dst, nbytes, w.agent)
             cta.bulk.append(BulkCopy(dst, src, nbytes, target, clock))
             launch.events += 1
             flying = sum(c.nbytes for c in cta.bulk)
@@ -1224,7 +1281,7 @@ def _bulk_store(d, ins) -> Callable:
                 raise OutOfBounds(f"bulk copy of {nbytes} bytes from {src:#x} to {dst:#x}: not multiples of 16")
             pieces = src + 16 * np.arange(nbytes // 16)
             shared.check(pieces, 16)
-            shared.check_read(pieces, 16, w.index)
+            shared.check_read(pieces, 16, w.agent)
             launch.memory.locate(np.array([dst]), nbytes, align=16)
 
             def deliver(dst=dst, src=src, nbytes=nbytes):
@@ -1269,12 +1326,12 @@ def _mbarrier(d, ins, m, entry):
             at = int(address(w.r)[lane])
             n = int(w.r[number][lane]) if number is not None else 1
             if action == "init":
-                shared.mbarrier_init(at, n, w.index)
+                shared.mbarrier_init(at, n, w.agent)
                 continue
             if action == "inval":
                 shared.mbarrier_inval(at)
                 continue
-            barrier = shared.mbarrier_visible(at, w.index)
+            barrier = shared.mbarrier_visible(at, w.agent)
             if state is not None:
                 w.r[state][lane] = barrier.phase
             if expects:
@@ -1284,7 +1341,7 @@ def _mbarrier(d, ins, m, entry):
             if action.startswith("arrive"):
                 if action == "arrive_drop":
                     barrier.count -= 1
-                barrier.arrive(1 if expects else n, shared.released(w.index))
+                barrier.arrive(1 if expects else n, w.release(w.mask))
         w.cta.launch.events += 1
         w.pc += 1
 
@@ -1302,7 +1359,7 @@ def _mbarrier_wait(d, ins, m) -> Callable:
         shared, here = w.cta.shared, w.mask
         at, tokens = address(w.r), w.r[token]
         waits = {(int(at[i]), int(tokens[i])) for i in np.flatnonzero(here)}
-        barriers = {a: shared.mbarrier_visible(a, w.index) for a, _ in waits}
+        barriers = {a: shared.mbarrier_visible(a, w.agent) for a, _ in waits}
 
         def complete(a: int, t: int) -> bool:
             return barriers[a].done(t) if parity else barriers[a].phase != t
@@ -1310,7 +1367,7 @@ def _mbarrier_wait(d, ins, m) -> Callable:
         def ready() -> bool:
             return all(complete(a, t) for a, t in waits)
 
-        if not ready() and not w.timed_out:
+        if not ready() and not w.timed_out and w.pc in w.refused:
 
             def reason() -> str:
                 a, t = next(x for x in waits if not complete(*x))
@@ -1319,10 +1376,14 @@ def _mbarrier_wait(d, ins, m) -> Callable:
             w.block(w.pc, Wait(ready, reason, retry=True))
             return
         w.timed_out = False
+        if ready():
+            w.refused.discard(w.pc)
+        else:
+            w.refused.add(w.pc)  # a first attempt fails at once: who ignores the answer is found out
         result = np.array([here[i] and complete(int(at[i]), int(tokens[i])) for i in range(32)])
         for a, t in waits:
             if complete(a, t):
-                shared.acquire(w.index, barriers[a].clock)
+                w.cta.launch.clocks.acquire(w.agent, barriers[a].clock)
         ops.store(w.r[target], result, here)
         w.pc += 1
 

@@ -12,11 +12,48 @@ SHARED_BASE = 1024  # shared addresses start here; 0 is no shared address
 POISON = 0xFF  # NaN in every float format
 
 UNWRITTEN, VALID, IN_FLIGHT, MBARRIER = range(4)  # state of a byte of shared memory
+ALL_VALID = 0x0101010101010101
 
 
 def views(data: np.ndarray) -> dict[int, np.ndarray]:
     """The bytes as unsigned integers of 1, 2, 4 and 8 bytes."""
     return {1: data, 2: data.view(np.uint16), 4: data.view(np.uint32), 8: data.view(np.uint64)}
+
+
+class Clocks:
+    """Vector clocks: ``now[a, b]`` is the last step of agent b that agent a knows of.
+
+    Agents are the warps of the grid and, per CTA, the bulk copies. A step ends when an agent releases what it did.
+    """
+
+    def __init__(self, agents: int):
+        self.now = np.zeros((agents, agents), np.int64)
+        self.now[np.arange(agents), np.arange(agents)] = 1
+        self.fenced = np.zeros((agents, agents), np.int64)  # what a relaxed access of an agent publishes
+        self.pending = np.zeros((agents, agents), np.int64)  # what it has read but not fenced
+
+    def time(self, agent: int) -> int:
+        return int(self.now[agent, agent])
+
+    def release(self, agent: int) -> np.ndarray:
+        """What others may know of an agent from now on; its later accesses are not part of it."""
+        clock = self.now[agent].copy()
+        self.now[agent, agent] += 1
+        return clock
+
+    def acquire(self, agent: int, clock: np.ndarray) -> None:
+        np.maximum(self.now[agent], clock, out=self.now[agent])
+
+    def synchronise(self, agent: int, clock: np.ndarray, reads: bool, writes: bool, order: str, release) -> None:
+        """An atomic or ordered access to a location whose clock is given; ``release()``: what the agent tells."""
+        if reads:
+            if order in ("acquire", "acq_rel", "seq_cst"):
+                self.acquire(agent, clock)
+            else:
+                np.maximum(self.pending[agent], clock, out=self.pending[agent])
+        if writes:
+            strong = order in ("release", "acq_rel", "seq_cst")
+            np.maximum(clock, release() if strong else self.fenced[agent], out=clock)
 
 
 class Buffer:
@@ -32,6 +69,14 @@ class Buffer:
         self.written = np.zeros(len(self.data), bool)
         self.valid = None if initialised else np.zeros(len(self.data), bool)
         self.views = views(self.data)
+        # races: per 2 bytes, who wrote and read it last, and when
+        self.writer, self.write_time, self.reader, self.read_time = (
+            np.zeros(len(self.data) // 2 if writable else 0, np.int64) for _ in range(4)
+        )
+
+    def granules(self, offsets: np.ndarray, nbytes: int) -> np.ndarray:
+        first = offsets >> 1
+        return first if nbytes <= 2 else first[:, None] + np.arange(nbytes // 2)
 
 
 class Memory:
@@ -39,6 +84,8 @@ class Memory:
 
     def __init__(self):
         self.buffers: dict[int, Buffer] = {}
+        self.clocks: Clocks | None = None
+        self.sync_clocks: dict[int, np.ndarray] = {}  # of atomics and ordered accesses, by address
 
     def add(self, array: np.ndarray, name: str = "", *, writable: bool = True, initialised: bool = True) -> int:
         """Register a contiguous array; returns its address.
@@ -49,11 +96,14 @@ class Memory:
         self.buffers[index] = Buffer(array, name or f"buffer {len(self.buffers)}", writable, initialised)
         return index << WINDOW_BITS
 
-    def begin(self) -> None:
-        """A launch starts: take over what the host wrote meanwhile."""
+    def begin(self, clocks: Clocks | None) -> None:
+        """A launch starts: take over what the host wrote meanwhile. ``clocks`` None: races do not matter."""
+        self.clocks = clocks
+        self.sync_clocks.clear()
         for b in self.buffers.values():
             b.data[: b.nbytes] = b.array.reshape(-1).view(np.uint8)
             b.written[:] = False
+            b.write_time[:] = b.read_time[:] = 0
 
     def end(self) -> None:
         for b in self.buffers.values():
@@ -75,6 +125,24 @@ class Memory:
         if ((offsets & ((align or nbytes) - 1)) != 0).any():
             raise OutOfBounds(f"misaligned access of {nbytes} bytes to {buffer.name!r}")
         return buffer, offsets
+
+    def sync_clock(self, address: int) -> np.ndarray:
+        return self.sync_clocks.setdefault(address, np.zeros(len(self.clocks.now), np.int64))
+
+    def check_race(self, buffer: Buffer, offsets: np.ndarray, nbytes: int, agent: int, write: bool) -> None:
+        """Raise Race where another agent's conflicting access is not known to be over; note this one."""
+        if self.clocks is None or not buffer.writable:
+            return
+        granules, known = buffer.granules(offsets, nbytes), self.clocks.now[agent]
+        what = "write" if write else "read"
+        if (buffer.write_time[granules] > known[buffer.writer[granules]]).any():
+            raise Race(f"{what} of bytes of {buffer.name!r} that another warp wrote with no synchronisation since")
+        if not write:
+            buffer.reader[granules], buffer.read_time[granules] = agent, self.clocks.time(agent)
+            return
+        if (buffer.read_time[granules] > known[buffer.reader[granules]]).any():
+            raise Race(f"write of bytes of {buffer.name!r} that another warp read with no synchronisation since")
+        buffer.writer[granules], buffer.write_time[granules] = agent, self.clocks.time(agent)
 
     def check_read(self, buffer: Buffer, offsets: np.ndarray, nbytes: int, constant: bool = False) -> None:
         if buffer.valid is not None and not buffer.valid[offsets[:, None] + np.arange(nbytes)].all():
@@ -141,22 +209,20 @@ class Mbarrier:
 
 
 class SharedMemory:
-    """A CTA's shared memory, byte states, mbarriers and a vector clock per warp.
+    """A CTA's shared memory, byte states and mbarriers; ``agent`` names a warp or the bulk copies in the clocks.
 
-    Clock ``w`` counts the synchronising steps of warp w; the last clock stands for bulk copies. Races are
-    found per 2-byte granule and between warps only; lanes of one warp run in lockstep here.
+    Races are found per 2-byte granule and between warps only; lanes of one warp run in lockstep here.
     """
 
-    def __init__(self, nbytes: int, num_warps: int, races: bool):
+    def __init__(self, nbytes: int, num_warps: int, clocks: Clocks, first: int, races: bool):
         self.limit = SHARED_BASE + nbytes
         size = -(-self.limit // 16) * 16
         self.data = np.full(size, POISON, np.uint8)
         self.state = np.zeros(size, np.uint8)
         self.views, self.state_views = views(self.data), views(self.state)
         self.mbarriers: dict[int, Mbarrier] = {}
-        self.copies = num_warps  # index of the clock of bulk copies
-        self.clocks = np.zeros((num_warps + 1, num_warps + 1), np.int64)
-        self.clocks[np.arange(num_warps + 1), np.arange(num_warps + 1)] = 1
+        self.clocks, self.first = clocks, first  # the CTA's warps are agents first, first + 1, ..., then its copies
+        self.copies = first + num_warps
         self.races = races
         self.writer = np.zeros(size // 2, np.int64)
         self.write_time = np.zeros(size // 2, np.int64)
@@ -177,51 +243,56 @@ class SharedMemory:
     def states(self, addresses: np.ndarray, nbytes: int) -> np.ndarray:
         return self.state[addresses[:, None] + np.arange(nbytes)]
 
-    def check_read(self, addresses: np.ndarray, nbytes: int, warp: int) -> None:
-        unit = min(nbytes, 8)
-        index = addresses // unit if nbytes == unit else (addresses // unit)[:, None] + np.arange(nbytes // unit)
-        if (self.state_views[unit][index] != 0x0101010101010101 >> 64 - 8 * unit).any():
+    def check_read(self, addresses: np.ndarray, nbytes: int, agent: int) -> None:
+        unit, index = self.pieces(addresses, nbytes)
+        if (self.state_views[unit][index] != ALL_VALID >> 64 - 8 * unit).any():
             self.refuse(addresses, nbytes, "read")
         if self.races:
             granules = self.granules(addresses, nbytes)
-            self.no_race("read", warp, self.writer[granules], self.write_time[granules])
-            self.read_time[warp][granules] = self.clocks[warp, warp]
+            self.no_race("read", agent, granules)
+            self.read_time[agent - self.first][granules] = self.clocks.time(agent)
 
-    def check_write(self, addresses: np.ndarray, nbytes: int, warp: int, by: int | None = None) -> None:
-        """A write by a warp (``by``: whose clock will stand for it)."""
-        unit = min(nbytes, 8)
-        index = addresses // unit if nbytes == unit else (addresses // unit)[:, None] + np.arange(nbytes // unit)
+    def check_write(self, addresses: np.ndarray, nbytes: int, agent: int, by: int | None = None) -> None:
+        """A write by an agent (``by``: whose clock will stand for it)."""
+        unit, index = self.pieces(addresses, nbytes)
         states = self.state_views[unit][index]
-        valid = 0x0101010101010101 >> 64 - 8 * unit
+        valid = ALL_VALID >> 64 - 8 * unit
         if ((states != valid) & (states != 0)).any() and (self.states(addresses, nbytes) >= IN_FLIGHT).any():
             self.refuse(addresses, nbytes, "write")
         if self.races:
             granules = self.granules(addresses, nbytes)
-            self.no_race("write", warp, self.writer[granules], self.write_time[granules])
+            self.no_race("write", agent, granules)
             flat = granules.reshape(-1)
-            seen = self.clocks[warp][:, None]
-            if (self.read_time[:, flat] > seen).any():
-                other = int(np.argwhere(self.read_time[:, flat] > seen)[0, 0])
+            known = self.clocks.now[agent, self.first : self.copies + 1, None]
+            late = self.read_time[:, flat] > known
+            if late.any():
+                other = self.first + int(np.argwhere(late)[0, 0])
                 raise Race(f"write of shared bytes that {self.who(other)} read with no synchronisation since")
-            by = warp if by is None else by
+            by = agent if by is None else by
             self.writer[granules] = by
-            self.write_time[granules] = self.clocks[by, by]
+            self.write_time[granules] = self.clocks.time(by)
             self.read_time[:, flat] = 0
         self.state_views[unit][index] = valid
+
+    def pieces(self, addresses: np.ndarray, nbytes: int) -> tuple[int, np.ndarray]:
+        """Accesses as units of at most 8 bytes: the unit and the indices into its view."""
+        unit = min(nbytes, 8)
+        index = addresses // unit
+        return unit, index if nbytes == unit else index[:, None] + np.arange(nbytes // unit)
 
     def granules(self, addresses: np.ndarray, nbytes: int) -> np.ndarray:
         first = addresses >> 1
         return first if nbytes <= 2 else first[:, None] + np.arange(nbytes // 2)
 
-    def no_race(self, what: str, warp: int, writer: np.ndarray, time: np.ndarray) -> None:
-        bad = time > self.clocks[warp][writer]
+    def no_race(self, what: str, agent: int, granules: np.ndarray) -> None:
+        writer = self.writer[granules]
+        bad = self.write_time[granules] > self.clocks.now[agent][writer]
         if bad.any():
-            raise Race(
-                f"{what} of shared bytes that {self.who(int(writer[bad][0]))} wrote with no synchronisation since"
-            )
+            who = self.who(int(writer[bad][0]))
+            raise Race(f"{what} of shared bytes that {who} wrote with no synchronisation since")
 
-    def who(self, clock: int) -> str:
-        return "a bulk copy" if clock == self.copies else f"warp {clock}"
+    def who(self, agent: int) -> str:
+        return "a bulk copy" if agent == self.copies else f"warp {agent - self.first}"
 
     def refuse(self, addresses: np.ndarray, nbytes: int, what: str) -> None:
         states = self.states(addresses, nbytes)
@@ -233,15 +304,6 @@ class SharedMemory:
             raise BarrierMisuse(f"{where}: an mbarrier lies there")
         raise Uninitialised(f"{where}: nobody wrote it")
 
-    def released(self, warp: int) -> np.ndarray:
-        """What others may know of a warp from now on; its later accesses are not part of it."""
-        clock = self.clocks[warp].copy()
-        self.clocks[warp, warp] += 1
-        return clock
-
-    def acquire(self, warp: int, clock: np.ndarray) -> None:
-        np.maximum(self.clocks[warp], clock, out=self.clocks[warp])
-
     # -- mbarriers -----------------------------------------------------------------------------------------
 
     def mbarrier(self, address: int) -> Mbarrier:
@@ -249,40 +311,40 @@ class SharedMemory:
             raise BarrierMisuse(f"no mbarrier at offset {address - SHARED_BASE} of shared memory")
         return self.mbarriers[address]
 
-    def mbarrier_init(self, address: int, count: int, warp: int) -> None:
+    def mbarrier_init(self, address: int, count: int, agent: int) -> None:
         self.check(np.array([address]), 8)
         if address in self.mbarriers:
             raise BarrierMisuse(f"the mbarrier at offset {address - SHARED_BASE} is initialised twice")
         if not 1 <= count < 1 << 20:
             raise BarrierMisuse(f"mbarrier count {count}")
-        self.check_write(np.array([address]), 8, warp)
+        self.check_write(np.array([address]), 8, agent)
         self.state[address : address + 8] = MBARRIER
-        self.mbarriers[address] = Mbarrier(count, len(self.clocks))
+        self.mbarriers[address] = Mbarrier(count, len(self.clocks.now))
 
     def mbarrier_inval(self, address: int) -> None:
         self.mbarrier(address)
         del self.mbarriers[address]
         self.state[address : address + 8] = UNWRITTEN
 
-    def mbarrier_visible(self, address: int, warp: int) -> Mbarrier:
-        """The mbarrier, whose initialisation the warp must have been told of."""
+    def mbarrier_visible(self, address: int, agent: int) -> Mbarrier:
+        """The mbarrier, whose initialisation the agent must know of."""
         barrier = self.mbarrier(address)
         if self.races:
-            at = np.array([address >> 1])
-            self.no_race("use", warp, self.writer[at], self.write_time[at])
+            self.no_race("use", agent, np.array([address >> 1]))
         return barrier
 
     # -- asynchronous copies -------------------------------------------------------------------------------
 
-    def begin_copy(self, address: int, nbytes: int, warp: int, by: int) -> None:
-        """An asynchronous copy may land from now on: the bytes are nobody's."""
-        addresses = np.array([address])
-        self.check(addresses, nbytes, align=min(nbytes & -nbytes, 16))
-        # 16-byte pieces, so that one check serves 16 bytes to whole blocks
-        unit = min(nbytes & -nbytes, 16)
-        self.check_write(address + unit * np.arange(nbytes // unit), unit, warp, by)
+    def begin_bulk(self, address: int, nbytes: int, agent: int) -> np.ndarray:
+        """A bulk copy may land from now on: the bytes are nobody's. Returns what its arrival tells."""
+        pieces = address + 16 * np.arange(nbytes // 16)
+        self.check(pieces, 16)
+        self.check_write(pieces, 16, agent, by=self.copies)
         self.state[address : address + nbytes] = IN_FLIGHT
         self.data[address : address + nbytes] = POISON
+        clock = np.zeros(len(self.clocks.now), np.int64)
+        clock[self.copies] = self.clocks.release(self.copies)[self.copies]
+        return clock
 
     def land(self, address: int, data: np.ndarray) -> None:
         self.data[address : address + len(data)] = data

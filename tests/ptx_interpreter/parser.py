@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from .errors import PtxError
 
@@ -171,6 +172,7 @@ def _matching(text: str, start: int, opening: str, closing: str) -> int:
     raise PtxError(f"unbalanced {opening}")
 
 
+@lru_cache(maxsize=32)
 def parse(text: str) -> Module:
     """Read a PTX module."""
     text = _clean(text)
