@@ -14,11 +14,11 @@ from torch import Tensor
 
 from . import ops
 from .cute_kernels.config import QuantSpec
-from .cute_kernels.errors import BitDecodingError, CacheFormatError, InvalidArgument, OutOfPages
+from .cute_kernels.errors import CacheFormatError, InvalidArgument, OutOfPages
 from .cute_kernels.layouts import BLOCK_TOKENS, FORMAT_VERSION
 from .quantization import CachePolicy
 
-FILE_FORMAT = "bitdecoding.KVCache"
+METADATA_KEY = "bitdecoding.KVCache"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 INT32_MAX = 2**31 - 1
 SIZES = ("batch_size", "max_tokens", "num_kv_heads", "head_dim", "recent", "sink_tokens", "num_pages")
@@ -226,8 +226,8 @@ class KVCache:
         }
         if self.sink_k is not None and self.sink_v is not None:
             tensors |= {"sink_k": _concatenate(self.sink_k, sinks), "sink_v": _concatenate(self.sink_v, sinks)}
-        metadata = {"format": FILE_FORMAT, "format_version": str(FORMAT_VERSION), "config": json.dumps(config)}
-        save_file(tensors, path, metadata)
+        config |= {"format_version": FORMAT_VERSION}
+        save_file(tensors, path, {METADATA_KEY: json.dumps(config)})  # one key: safetensors shuffles several
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> KVCache:
@@ -246,28 +246,18 @@ class KVCache:
 
     @classmethod
     def _from_metadata(cls, metadata: dict[str, str], file: safe_open, device: torch.device | str) -> KVCache:
-        if metadata.get("format") != FILE_FORMAT:
-            raise CacheFormatError(f"format={metadata.get('format')!r}: allowed is {FILE_FORMAT!r}")
-        if metadata.get("format_version") != str(FORMAT_VERSION):
-            raise CacheFormatError(
-                f"format_version={metadata.get('format_version')!r}: this library reads {FORMAT_VERSION}"
-            )
+        if METADATA_KEY not in metadata:
+            raise CacheFormatError(f"metadata has no {METADATA_KEY}: not a saved KVCache")
         try:
-            config = json.loads(metadata["config"])
+            config = json.loads(metadata[METADATA_KEY])
+            if (version := config.pop("format_version")) != FORMAT_VERSION:
+                raise CacheFormatError(f"format_version={version!r}: this library reads {FORMAT_VERSION}")
             quant = QuantSpec.from_json(json.dumps(config.pop("quant")))
             dtype = DTYPES[config.pop("dtype")]
             if set(config) != set(SIZES) or not all(type(n) is int for n in config.values()):
                 raise CacheFormatError(f"config: allowed are integers {', '.join(SIZES)}, besides quant and dtype")
             bytes_per_block = ops.block_bytes(config["head_dim"], quant)
-        except (
-            BitDecodingError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            LookupError,
-            OverflowError,
-            RecursionError,
-        ) as error:
+        except Exception as error:  # whatever plain values of hostile text provoke in the constructors
             raise CacheFormatError(f"config: {error!r}") from None
 
         # the lengths are as long as the file says, so they bound batch_size; they decide all other shapes

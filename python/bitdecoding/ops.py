@@ -117,12 +117,12 @@ def decode(
 
     if out is None:
         out = torch.empty_like(q)
-    if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
     _check_decode(
         q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits, out, None, spec,
-        NO_WINDOW if window is None else window, softmax_scale, softcap or 0.0,
+        NO_WINDOW if window is None else window, 1.0 if softmax_scale is None else softmax_scale, softcap or 0.0,
     )  # fmt: skip
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
     num_sink = 0 if sink_k is None else sink_k.shape[1]
     tail_capacity = 0 if tail_k is None else tail_k.shape[1]
     lens = seqlens.tolist()

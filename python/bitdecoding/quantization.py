@@ -210,17 +210,16 @@ def _search_mse(x, valid, dim, bits, symmetric, span) -> tuple[Tensor, Tensor]:
 
 
 class _Codes:
-    """Moves codes between [..., 128 * head_dim] (token-major, one per byte) and a section's bytes."""
+    """Moves codes between [.., 128 * head_dim] (token-major, one per byte) and a section's bytes."""
 
     def __init__(self, section: Section, bits: int, device: torch.device) -> None:
-        table = torch.from_numpy(section.table()).to(device).flatten()  # (token, channel) -> bit
+        bit = torch.from_numpy(section.table()).flatten()  # of (token, channel)
         self.bits = bits
-        # unpacking a byte gives its fields, lowest first: field f of byte i becomes element f * nbytes + i
-        self.unpacked = table % 8 // bits * section.nbytes + table // 8
-        self.packed = self.unpacked.argsort()
+        # field f of byte i (lowest first) is element f * nbytes + i of the fields
+        self.index = (bit % 8 // bits * section.nbytes + bit // 8).to(device)
 
     def pack(self, codes: Tensor) -> Tensor:
-        fields = _take(codes, self.packed).unflatten(-1, (8 // self.bits, -1))
+        fields = _put(codes, self.index).unflatten(-1, (8 // self.bits, -1))
         out = fields[..., 0, :].clone()
         for i in range(1, 8 // self.bits):
             out |= fields[..., i, :] << (i * self.bits)
@@ -229,26 +228,30 @@ class _Codes:
     def unpack(self, data: Tensor) -> Tensor:
         mask = (1 << self.bits) - 1
         fields = [(data >> shift) & mask for shift in range(0, 8, self.bits)]
-        return _take(torch.cat(fields, dim=-1), self.unpacked)
+        return _take(torch.cat(fields, dim=-1), self.index)
 
 
 class _Params:
     """Moves fp16 parameters between the shape of a section's table (flattened) and the section's bytes."""
 
     def __init__(self, section: Section, device: torch.device) -> None:
-        self.unpacked = torch.from_numpy(section.table()).to(device).flatten()
-        self.packed = self.unpacked.argsort()
+        self.index = torch.from_numpy(section.table()).flatten().to(device)
 
     def pack(self, values: Tensor) -> Tensor:
-        return _take(values.half(), self.packed).view(torch.uint8)
+        return _put(values.half(), self.index).view(torch.uint8)
 
     def unpack(self, data: Tensor) -> Tensor:
-        return _take(data.contiguous().view(torch.float16), self.unpacked).float()
+        return _take(data.contiguous().view(torch.float16), self.index).float()
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """x[..., index]; gather is several times faster here than index_select."""
     return x.gather(-1, index.expand(*x.shape[:-1], -1))
+
+
+def _put(x: Tensor, index: Tensor) -> Tensor:
+    """The inverse of :func:`_take`, for an index that names every element once."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format).scatter_(-1, index.expand_as(x), x)
 
 
 @dataclass(frozen=True)
@@ -302,9 +305,11 @@ class Codec:
         s = spec
         self.k = _Operand("k", s.k_bits, s.k_group, per_channel, s.k_symmetric, s.k_clip, mean, s.rotate_k)
         self.v = _Operand("v", s.v_bits, s.v_group, False, s.v_symmetric, s.v_clip, False, s.rotate_v)
-        self._packers = {name: _Params(section, device) for name, section in self.format.sections.items()}
-        for op in (self.k, self.v):
-            self._packers[op.name + "_codes"] = _Codes(self.format.sections[op.name + "_codes"], op.bits, device)
+        bits = {"k_codes": s.k_bits, "v_codes": s.v_bits}
+        self._packers = {
+            name: _Codes(section, bits[name], device) if name in bits else _Params(section, device)
+            for name, section in self.format.sections.items()
+        }
 
     def encode(self, k: Tensor, v: Tensor, count: Tensor | None = None) -> Tensor:
         """k, v [.., 128, head_dim] fp16, bf16 or fp32 -> uint8 [.., block_bytes].

@@ -1,0 +1,390 @@
+"""KVCache: against a plain 16-bit model, and its files against damage."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from attention_reference import attention, relative_error
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_quantization import random_kv
+from torch import Tensor
+
+import bitdecoding as bd
+
+KEY = "bitdecoding.KVCache"  # of a file's metadata
+HEADS, HEAD_DIM = 2, 64
+BATCH = 3
+SPEC = bd.QuantSpec(k_bits=4, v_bits=2, v_group=32, rotate_v=True)
+
+
+def make(**fields) -> bd.KVCache:
+    defaults = {
+        "batch_size": BATCH, "max_tokens": 900, "num_kv_heads": HEADS, "head_dim": HEAD_DIM, "quant": SPEC,
+    }  # fmt: skip
+    return bd.KVCache(**(defaults | fields))
+
+
+def new_tokens(count: int, seed: int = 0, batch: int = BATCH) -> tuple[Tensor, Tensor]:
+    k, v = random_kv(count, batch * HEADS, HEAD_DIM, seed)
+    return tuple(x.unflatten(1, (batch, HEADS)).transpose(0, 1).contiguous() for x in (k, v))
+
+
+def random_q(q_len: int = 1, batch: int = BATCH) -> Tensor:
+    return torch.randn(batch, q_len, 2 * HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(1)).half()
+
+
+class Model(RuleBasedStateMachine):
+    """A cache beside lists of 16-bit tokens; which of them are packed follows from the documented rule alone."""
+
+    @initialize(recent=st.sampled_from([0, 5, 128]), sinks=st.sampled_from([0, 4]), pages=st.sampled_from([None, 7]))
+    def start(self, recent: int, sinks: int, pages: int | None) -> None:
+        self.recent, self.sinks = recent, sinks
+        self.cache = make(recent=recent, sink_tokens=sinks, num_pages=pages)
+        self.tokens: list[tuple[Tensor, Tensor]] = [(torch.zeros(0, HEADS, HEAD_DIM).half(),) * 2 for _ in range(BATCH)]
+        self.packed = [0] * BATCH
+        self.seed = 0
+
+    def after(self, b: int, total: int) -> int:
+        packed = self.packed[b]
+        while total - min(total, self.sinks) - packed >= self.recent + 128:
+            packed += 128
+        return packed
+
+    @rule(count=st.sampled_from([1, 2, 100, 130, 400]), counts=st.none() | st.tuples(*[st.integers(0, 130)] * BATCH))
+    def append(self, count: int, counts: tuple[int, ...] | None) -> None:
+        self.seed += 1
+        k, v = new_tokens(count, self.seed)
+        lengths = [count] * BATCH if counts is None else [min(n, count) for n in counts]
+        totals = [len(have[0]) + n for have, n in zip(self.tokens, lengths, strict=True)]
+        packed = [self.after(b, total) for b, total in enumerate(totals)]
+        before = self.state()
+        if max(totals) > 900 or sum(packed) // 128 > self.cache.num_pages:
+            with pytest.raises(bd.OutOfPages):
+                self.cache.append(k, v, None if counts is None else lengths)
+            assert all(torch.equal(x, y) for x, y in zip(before, self.state(), strict=True))
+            return
+        self.cache.append(k, v, None if counts is None else lengths)
+        self.packed = packed
+        for b, n in enumerate(lengths):
+            self.tokens[b] = tuple(torch.cat((x, new[b, :n])) for x, new in zip(self.tokens[b], (k, v), strict=True))
+
+    @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        lengths = []
+        for b, (k, _) in enumerate(self.tokens):
+            first_tail = min(len(k), self.sinks) + self.packed[b]
+            borders = range(min(len(k), self.sinks), first_tail, 128)
+            kept = st.integers(first_tail, len(k)) | st.integers(0, min(len(k), self.sinks))
+            lengths.append(data.draw(kept | st.sampled_from(borders) if len(borders) else kept))
+        self.cache.truncate(lengths)
+        for b, n in enumerate(lengths):
+            self.tokens[b] = tuple(x[:n] for x in self.tokens[b])
+            self.packed[b] = min(self.packed[b], max(0, n - self.sinks))
+
+    def state(self) -> list[Tensor]:
+        cache = self.cache
+        return [x.clone() for x in (cache.seqlens, cache.packed_lens, cache.block_table, cache.pages)]
+
+    @invariant()
+    def books_balance(self) -> None:
+        cache = self.cache
+        assert cache.seqlens.tolist() == [len(k) for k, _ in self.tokens]
+        assert cache.packed_lens.tolist() == self.packed
+        used = [page for b in range(BATCH) for page in cache.block_table[b, : self.packed[b] // 128].tolist()]
+        assert len(set(used)) == len(used)
+        unpacked = sum(len(k) for k, _ in self.tokens) - sum(self.packed)
+        block = bd.block_bytes(HEAD_DIM, SPEC) * HEADS
+        assert cache.used_nbytes == len(used) * block + unpacked * 2 * HEADS * HEAD_DIM * 2
+
+    @invariant()
+    def every_token_is_where_it_belongs(self) -> None:
+        cache = self.cache
+        for b, (k, v) in enumerate(self.tokens):
+            sinks, packed = min(len(k), self.sinks), self.packed[b]
+            tail = len(k) - sinks - packed
+            if sinks:
+                assert torch.equal(cache.sink_k[b, :sinks], k[:sinks])
+                assert torch.equal(cache.sink_v[b, :sinks], v[:sinks])
+            assert torch.equal(cache.tail_k[b, :tail], k[sinks + packed :])
+            assert torch.equal(cache.tail_v[b, :tail], v[sinks + packed :])
+            blocks = cache.pages[cache.block_table[b, : packed // 128].long()]
+            assert torch.equal(blocks, bd.quantize(k[sinks : sinks + packed], v[sinks : sinks + packed], SPEC))
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+
+
+@pytest.mark.parametrize("preset", ["kv8", "kv4", "k4v2", "kv2"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_decode_is_close_to_attention_over_the_tokens(preset: str, dtype: torch.dtype) -> None:
+    """Prefill in chunks, then single tokens; the error is that of the quantiser, and small for short contexts."""
+    spec, policy = bd.preset(preset, HEAD_DIM)
+    cache = make(quant=spec, recent=policy.recent, sink_tokens=policy.sink_tokens, dtype=dtype)
+    k, v = (x.to(dtype) for x in new_tokens(600))
+    k = k / 4
+    done = 0
+    for step in (250, 250, 97, 1, 1, 1):
+        cache.append(k[:, done : done + step], v[:, done : done + step])
+        done += step
+        q = random_q(step).to(dtype)
+        out, lse = cache.decode(q, return_lse=True, window=300)
+        assert lse.shape == (BATCH, step, 2 * HEADS)
+        for b in range(BATCH):
+            want, _ = attention(q[b], k[b, :done], v[b, :done], window=300)
+            in_16_bit = done < 128 + policy.recent
+            bits_error = {"kv8": 0.02, "kv4": 0.15, "k4v2": 0.5, "kv2": 0.9}[preset]
+            assert relative_error(out[b], want) < (4e-3 if in_16_bit else bits_error)
+
+
+def test_a_tail_only_cache_is_exact() -> None:
+    cache = make(recent=300)
+    k, v = new_tokens(400)
+    cache.append(k, v)
+    assert cache.packed_lens.tolist() == [0] * BATCH
+    out = cache.decode(random_q(3))
+    for b in range(BATCH):
+        assert relative_error(out[b], attention(random_q(3)[b], k[b], v[b])[0]) < 1e-3
+
+
+def test_one_by_one_equals_all_at_once() -> None:
+    k, v = new_tokens(300)
+    at_once, one_by_one = (make(recent=7, sink_tokens=2) for _ in range(2))
+    at_once.append(k, v)
+    for i in range(300):
+        one_by_one.append(k[:, i : i + 1], v[:, i : i + 1])
+    assert torch.equal(at_once.decode(random_q()), one_by_one.decode(random_q()))
+
+
+def test_freed_pages_are_used_again() -> None:
+    cache = make(num_pages=4)
+    k, v = new_tokens(256)
+    cache.append(k, v, [256, 256, 0])
+    with pytest.raises(bd.OutOfPages, match=r"2 pages are needed, 0 of num_pages=4"):
+        cache.append(k, v, [0, 0, 256])
+    cache.truncate([0, 256, 0])
+    want = cache.decode(random_q())[1]
+    cache.append(k, v, [0, 0, 256])
+    out = cache.decode(random_q())
+    assert torch.equal(out[1], want)
+    assert (out[0] == 0).all()
+
+
+def test_memory_is_what_the_bits_say() -> None:
+    cache = make(max_tokens=128 * 100, quant=bd.QuantSpec(v_group=64))
+    pages = BATCH * 100 * HEADS * bd.block_bytes(HEAD_DIM, bd.QuantSpec(v_group=64))
+    assert pages <= cache.nbytes <= 1.1 * pages
+    assert cache.used_nbytes == 0
+    k, v = new_tokens(128)
+    cache.append(k, v)
+    assert cache.used_nbytes == pages // 100
+
+
+def test_truncate_says_what_is_possible() -> None:
+    cache = make(recent=16, sink_tokens=4)
+    cache.append(*new_tokens(300))  # 4 sinks, 256 packed, 40 in the tail
+    for length in (259, 150, 10):
+        with pytest.raises(bd.InvalidArgument, match=r"lengths\[1\]=.*260 to 300.*newest 40 tokens"):
+            cache.truncate([300, length, 300])
+    with pytest.raises(bd.InvalidArgument, match=r"lengths\[2\]=301.*0 to 300"):
+        cache.truncate([300, 300, 301])
+    with pytest.raises(bd.InvalidArgument, match=r"lengths=\[1\].*batch_size=3"):
+        cache.truncate([1])
+    assert cache.seqlens.tolist() == [300] * 3
+    cache.truncate(torch.tensor([260, 132, 2]))
+    assert cache.seqlens.tolist() == [260, 132, 2]
+    assert cache.packed_lens.tolist() == [256, 128, 0]
+    cache.truncate(0)
+    assert cache.used_nbytes == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"batch_size": 0}, ["batch_size=0", "1"]),
+        ({"max_tokens": 2**31}, ["max_tokens=2147483648", "2^31"]),
+        ({"num_kv_heads": 1.5}, ["num_kv_heads=1.5"]),
+        ({"recent": -1}, ["recent=-1", "0"]),
+        ({"sink_tokens": -1}, ["sink_tokens=-1"]),
+        ({"num_pages": -1}, ["num_pages=-1"]),
+        ({"head_dim": 80}, ["head_dim=80", "96"]),
+        ({"dtype": torch.float64}, ["dtype=torch.float64", "torch.float16"]),
+    ],
+)
+def test_constructor_errors(fields: dict, names: list[str]) -> None:
+    with pytest.raises(bd.InvalidArgument) as error:
+        make(**fields)
+    for name in names:
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("k", "lengths", "names"),
+    [
+        (torch.zeros(2, 1, HEADS, HEAD_DIM).half(), None, ["k is", "batch_size=3"]),
+        (torch.zeros(3, 1, HEADS, HEAD_DIM), None, ["k is torch.float32", "torch.float16"]),
+        (torch.zeros(3, HEADS, HEAD_DIM).half(), None, ["k is", "new_tokens"]),
+        (torch.zeros(3, 1, HEADS, HEAD_DIM).half(), [1, 1], ["lengths=[1, 1]", "batch_size=3"]),
+        (torch.zeros(3, 1, HEADS, HEAD_DIM).half(), [1, 2, 1], ["lengths[1]=2", "new_tokens=1"]),
+        (torch.zeros(3, 1, HEADS, HEAD_DIM).half(), [1, 0.5, 1], ["lengths=[1, 0.5, 1]", "integers"]),
+        (torch.zeros(3, 1, HEADS, HEAD_DIM, device="meta").half(), None, ["k is on meta", "cpu"]),
+    ],
+)
+def test_append_errors(k: Tensor, lengths: list | None, names: list[str]) -> None:
+    cache = make()
+    with pytest.raises(bd.InvalidArgument) as error:
+        cache.append(k, k, lengths)
+    for name in names:
+        assert name in str(error.value)
+    assert cache.seqlens.tolist() == [0, 0, 0]
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def filled(**fields) -> bd.KVCache:
+    cache = make(**({"recent": 10, "sink_tokens": 4} | fields))
+    k, v = (x.to(cache.dtype) for x in new_tokens(500))
+    cache.append(k, v, [500, 3, 290])
+    cache.truncate([500, 3, cache.sink_tokens + 128])
+    cache.append(k, v, [0, 0, 135])
+    return cache
+
+
+@pytest.mark.parametrize("fields", [{}, {"sink_tokens": 0}, {"dtype": torch.bfloat16}, {"dtype": torch.float32}])
+def test_save_and_load(fields: dict, tmp_path: Path) -> None:
+    cache = filled(**fields)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = bd.KVCache.load(tmp_path / "cache.safetensors")
+    assert (loaded.quant, loaded.policy, loaded.dtype) == (cache.quant, cache.policy, cache.dtype)
+    assert (loaded.nbytes, loaded.used_nbytes) == (cache.nbytes, cache.used_nbytes)
+    q = random_q(2).to(cache.dtype)
+    assert torch.equal(loaded.decode(q), cache.decode(q))
+    k, v = (x.to(cache.dtype) for x in new_tokens(300, seed=5))
+    for both in (cache, loaded):
+        both.append(k, v, [200, 300, 300])
+    assert torch.equal(loaded.decode(q), cache.decode(q))
+
+
+def test_files_hold_nothing_but_the_tokens(tmp_path: Path) -> None:
+    """Equal contents give equal files, whatever memory held before and in whatever order pages were taken."""
+    cache = filled()
+    cache.save(tmp_path / "a")
+    other = make(recent=10, sink_tokens=4)
+    other.append(*new_tokens(700, seed=9))
+    other.truncate(0)
+    k, v = new_tokens(500)
+    other.append(k, v, [500, 3, 132])
+    other.append(k, v, [0, 0, 135])
+    other.save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def rewrite(path: Path, tensors: dict | None = None, config: dict | None = None, metadata: dict | None = None) -> None:
+    """Change a saved cache: tensors (None: remove), fields of its config, or all metadata."""
+    with safe_open(path, framework="pt") as file:
+        data = {name: file.get_tensor(name) for name in file.keys()} | (tensors or {})
+        meta = file.metadata()
+    if metadata is None:
+        metadata = {KEY: json.dumps(json.loads(meta[KEY]) | (config or {}))}
+    save_file({n: x for n, x in data.items() if x is not None}, path, metadata)
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+HOSTILE = {
+    "no metadata": ({"metadata": {}}, "not a saved KVCache"),
+    "another format": ({"metadata": {"format": "pt"}}, "not a saved KVCache"),
+    "another version": ({"config": {"format_version": 2}}, "format_version=2"),
+    "no version": ({"metadata": {KEY: "{}"}}, "format_version"),
+    "config is no JSON": ({"metadata": {KEY: "{"}}, "config"),
+    "config is a list": ({"metadata": {KEY: "[]"}}, "config"),
+    "config is deep": ({"metadata": {KEY: "[" * 100_000}}, "config"),
+    "an unknown field": ({"config": {"more": 1}}, "config"),
+    "a float": ({"config": {"recent": 1.5}}, "config"),
+    "a bool": ({"config": {"recent": True}}, "config"),
+    "a string": ({"config": {"max_tokens": "900"}}, "config"),
+    "head_dim": ({"config": {"head_dim": 65}}, "head_dim=65"),
+    "other heads": ({"config": {"num_kv_heads": 1}}, "shape"),
+    "huge heads": ({"config": {"num_kv_heads": 2**62}}, "shape"),
+    "huge recent": ({"config": {"recent": 2**62}}, "recent"),
+    "huge max_tokens": ({"config": {"max_tokens": 2**80}}, "max_tokens"),
+    "memory beyond all machines": ({"config": {"num_pages": 2**31 - 1, "recent": 2**31 - 1}}, "no memory"),
+    "negative sinks": ({"config": {"sink_tokens": -4}}, "not possible for a sequence"),
+    "batch": ({"config": {"batch_size": 4}}, "seqlens: shape"),
+    "batch 0": ({"config": {"batch_size": 0}}, "seqlens: shape"),
+    "few pages": ({"config": {"num_pages": 3}}, "num_pages=3"),
+    "short": ({"config": {"max_tokens": 499}}, "seqlens[0]=500"),
+    "unknown quant": ({"config": {"quant": {"k_bits": 3}}}, "k_bits"),
+    "quant with more": ({"config": {"quant": {"evil": 3}}}, "evil"),
+    "quant beyond int64": ({"config": {"quant": {"k_bits": 2**70}}}, "config"),
+    "quant nan": ({"config": {"quant": {"k_clip": float("nan")}}}, "config"),
+    "quant is a number": ({"config": {"quant": 3}}, "config"),
+    "dtype": ({"config": {"dtype": "float64"}}, "float64"),
+    "dtype of tokens": ({"config": {"dtype": "bfloat16"}}, "dtype"),
+    "no tensor": ({"tensors": {"pages": None}}, "pages is missing"),
+    "no sinks": ({"tensors": {"sink_v": None}}, "sink_v is missing"),
+    "negative length": ({"tensors": {"seqlens": int32(500, -3, 267)}}, "seqlens[1]=-3"),
+    "other length": ({"tensors": {"seqlens": int32(501, 3, 267)}}, "tail_k: shape"),
+    "length beyond": ({"tensors": {"seqlens": int32(2**31 - 1, 3, 267)}}, "seqlens[0]=2147483647"),
+    "negative packed": ({"tensors": {"packed_lens": int32(384, -128, 128)}}, "packed_lens[1]=-128"),
+    "partial block": ({"tensors": {"packed_lens": int32(384, 0, 255)}}, "packed_lens[2]=255"),
+    "packed beyond": ({"tensors": {"packed_lens": int32(512, 0, 128)}}, "packed_lens[0]=512"),
+    "lengths of another type": ({"tensors": {"seqlens": torch.tensor([500, 3, 267])}}, "seqlens: dtype torch.int64"),
+    "floating lengths": ({"tensors": {"packed_lens": torch.zeros(3)}}, "packed_lens: dtype"),
+    "fewer pages": ({"tensors": {"pages": torch.zeros(3, 2, 10, dtype=torch.uint8)}}, "pages: shape"),
+    "pages of another type": (
+        {"tensors": {"pages": torch.zeros(4, 2, bd.block_bytes(64, SPEC), dtype=torch.int8)}},
+        "pages: dtype",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files(name: str, tmp_path: Path) -> None:
+    changes, message = HOSTILE[name]
+    path = tmp_path / "cache.safetensors"
+    filled().save(path)
+    rewrite(path, **changes)
+    with pytest.raises(bd.CacheFormatError) as error:
+        bd.KVCache.load(path)
+    assert message.lower() in str(error.value).lower()
+    assert str(path) in str(error.value)
+
+
+def test_truncated_and_scrambled_files(tmp_path: Path) -> None:
+    """Whatever is cut off or overwritten in the header: a CacheFormatError, or a cache of the same data."""
+    path = tmp_path / "cache.safetensors"
+    filled().save(path)
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    rng = random.Random(0)
+    for size in [0, 1, 7, 8, 9, header - 1, header, header + 1, len(data) - 1, *rng.sample(range(len(data)), 10)]:
+        path.write_bytes(data[:size])
+        with pytest.raises(bd.CacheFormatError):
+            bd.KVCache.load(path)
+    loaded = 0
+    for _ in range(300):
+        scrambled = bytearray(data)
+        scrambled[rng.randrange(header)] = rng.choice(b'0123456789-.eE"{}[],:aZ\x00\xff ')
+        path.write_bytes(scrambled)
+        try:
+            loaded += bd.KVCache.load(path).batch_size == BATCH
+        except bd.CacheFormatError:
+            pass
+    assert loaded < 100
+
+
+def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        bd.KVCache.load(tmp_path / "none")
