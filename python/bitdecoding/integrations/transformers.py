@@ -12,16 +12,13 @@ or, by hand, ``model.set_attn_implementation("bitdecoding")`` (importing this mo
 
 transformers hands the attention function keys and values, not the cache. So ``BitDecodingLayer.update`` returns the
 new tokens' keys and values with a reference to the layer attached, and the attention function finds the packed tokens
-through it. In which order it reads and appends matters:
+through it.
 
-* *A prompt chunk* (several new tokens) attends to the cache as it is and to its own tokens in full precision; only
-  then are its tokens appended and, where a block is full, quantised. Quantising first would make the result depend on
-  how a prompt is cut into chunks.
-* *A decode step* (one new token) appends first and then reads the cache in one call. The token lies in the 16-bit tail
-  then, so that nothing is lost, except where ``recent`` is 0 and the token completes a block: that one step, of 128,
-  sees its own token quantised.
-
-The first chunk of an empty cache needs no cache at all and goes to torch's own attention.
+New tokens attend before they, or older ones, are quantised: a chunk of a prompt sees the cache as it was and its own
+tokens in 16 bit, and only then is it appended and full blocks are packed. Packing first would make the result depend on
+how a prompt is cut into chunks, and let the token that completes a block see itself quantised. Where the append packs
+nothing, as in 127 of 128 decode steps, the order makes no difference; then the tokens are appended first and attention
+is one call on the cache. The first chunk of an empty cache needs no cache and goes to torch's own attention.
 """
 
 from __future__ import annotations
@@ -109,19 +106,25 @@ class BitDecodingLayer(CacheLayerMixin):
         """
         self.awaiting_attention = False
         new_tokens, kv = q.shape[1], self.kv
-        k16, v16, lengths = k.to(kv.dtype), v.to(kv.dtype), None
+        q16, k16, v16 = (x.to(kv.dtype).contiguous() for x in (q, k, v))
+        lengths = None
         if padding is not None:
             k16, v16, lengths = _to_front(k16, padding), _to_front(v16, padding), padding.sum(1, dtype=torch.int32)
 
-        if new_tokens == 1:
+        if self.length > new_tokens and not self._packs(new_tokens):
             kv.append(k16, v16, lengths)
-            return kv.decode(q.to(kv.dtype), **options).to(q.dtype)
+            return kv.decode(q16, **options).to(q.dtype)
         if self.length == new_tokens:
             out = _dense_attention(q, k, v, padding, **options)
         else:
-            out = _decode_with(kv, q.to(kv.dtype), k16, v16, lengths, **options).to(q.dtype)
+            out = _decode_with(kv, q16, k16, v16, lengths, **options).to(q.dtype)
         kv.append(k16, v16, lengths)
         return out
+
+    def _packs(self, new_tokens: int) -> bool:
+        """Whether appending this many tokens to each sequence would fill a block."""
+        lengths = zip(self.kv._lens, self.kv._packed, strict=True)
+        return any(self.kv.policy.packed_len(n + new_tokens, packed) > packed for n, packed in lengths)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -143,6 +146,11 @@ class BitDecodingLayer(CacheLayerMixin):
             return
         self.kv.truncate((self.kv.seqlens + tokens_to_remove).clamp_(min=0))
         self.length = max(0, self.length + tokens_to_remove)
+
+    def reorder_cache(self, *args) -> None:
+        raise UnsupportedConfig("a BitDecodingCache cannot change the order of its sequences: no beam search")
+
+    batch_repeat_interleave = batch_select_indices = reorder_cache
 
     def reset(self) -> None:
         self.kv, self.length, self.is_initialized, self.awaiting_attention = None, 0, False, False
@@ -365,7 +373,7 @@ def _dense_attention(
 
 
 def _decode_with(kv: KVCache, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, **options) -> Tensor:
-    """Attention over a cache as if it also held new tokens, in 16 bit; the cache does not change.
+    """Attention over a cache as if it also held new tokens, all in 16 bit; the cache does not change.
 
     lengths: int32 [batch], how many of the new tokens count; the others come last. Otherwise as for `bd.decode`.
     """

@@ -1,0 +1,294 @@
+"""`bitdecoding demo`: a real model on a real text with 16-bit and low-bit KV caches, side by side.
+
+The text is fed token by token as far as the cache is concerned: in chunks that end where a step-by-step decode would
+fill a block, so that every token sees the same mix of 16-bit and packed tokens as in decoding. The second half of the
+text is scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from .cute_kernels.errors import InvalidArgument
+from .cute_kernels.layouts import BLOCK_TOKENS
+from .integrations.transformers import NAME, BitDecodingCache, enable
+from .models import MODEL, TEXT, load_model, load_text
+from .quantization import PRESETS, preset
+
+TIMED_STEPS = 8
+PLAIN = ("kc4", "kc2")
+BLUE, GREY = "#1f6fb4", "#8a8a8a"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=int, default=4096, help="length of the text (default: %(default)s)")
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS), metavar="NAME", help="default: all of them")
+    parser.add_argument("--text", type=Path, metavar="FILE", help=f"a UTF-8 text file (default: {TEXT})")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bitdecoding-demo"), metavar="DIR", help="for the table and plot"
+    )
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (with --temperature)")
+    parser.add_argument("--prompt", help="answer this instead of measuring")
+    parser.add_argument("--preset", default="kv4", help="of the answer's cache (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=200, help="of the answer at most (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
+
+
+def run(args: argparse.Namespace) -> int:
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for name in [args.preset, *args.presets]:
+        preset(name)  # raises for unknown names, before anything is downloaded
+    model, tokenizer = load_model(device)
+    if args.prompt is not None:
+        answer(model, tokenizer, args.prompt, args.preset, args.new_tokens, args.temperature)
+        return 0
+
+    text = load_text() if args.text is None else args.text.read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.tokens].to(device)
+    report = measure(model, ids, args.presets)
+    report |= {"model": MODEL, "text": TEXT if args.text is None else args.text.name}
+    print(format_table(report))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot(report, args.out / "demo.png")
+    print(f"\nwrote {args.out / 'demo.json'} and {args.out / 'demo.png'}")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one cache did."""
+
+    cache: str
+    bits_per_value: float
+    bytes_total: int
+    bytes_per_token: float
+    compression: float  # against 16 bits per value
+    perplexity: float
+    perplexity_change: float  # relative to the 16-bit cache: 0.01 is 1% more
+    kl_divergence: float  # mean over tokens of KL(16-bit || this), nats
+    top1_agreement: float  # share of tokens whose likeliest successor is the 16-bit cache's
+    step_ms: float  # median time of a decode step behind the whole text
+
+
+@torch.inference_mode()
+def measure(model: PreTrainedModel, ids: Tensor, presets: list[str]) -> dict:
+    """Run a text through a model with a 16-bit cache and with each preset.
+
+    ids: [1, tokens]. -> a dictionary for JSON: the settings and `rows`, one :class:`Row` per cache.
+    """
+    tokens = ids.shape[1]
+    longest = model.config.max_position_embeddings - TIMED_STEPS
+    if not 2 * BLOCK_TOKENS <= tokens <= longest:
+        raise InvalidArgument(f"the text has {tokens} tokens: allowed are {2 * BLOCK_TOKENS} to {longest}")
+    config = model.config
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
+    plain_attention = config._attn_implementation
+    reference, rows = None, []
+    with tqdm(total=tokens * (1 + len(presets)), unit=" tokens") as bar:
+        for name in ["16-bit", *presets]:
+            bar.set_description(f"{name:>6}")
+            sinks = 0
+            if name == "16-bit":
+                cache: Cache = DynamicCache(config=config)
+            else:
+                model.set_attn_implementation(NAME)
+                cache = BitDecodingCache(config, name, max_tokens=tokens + TIMED_STEPS)
+                sinks = preset(name, config.head_dim)[1].sink_tokens
+            scores = _score(model, ids, cache, sinks, reference, bar)
+            reference = reference or scores
+            nbytes = _cache_bytes(cache)
+            rows.append(
+                Row(
+                    cache=name,
+                    bits_per_value=nbytes * 8 / values,
+                    bytes_total=nbytes,
+                    bytes_per_token=nbytes / tokens,
+                    compression=values * 2 / nbytes,
+                    perplexity=scores.perplexity,
+                    perplexity_change=scores.perplexity / reference.perplexity - 1,
+                    kl_divergence=scores.kl,
+                    top1_agreement=scores.agreement,
+                    step_ms=_time_steps(model, cache, ids[:, -1:]),
+                )
+            )
+    model.set_attn_implementation(plain_attention)
+    return {
+        "tokens": tokens,
+        "scored_tokens": tokens - tokens // 2 - 1,
+        "device": torch.cuda.get_device_name() if ids.device.type == "cuda" else "cpu",
+        "model_dtype": str(model.dtype).removeprefix("torch."),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+@dataclass(frozen=True)
+class _Scores:
+    perplexity: float
+    kl: float
+    agreement: float
+    log_probs: Tensor | None  # fp16 [scored tokens, vocabulary], only of the reference
+
+
+def _chunks(tokens: int, scored_from: int, sinks: int) -> Iterator[tuple[int, int]]:
+    """Bounds of the chunks: where a cache packs, that is every 128 tokens after the sinks, and where scoring begins."""
+    bounds = sorted({0, scored_from, tokens, *range(sinks + BLOCK_TOKENS, tokens, BLOCK_TOKENS)})
+    return itertools.pairwise(bounds)
+
+
+def _score(
+    model: PreTrainedModel, ids: Tensor, cache: Cache, sinks: int, reference: _Scores | None, bar: tqdm
+) -> _Scores:
+    """Feed a text and compare the predictions of its second half with the reference's."""
+    tokens = ids.shape[1]
+    scored_from = tokens // 2  # the first prediction that counts is that of token scored_from + 1
+    log_probs: list[Tensor] = []
+    loss = kl = agreed = 0.0
+    for start, end in _chunks(tokens, scored_from, sinks):
+        keep = end - start if start >= scored_from else 1
+        logits = model(ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
+        bar.update(end - start)
+        if start < scored_from:
+            continue
+        here = logits.float().log_softmax(-1)
+        targets = ids[0, start + 1 : end + 1]
+        loss -= here[: len(targets)].gather(1, targets[:, None]).sum().item()
+        if reference is None:
+            log_probs.append(here.half())
+        else:
+            there = reference.log_probs[start - scored_from : end - scored_from].float()
+            kl += (there.exp() * (there - here)).sum().item()
+            agreed += (there.argmax(-1) == here.argmax(-1)).sum().item()
+    predictions = tokens - scored_from
+    if reference is None:
+        return _Scores(math.exp(loss / (predictions - 1)), 0.0, 1.0, torch.cat(log_probs))
+    return _Scores(math.exp(loss / (predictions - 1)), kl / predictions, agreed / predictions, None)
+
+
+def _cache_bytes(cache: Cache) -> int:
+    """Bytes that the cached tokens take; the plain cache counted in 16 bit, whatever the model computes in."""
+    if isinstance(cache, BitDecodingCache):
+        return sum(layer.kv.used_nbytes for layer in cache.layers)
+    return sum(2 * (layer.keys.numel() + layer.values.numel()) for layer in cache.layers)
+
+
+def _time_steps(model: PreTrainedModel, cache: Cache, token: Tensor) -> float:
+    """Median milliseconds of a decode step."""
+    times = []
+    for _ in range(TIMED_STEPS):
+        start = time.perf_counter()
+        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token.item()  # wait for the device
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+# ------------------------------------------------------------------------------------------------------- reporting
+
+
+def format_table(report: dict) -> str:
+    """The rows of a report as text."""
+    lines = [
+        f"{report['model']}, {report['tokens']} tokens of {report['text']}, the last {report['scored_tokens']} scored; "
+        f"{report['model_dtype']} on {report['device']}",
+        "",
+        f"{'cache':>7}  {'bits/value':>10}  {'bytes/token':>11}  {'MiB':>7}  {'smaller':>7}  "
+        f"{'perplexity':>10}  {'change':>8}  {'KL':>8}  {'same top-1':>10}  {'ms/step':>8}",
+    ]
+    for row in report["rows"]:
+        lines.append(
+            f"{row['cache']:>7}  {row['bits_per_value']:>10.2f}  {row['bytes_per_token']:>11,.0f}  "
+            f"{row['bytes_total'] / 2**20:>7.2f}  {row['compression']:>6.2f}x  {row['perplexity']:>10.3f}  "
+            f"{row['perplexity_change']:>+8.2%}  {row['kl_divergence']:>8.5f}  {row['top1_agreement']:>10.1%}  "
+            f"{row['step_ms']:>8.1f}"
+        )
+    if report["device"] == "cpu":
+        lines += [
+            "",
+            "On the CPU the cache runs in its reference backend: its times say nothing about the GPU kernels.",
+        ]
+    return "\n".join(lines)
+
+
+def plot(report: dict, path: Path) -> None:
+    """Quality against size, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    rows = sorted((row for row in report["rows"] if row["cache"] != "16-bit"), key=lambda row: row["bits_per_value"])
+    groups = (  # the original's plain scheme beside the presets
+        ("presets", "o-", BLUE, (7, 5), [row for row in rows if row["cache"] not in PLAIN]),
+        ("plain KC-4, KC-2", "s", GREY, (7, -13), [row for row in rows if row["cache"] in PLAIN]),
+    )
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for axes, field in ((left, "kl_divergence"), (right, "top1_agreement")):
+        for label, style, color, offset, group in groups:
+            x, y = [row["bits_per_value"] for row in group], [row[field] for row in group]
+            axes.plot(x, y, style, color=color, label=label, markersize=7, linewidth=1.2, zorder=3)
+            for row in group:
+                at = (row["bits_per_value"], row[field])
+                axes.annotate(row["cache"], at, offset, textcoords="offset points", color=color, fontsize=10)
+        axes.grid(color="#e4e4e4", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("cache size in bits per value, everything counted")
+        axes.margins(0.1)
+    left.set_yscale("log")
+    left.set_title("KL divergence from the 16-bit cache, nats (lower is better)", fontsize=11)
+    left.legend(frameon=False)
+    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    right.set_title("same likeliest token as the 16-bit cache (higher is better)", fontsize=11)
+    figure.suptitle(f"{report['model']}, {report['tokens']:,} tokens of {report['text']}", fontsize=12)
+    figure.savefig(path, dpi=160)
+
+
+# ------------------------------------------------------------------------------------------------------- answering
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    quant: str,
+    new_tokens: int,
+    temperature: float,
+) -> None:
+    """Print a model's answer as it is generated from a low-bit cache."""
+    enable(model, quant)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    start = time.perf_counter()
+    generated = model.generate(
+        **chat,
+        max_new_tokens=new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        return_dict_in_generate=True,
+        **({"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}),
+    )
+    seconds = time.perf_counter() - start
+    count = generated.sequences.shape[1] - chat["input_ids"].shape[1]
+    nbytes = _cache_bytes(generated.past_key_values)
+    length = generated.past_key_values.get_seq_length()
+    print(f"\n{quant}: {count} tokens in {seconds:.1f} s; cache of {length} tokens: {nbytes / 1024:,.0f} KiB")

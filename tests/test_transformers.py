@@ -1,0 +1,278 @@
+"""The transformers integration, on tiny models with random weights: no downloads."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from bitdecoding.cute_kernels.errors import InvalidArgument, OutOfPages, UnsupportedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    StaticCache,
+)
+
+from bitdecoding import QuantSpec
+from bitdecoding.integrations.transformers import NAME, BitDecodingCache, disable, enable
+from bitdecoding.quantization import CachePolicy
+
+VOCABULARY = 97
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "initializer_range": 0.1,  # large enough for attention to prefer some keys
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=100),
+    "gemma2": Gemma2Config(**SIZES, sliding_window=100, attn_logit_softcapping=2.0, query_pre_attn_scalar=64),
+    "gemma3": Gemma3TextConfig(**SIZES, sliding_window=100, sliding_window_pattern=2, query_pre_attn_scalar=64),
+    "gpt_oss": GptOssConfig(**SIZES, sliding_window=100, num_local_experts=2, num_experts_per_tok=2),
+}
+EIGHT_BIT = (QuantSpec(k_bits=8, v_bits=8, k_group=32, v_group=32), CachePolicy(recent=16, sink_tokens=2))
+
+
+def build(family="llama"):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):  # gpt_oss leaves them uninitialised
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def tokens(batch, length, seed=1):
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def feed(model, ids, cache, sizes):
+    """Logits of a text fed in chunks of these sizes."""
+    return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(sizes, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_eight_bits_come_close_to_the_plain_cache(family):
+    model, ids, sizes = build(family), tokens(2, 400), [150, 1, 147, 99, 1, 1, 1]
+    expected = feed(model, ids, DynamicCache(config=model.config), sizes)
+    model.set_attn_implementation(NAME)
+    cache = BitDecodingCache(model.config, EIGHT_BIT)
+    actual = feed(model, ids, cache, sizes)
+    assert all(layer.kv.packed_lens.tolist() == [256, 256] for layer in cache.layers)
+    error = (actual - expected).std() / expected.std()
+    assert error < 0.02
+    assert error > 1e-5, "the packed tokens were not read"
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_other_caches_and_no_cache_get_exact_attention(family):
+    model, ids = build(family), tokens(2, 250)
+    sizes = [150, 1, 99]
+    expected = feed(model, ids, DynamicCache(config=model.config), sizes)
+    model.set_attn_implementation(NAME)
+    torch.testing.assert_close(feed(model, ids, DynamicCache(config=model.config), sizes), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize(("quant", "sinks"), [("kv8", 4), ("kv4", 4), ("kv2", 16), ("kc4", 0)])
+def test_chunks_and_single_steps_agree(quant, sinks):
+    """Chunks that end where a step-by-step decode packs a block see the same 16-bit and packed tokens as its steps."""
+    model, ids = build(), tokens(1, 420)
+    model.set_attn_implementation(NAME)
+    prompt = sinks + 128
+    caches = [BitDecodingCache(model.config, quant) for _ in range(3)]
+    stepped, halves, blocks = (
+        feed(model, ids, cache, [prompt] + [size] * ((420 - prompt) // size) + [(420 - prompt) % size] * (size > 1))
+        for cache, size in zip(caches, (1, 64, 128), strict=True)
+    )
+    assert len({cache.layers[1].kv.packed_lens.item() for cache in caches}) == 1
+    assert caches[0].layers[1].kv.packed_lens > 0
+    assert (stepped - halves).abs().max() < 0.05 * stepped.std()
+    assert (stepped - blocks).abs().max() < 0.05 * stepped.std()
+
+
+def test_generate_equals_teacher_forcing():
+    model, ids = build(), tokens(2, 120)
+    enable(model, "kv4")
+    generated = model.generate(ids, max_new_tokens=20, do_sample=False)
+    cache = BitDecodingCache(model.config, "kv4")
+    logits = feed(model, generated[:, :-1], cache, [120] + [1] * 19)
+    assert generated[:, 120:].equal(logits[:, 119:].argmax(-1))
+
+
+def test_enable_and_disable():
+    model, ids = build(), tokens(1, 300)
+    with torch.no_grad():
+        plain = model(ids).logits
+        enable(model, "kv2", max_tokens=512)
+        enable(model, "kv4", max_tokens=512)  # replaces the first
+        out = model(ids)
+        assert isinstance(out.past_key_values, BitDecodingCache)
+        assert out.past_key_values.get_max_length() == 512
+        assert out.past_key_values.layers[0].kv.quant.k_bits == 4
+        torch.testing.assert_close(out.logits, plain)  # a first chunk reads no cache
+        result = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True)
+        assert isinstance(result.past_key_values, BitDecodingCache)
+        own = DynamicCache(config=model.config)
+        assert model(ids, past_key_values=own).past_key_values is own
+        disable(model)
+        disable(model)
+        assert model.config._attn_implementation == "eager"
+        assert type(model(ids).past_key_values) is DynamicCache
+        result = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True)
+        assert type(result.past_key_values) is DynamicCache
+
+
+def test_sampling_with_chunked_prefill():
+    model, ids = build(), tokens(2, 200)
+    enable(model, "kv8")
+    torch.manual_seed(3)
+    first = model.generate(ids, max_new_tokens=8, do_sample=True, prefill_chunk_size=64)
+    torch.manual_seed(3)
+    again = model.generate(ids, max_new_tokens=8, do_sample=True, prefill_chunk_size=64)
+    assert first.shape == (2, 208)
+    assert first.equal(again)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_left_padding(family):
+    """A padded sequence in a batch gives what it gives alone."""
+    model, ids = build(family), tokens(2, 290)
+    padded = ids.clone()
+    padded[1, :70] = 0
+    mask = torch.ones_like(ids)
+    mask[1, :70] = 0
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    model.set_attn_implementation(NAME)
+    cache = BitDecodingCache(model.config, EIGHT_BIT)
+    logits, at = [], 0
+    for size in (60, 140, 88, 1, 1):  # the second sequence begins in the second chunk
+        step = slice(at, at := at + size)
+        with torch.no_grad():
+            out = model(
+                padded[:, step], attention_mask=mask[:, :at], position_ids=position[:, step], past_key_values=cache
+            )
+        logits.append(out.logits)
+    logits = torch.cat(logits, dim=1)
+    assert cache.layers[0].kv.seqlens.tolist() == [290, 220]
+
+    for row, start, sizes in ((0, 0, [60, 140, 88, 1, 1]), (1, 70, [130, 88, 1, 1])):
+        alone = feed(model, ids[row : row + 1, start:], BitDecodingCache(model.config, EIGHT_BIT), sizes)
+        assert (logits[row, start:] - alone[0]).abs().max() < 0.01 * alone.std()
+
+    enable(model, EIGHT_BIT)
+    batch = model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    single = model.generate(ids[1:, 70:], max_new_tokens=6, do_sample=False)
+    assert batch[1, 290:].equal(single[0, 220:])
+
+
+def test_crop_is_exact_within_the_recent_tokens():
+    model, ids, other = build(), tokens(1, 400), tokens(1, 10, seed=5)
+    model.set_attn_implementation(NAME)
+    cache, fresh = (BitDecodingCache(model.config, EIGHT_BIT) for _ in range(2))
+    feed(model, ids, cache, [300, 90, 10])
+    feed(model, ids[:, :390], fresh, [300, 90])
+    cache.crop(0)
+    assert cache.get_seq_length() == 400
+    cache.crop(-10)
+    assert cache.get_seq_length() == 390
+    assert feed(model, other, cache, 1).equal(feed(model, other, fresh, 1))
+    with pytest.raises(InvalidArgument, match="packed block"):
+        cache.crop(-200)
+    with pytest.raises(InvalidArgument, match="tokens_to_remove=5"):
+        cache.crop(5)
+
+
+def test_assisted_decoding_gives_the_same_text():
+    model, ids = build(), tokens(1, 150)
+    plain = model.generate(ids, max_new_tokens=24, do_sample=False)
+    enable(model, (QuantSpec(k_bits=8, v_bits=8, k_group=32, v_group=32), CachePolicy(recent=64)))
+    assistant = build()
+    with torch.no_grad():  # wrong often enough for drafts to be rolled back
+        assistant.lm_head.weight += 0.2 * torch.randn_like(assistant.lm_head.weight)
+    assert model.generate(ids, assistant_model=assistant, max_new_tokens=24, do_sample=False).equal(plain)
+
+
+def test_bits_per_layer_and_memory():
+    model, ids = build(), tokens(1, 300)
+    model.set_attn_implementation(NAME)
+    cache = BitDecodingCache(model.config, ["kv8", "kv2"], max_tokens=300)
+    assert cache.nbytes == 0
+    feed(model, ids, cache, [300])
+    first, second = (layer.kv for layer in cache.layers)
+    assert (first.quant.k_bits, second.quant.k_bits) == (8, 2)
+    assert cache.nbytes == first.nbytes + second.nbytes
+    cache.reset()
+    assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
+    feed(model, ids, cache, [300])
+
+
+class TestErrors:
+    def test_arguments(self):
+        config = CONFIGS["llama"]
+        with pytest.raises(InvalidArgument, match="kv5"):
+            BitDecodingCache(config, "kv5")
+        with pytest.raises(InvalidArgument, match="2 layers"):
+            BitDecodingCache(config, ["kv4"])
+        with pytest.raises(InvalidArgument, match="kv5"):
+            enable(build(), "kv5")
+
+    def test_layers_of_other_kinds(self):
+        config = LlamaConfig(**SIZES)
+        config.layer_types = ["full_attention", "chunked_attention"]
+        with pytest.raises(UnsupportedConfig, match="chunked_attention"):
+            BitDecodingCache(config)
+
+    def test_model_that_attends_otherwise(self):
+        model, ids = build(), tokens(1, 10)
+        with pytest.raises(InvalidArgument, match="set_attn_implementation"):
+            feed(model, ids, BitDecodingCache(model.config), [5, 5])
+
+    def test_masks(self):
+        model, ids = build(), tokens(1, 8)
+        model.set_attn_implementation(NAME)
+        with pytest.raises(UnsupportedConfig, match="padding on the left"):
+            model(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0]]))
+        with pytest.raises(UnsupportedConfig, match="attention_mask"):
+            model(ids, attention_mask=torch.zeros(1, 1, 8, 8))
+        with pytest.raises(UnsupportedConfig, match="static"):
+            model(ids, past_key_values=StaticCache(model.config, 32))
+
+    def test_bidirectional_model(self):
+        config = Gemma3TextConfig(**SIZES, use_bidirectional_attention=True)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+        with pytest.raises(UnsupportedConfig):
+            model(tokens(1, 8), use_cache=False)
+
+    def test_beam_search(self):
+        model = build()
+        enable(model)
+        with pytest.raises(UnsupportedConfig, match="beam"):
+            model.generate(tokens(1, 20), num_beams=2, max_new_tokens=4, do_sample=False)
+
+    def test_full_cache(self):
+        model, ids = build(), tokens(1, 40)
+        model.set_attn_implementation(NAME)
+        with pytest.raises(OutOfPages):
+            feed(model, ids, BitDecodingCache(model.config, max_tokens=30), [20, 20])
