@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class CachePolicy:
 
 _KV4_K = {"k_bits": 4, "k_axis": "channel", "k_group": 128, "rotate_k": True}
 _V2 = {"v_bits": 2, "v_group": 64, "v_clip": 0.8, "rotate_v": True}
-_PRESETS = {
+_PRESETS: dict[str, tuple[dict[str, Any], CachePolicy]] = {
     "kv8": ({"k_bits": 8, "v_bits": 8, "k_group": 128, "v_group": 64}, CachePolicy(0, 4)),
     "kv4": (
         _KV4_K | {"v_bits": 4, "v_group": 64, "v_symmetric": True, "v_clip": "mse", "rotate_v": True},
@@ -84,12 +85,11 @@ def preset(name: str, head_dim: int = 128) -> tuple[QuantSpec, CachePolicy]:
     if name not in _PRESETS:
         raise InvalidArgument(f"name={name!r}: presets are {', '.join(PRESETS)}")
     fields, policy = _PRESETS[name]
-    fields = dict(fields)
     for key in ("v_group", "k_group") if fields.get("k_axis") == "token" else ("v_group",):
         dividing = [g for g in GROUPS if g <= fields[key] and head_dim % g == 0]
         if not dividing:
             raise InvalidArgument(f"head_dim={head_dim}: must be a multiple of {GROUPS[0]}")
-        fields[key] = max(dividing)
+        fields = fields | {key: max(dividing)}
     return QuantSpec(**fields), policy
 
 
@@ -163,23 +163,12 @@ def _quantise_groups(
         exists = lo <= hi
         lo, hi = lo.where(exists, 0.0), hi.where(exists, 0.0)
 
-    if symmetric:
-        largest = torch.maximum(lo.abs(), hi.abs())
-
-        def span(factor: float) -> tuple[Tensor, Tensor]:
-            return -largest * factor, largest * factor
+    if clip == "mse":
+        scale, zero = _search_mse(x, valid, dim, lo, hi, bits, symmetric)
     else:
-        mid, half = (lo + hi) * 0.5, (hi - lo) * 0.5
-
-        def span(factor: float) -> tuple[Tensor, Tensor]:
-            return mid - half * factor, mid + half * factor
-
-    if clip in ("minmax", 1.0):
+        if clip not in ("minmax", 1.0):
+            lo, hi = _shrink(lo, hi, float(clip), symmetric)
         scale, zero = _parameters(lo, hi, bits, symmetric)
-    elif clip == "mse":
-        scale, zero = _search_mse(x, valid, dim, bits, symmetric, span)
-    else:
-        scale, zero = _parameters(*span(float(clip)), bits, symmetric)
 
     codes = _encode(x, scale, zero, bits).to(torch.uint8)
     if valid is not None:
@@ -188,22 +177,31 @@ def _quantise_groups(
     return codes, scale, zero
 
 
-def _search_mse(x, valid, dim, bits, symmetric, span) -> tuple[Tensor, Tensor]:
-    """The parameters of the range factor with the least squared error, the larger factor on ties."""
-    best = None
+def _shrink(lo: Tensor, hi: Tensor, factor: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The range times a factor: about its middle, or about 0 if symmetric."""
+    if symmetric:
+        end = torch.maximum(lo.abs(), hi.abs()) * factor
+        return -end, end
+    mid, half = (lo + hi) * 0.5, (hi - lo) * 0.5 * factor
+    return mid - half, mid + half
+
+
+def _search_mse(
+    x: Tensor, valid: Tensor | None, dim: int, lo: Tensor, hi: Tensor, bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """scale and zero of the range factor with the least squared error, of the larger factor on ties."""
+    least = torch.full_like(lo, torch.inf)
+    best_scale, best_zero = lo, hi
     for factor in MSE_FACTORS:
-        scale, zero = _parameters(*span(factor), bits, symmetric)
-        error = _encode(x, scale, zero, bits).add_(zero).mul_(scale).sub_(x)
-        error = error.mul_(error)
+        scale, zero = _parameters(*_shrink(lo, hi, factor, symmetric), bits, symmetric)
+        error = _encode(x, scale, zero, bits).add_(zero).mul_(scale).sub_(x).square_()
         if valid is not None:
             error = error.masked_fill_(~valid, 0.0)
         error = _halving_sum(error, dim)
-        if best is None:
-            best = error, scale, zero
-        else:
-            better = error < best[0]
-            best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True))
-    return best[1], best[2]
+        better = error < least
+        least = torch.where(better, error, least)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero
 
 
 # ---------------------------------------------------------------------------------------------- packing
