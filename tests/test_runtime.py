@@ -4,6 +4,7 @@ The launch itself is tested on a GPU with a hand-written kernel that reports its
 """
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -163,7 +164,7 @@ for call in (
 
 def test_without_a_usable_driver_errors_say_what_is_missing():
     # hidden devices make a machine with a driver fail alike, at cuInit
-    environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", WITHOUT_DRIVER]
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     lines = output.splitlines()

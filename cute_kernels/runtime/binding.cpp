@@ -243,11 +243,11 @@ void decode_py(int64_t handle, DLTensor* q, DLTensor* pages, DLTensor* block_tab
   const DecodeTensors tensors{q,           pages,       block_table, seqlens,     get(packed_lens),
                               get(tail_k), get(tail_v), get(sink_k), get(sink_v), get(sink_logits),
                               out,         get(lse)};
-  KernelConfig config;
+  const KernelConfig* config = nullptr;
   DecodeParams params;
   const int kernel = static_cast<int>(handle);
   raise_unless_ok(kernel_config(kernel, &config));
-  raise_unless_ok(check_decode_for_kernel(tensors, config, *workspace, window, softmax_scale, softcap, &params));
+  raise_unless_ok(check_decode_for_kernel(tensors, *config, *workspace, window, softmax_scale, softcap, &params));
   if (params.batch == 0) return;
   LaunchOptions options;
   options.device = q->device.device_id;

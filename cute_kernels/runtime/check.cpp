@@ -1,5 +1,6 @@
 #include "check.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
@@ -100,13 +101,10 @@ class Checker {
 
  private:
   Status type_and_device(const char* name, const DLTensor& t, std::initializer_list<DLDataType> dtypes) const {
-    bool allowed = false;
-    std::string names;
-    for (const DLDataType& dtype : dtypes) {
-      allowed = allowed || same(t.dtype, dtype);
-      names += (names.empty() ? "" : ", ") + dtype_name(dtype);
-    }
-    if (!allowed) {
+    const auto matches = [&t](const DLDataType& dtype) { return same(t.dtype, dtype); };
+    if (std::none_of(dtypes.begin(), dtypes.end(), matches)) {
+      std::string names;
+      for (const DLDataType& dtype : dtypes) names += (names.empty() ? "" : ", ") + dtype_name(dtype);
       return fail(Status::invalid_argument, name, ": dtype ", dtype_name(t.dtype), ": allowed are ", names);
     }
     if (t.device.device_type != device_.device_type || t.device.device_id != device_.device_id) {

@@ -27,7 +27,7 @@ Status check_clip(const char* argument, const Clip& clip) {
 }
 
 Status check_group(const char* argument, std::int64_t group, std::int64_t head_dim) {
-  BITDECODING_TRY(check_one_of<std::int64_t>(argument, group, {32, 64, 128}));
+  BITDECODING_TRY(check_one_of(argument, group, {32, 64, 128}));
   if (head_dim % group != 0) {
     return fail(Status::invalid_argument, argument, "=", group, ": must divide head_dim=", head_dim);
   }
@@ -107,11 +107,11 @@ Status set_error(Status status, const std::string& message) {
 Status QuantSpec::validate(std::int64_t head_dim) const noexcept {
   constexpr std::int64_t kAnyHeadDim = 128;  // every group divides it
   if (head_dim == 0) head_dim = kAnyHeadDim;
-  BITDECODING_TRY(check_one_of<std::int64_t>("head_dim", head_dim, {64, 96, 128, 256}));
-  BITDECODING_TRY(check_one_of<std::int64_t>("k_bits", k_bits, {8, 4, 2}));
-  BITDECODING_TRY(check_one_of<std::int64_t>("v_bits", v_bits, {8, 4, 2}));
-  BITDECODING_TRY(check_one_of<std::string>("k_axis", k_axis, {"channel", "token"}));
-  BITDECODING_TRY(check_one_of<std::string>("k_mean", k_mean, {"none", "block"}));
+  BITDECODING_TRY(check_one_of("head_dim", head_dim, {64, 96, 128, 256}));
+  BITDECODING_TRY(check_one_of("k_bits", k_bits, {8, 4, 2}));
+  BITDECODING_TRY(check_one_of("v_bits", v_bits, {8, 4, 2}));
+  BITDECODING_TRY(check_one_of("k_axis", k_axis, {"channel", "token"}));
+  BITDECODING_TRY(check_one_of("k_mean", k_mean, {"none", "block"}));
   // per channel, a K group lies along the block's 128 tokens
   BITDECODING_TRY(check_group("k_group", k_group, k_axis == "channel" ? kBlockTokens : head_dim));
   BITDECODING_TRY(check_group("v_group", v_group, head_dim));
@@ -126,20 +126,20 @@ std::string QuantSpec::name() const {
 }
 
 Status KernelConfig::validate() const noexcept {
-  BITDECODING_TRY(check_one_of<std::string>("kind", kind, {"decode"}));
-  BITDECODING_TRY(check_one_of<std::string>("arch", arch, {"sm80", "sm89", "sm90a", "sm100", "sm120"}));
-  BITDECODING_TRY(check_one_of<std::int64_t>("head_dim", head_dim, {64, 96, 128, 256}));
+  BITDECODING_TRY(check_one_of("kind", kind, {"decode"}));
+  BITDECODING_TRY(check_one_of("arch", arch, {"sm80", "sm89", "sm90a", "sm100", "sm120"}));
+  BITDECODING_TRY(check_one_of("head_dim", head_dim, {64, 96, 128, 256}));
   BITDECODING_TRY(quant.validate(head_dim));
-  BITDECODING_TRY(check_one_of<std::string>("dtype", dtype, {"float16", "bfloat16"}));
+  BITDECODING_TRY(check_one_of("dtype", dtype, {"float16", "bfloat16"}));
   if (q_tile < 8 || q_tile > 64 || q_tile % 8 != 0) {
     return fail(Status::invalid_argument, "q_tile=", q_tile, ": allowed are the multiples of 8 up to 64");
   }
-  BITDECODING_TRY(check_one_of<std::string>("mma", mma, {"mma_sync"}));
-  BITDECODING_TRY(check_one_of<std::string>("copy", copy, {"bulk", "cp_async"}));
+  BITDECODING_TRY(check_one_of("mma", mma, {"mma_sync"}));
+  BITDECODING_TRY(check_one_of("copy", copy, {"bulk", "cp_async"}));
   if (num_warps < 1 || num_warps > 16) {
     return fail(Status::invalid_argument, "num_warps=", num_warps, ": allowed are 1 to 16");
   }
-  BITDECODING_TRY(check_one_of<std::int64_t>("warps_per_block", warps_per_block, {1, 2, 4}));
+  BITDECODING_TRY(check_one_of("warps_per_block", warps_per_block, {1, 2, 4}));
   if (num_warps % warps_per_block != 0) {
     return fail(Status::invalid_argument, "warps_per_block=", warps_per_block, ": must divide num_warps=", num_warps);
   }

@@ -20,15 +20,15 @@ Status fail(Status status, const Parts&... parts) {
   return set_error(status, text.str());
 }
 
-template <typename T>
-Status check_one_of(const char* argument, const T& value, std::initializer_list<T> allowed) {
-  for (const T& candidate : allowed) {
-    if (candidate == value) return Status::ok;
+template <typename T, typename Allowed>
+Status check_one_of(const char* argument, const T& value, std::initializer_list<Allowed> allowed) {
+  for (const Allowed& candidate : allowed) {
+    if (value == candidate) return Status::ok;
   }
   std::ostringstream text;
   text << argument << "=" << value << ": allowed are ";
   const char* separator = "";
-  for (const T& candidate : allowed) {
+  for (const Allowed& candidate : allowed) {
     text << separator << candidate;
     separator = ", ";
   }

@@ -180,10 +180,10 @@ int find_kernel(const std::string& name) noexcept { return registry().find(name)
 
 std::vector<std::string> list_kernels() { return registry().names(); }
 
-Status kernel_config(int handle, KernelConfig* out) noexcept {
+Status kernel_config(int handle, const KernelConfig** out) noexcept {
   Registered* r = nullptr;
   BITDECODING_TRY(registry().get(handle, &r));
-  *out = r->config;
+  *out = &r->config;
   return Status::ok;
 }
 

@@ -51,8 +51,8 @@ Status add_kernel(Kernel kernel, int* handle) noexcept;
 // The handle of a kernel, or -1.
 int find_kernel(const std::string& name) noexcept;
 std::vector<std::string> list_kernels();
-// The configuration that a handle's name stands for.
-Status kernel_config(int handle, KernelConfig* out) noexcept;
+// The configuration that a handle's name stands for; the address stays good.
+Status kernel_config(int handle, const KernelConfig** out) noexcept;
 
 // ---- decode ----
 
