@@ -767,6 +767,7 @@ def _bar(d, ins, m, entry):
             return f"barrier {index}, {current.arrived} of {expects} threads are there"
 
         w.block(w.pc + 1, Wait(lambda: current.done, reason, resume))
+        w.cta.launch.yielding = True  # or the last to arrive would always go on first
 
     return run
 

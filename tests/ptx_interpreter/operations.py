@@ -556,7 +556,7 @@ def _popc(d, ins, m):
     a, width = d.source(ins.operands[1], kind), 8 * TYPE_BYTES[kind]
     slot = d.destination(ins.operands[0], "u32")
     if m.base == "popc":
-        return assign(slot, lambda r: np.bitwise_count(r[a]))
+        return assign(slot, lambda r: np.unpackbits(r[a].view(np.uint8)).reshape(32, -1).sum(1))
     return assign(slot, lambda r: np.uint32(width - 1) - nm.highest_bit(r[a]))
 
 
