@@ -7,7 +7,7 @@ the methods. Objects are immutable, comparable, hashable, and can be copied, pic
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any
 
 from tvm_ffi import Object
 from tvm_ffi.dataclasses import c_class, fields
@@ -20,6 +20,7 @@ MAX_Q_TILE = 16
 RING_BYTES = 70 * 1024  # shared memory for blocks in flight: more than the 32 KB that keep HBM busy
 MAX_STAGES = 16
 NUM_WARPS = 4
+CTAS_PER_SM = 1
 WARPS_PER_BLOCK = 4
 BULK_COPY_ARCHS = ("sm90a", "sm100", "sm120")
 
@@ -30,7 +31,6 @@ _config_name = native.function("config_name")
 _config_parse = native.function("config_parse")
 _config_smem_bytes = native.function("config_smem_bytes")
 _block_bytes = native.function("block_bytes")
-_smem_limit = native.function("smem_limit")
 _device_info = native.function("device_info")
 
 
@@ -132,28 +132,26 @@ class KernelConfig(Object):
         arch: "sm80", "sm89", "sm90a", "sm100" or "sm120".
         head_dim: 64, 96, 128 or 256.
         quant: QuantSpec of the cache.
-        dtype: of q, tail, sinks and out: "float16" or "bfloat16".
         q_tile: query columns (heads of a group x query tokens) of a tile, a multiple of 8.
         mma: "mma_sync".
         copy: how blocks reach shared memory: "bulk" (sm90a and later) or "cp_async".
         num_warps: warps that compute.
         warps_per_block: warps that share a cache block: 1, 2 or 4.
         stages: blocks in the shared-memory ring.
-        softcap: compiled with the soft cap on scores.
+        ctas_per_sm: thread blocks that share an SM.
     """
 
     kind: str
     arch: str
     head_dim: int
     quant: QuantSpec
-    dtype: str
     q_tile: int
     mma: str
     copy: str
     num_warps: int
     warps_per_block: int
     stages: int
-    softcap: bool
+    ctas_per_sm: int
 
     def validate(self) -> None:
         """Raises InvalidArgument for a value that is not allowed, UnsupportedConfig if no such kernel can exist."""
@@ -189,12 +187,10 @@ class KernelConfig(Object):
         *,
         head_dim: int,
         quant: QuantSpec,
-        dtype: Literal["float16", "bfloat16"],
         num_q_heads: int,
         num_kv_heads: int,
         q_len: int = 1,
         arch: str | None = None,
-        softcap: bool = False,
     ) -> KernelConfig:
         """The default kernel for a problem; ``arch`` None: that of device 0.
 
@@ -209,28 +205,37 @@ class KernelConfig(Object):
         if arch is None:
             arch = device_arch(0)
         stages = max(2, min(MAX_STAGES, RING_BYTES // quant.block_bytes(head_dim)))
-        num_warps = NUM_WARPS
+        num_warps, ctas_per_sm = NUM_WARPS, CTAS_PER_SM
         while True:
             config = cls(
                 arch=arch,
                 head_dim=head_dim,
                 quant=quant.for_kernel(),
-                dtype=dtype,
                 q_tile=q_tile,
                 copy="bulk" if arch in BULK_COPY_ARCHS else "cp_async",
                 num_warps=num_warps,
                 warps_per_block=min(num_warps, WARPS_PER_BLOCK),
                 stages=stages,
-                softcap=softcap,
+                ctas_per_sm=ctas_per_sm,
             )
-            if config.smem_bytes() <= _smem_limit(arch) or num_warps == 1:
+            if _smem_fits(config) or num_warps == 1:
                 config.validate()
                 return config
-            # too large: fewer blocks in flight, then fewer warps whose results are merged in shared memory
-            if stages > 1:
+            # too large: fewer CTAs, then fewer blocks in flight, then fewer warps whose results shared memory merges
+            if ctas_per_sm > 1:
+                ctas_per_sm -= 1
+            elif stages > 1:
                 stages -= 1
             else:
                 num_warps //= 2
+
+
+def _smem_fits(config: KernelConfig) -> bool:
+    try:
+        config.validate()
+    except UnsupportedConfig:
+        return False
+    return True
 
 
 def device_arch(device: int) -> str:

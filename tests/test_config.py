@@ -31,13 +31,12 @@ NON_DEFAULT_CONFIG = {
     "arch": "sm80",
     "head_dim": 64,
     "quant": QuantSpec(v_group=64),
-    "dtype": "bfloat16",
     "q_tile": 16,
     "copy": "cp_async",
     "num_warps": 8,
     "warps_per_block": 2,
     "stages": 3,
-    "softcap": True,
+    "ctas_per_sm": 2,
 }
 
 
@@ -46,7 +45,7 @@ def test_defaults():
     assert (spec.k_bits, spec.v_bits, spec.k_axis, spec.k_group, spec.v_group) == (4, 4, "channel", 128, 128)
     assert (spec.k_symmetric, spec.v_symmetric, spec.k_mean) == (False, False, "none")
     assert (spec.k_clip, spec.v_clip, spec.rotate_k, spec.rotate_v) == ("minmax", "minmax", False, False)
-    assert KernelConfig().name() == "decode_sm90a_d128_float16_k4c128_v4g128_q8_mma_sync_bulk_w4x4_s4"
+    assert KernelConfig().name() == "decode_sm90a_d128_k4c128_v4g128_q8_mma_sync_bulk_w4x4_s4_c1"
 
 
 @pytest.mark.parametrize("clip", [0.8, 1.0, "mse", "minmax"])
@@ -123,7 +122,6 @@ def test_spec_errors_name_the_argument(fields, message):
         ({"arch": "sm70"}, InvalidArgument, "arch=sm70: allowed are sm80, sm89, sm90a, sm100, sm120"),
         ({"head_dim": 80}, InvalidArgument, "head_dim=80: allowed are 64, 96, 128, 256"),
         ({"head_dim": 96}, InvalidArgument, "v_group=128: must divide head_dim=96"),
-        ({"dtype": "float32"}, InvalidArgument, "dtype=float32: allowed are float16, bfloat16"),
         ({"q_tile": 12}, InvalidArgument, "q_tile=12: allowed are the multiples of 8"),
         ({"q_tile": 0}, InvalidArgument, "q_tile=0"),
         ({"mma": "wmma"}, InvalidArgument, "mma=wmma"),
@@ -132,6 +130,8 @@ def test_spec_errors_name_the_argument(fields, message):
         ({"num_warps": 6}, InvalidArgument, "warps_per_block=4: must divide num_warps=6"),
         ({"warps_per_block": 3}, InvalidArgument, "warps_per_block=3: allowed are 1, 2, 4"),
         ({"stages": 0}, InvalidArgument, "stages=0: allowed are 1 to 32"),
+        ({"ctas_per_sm": 0}, InvalidArgument, "ctas_per_sm=0: allowed are 1 to 8"),
+        ({"ctas_per_sm": 3}, UnsupportedConfig, "sm90a has 76800 with ctas_per_sm=3"),
         ({"arch": "sm80"}, UnsupportedConfig, "copy=bulk: needs sm90a or later"),
         ({"stages": 14}, UnsupportedConfig, "stages=14: the kernel would need"),
     ],
@@ -163,18 +163,19 @@ def sample_of_configs():
             (8, 4, 2), (4, 2), ("channel", "token"), (32, 64), (32, 64), (False, True), (False, True), ("none", "block")
         )
     ]
-    shapes = itertools.product(("sm80", "sm90a"), (64, 128), ("float16", "bfloat16"), (8, 16), (1, 2), (False, True))
-    for i, (arch, head_dim, dtype, q_tile, stages, softcap) in enumerate(shapes):
+    shapes = itertools.product(("sm90a", "sm100"), (64, 128), (8, 16), (1, 2), (2, 4), (1, 2))
+    for i, (arch, head_dim, q_tile, stages, num_warps, ctas_per_sm) in enumerate(shapes):
         for spec in specs[i % 7 :: 7]:
             yield KernelConfig(
                 arch=arch,
                 head_dim=head_dim,
                 quant=spec,
-                dtype=dtype,
                 q_tile=q_tile,
                 copy="cp_async",
+                num_warps=num_warps,
+                warps_per_block=2,
                 stages=stages,
-                softcap=softcap,
+                ctas_per_sm=ctas_per_sm,
             )
 
 
@@ -198,7 +199,7 @@ def test_clip_and_rotation_do_not_reach_the_kernel():
         "decode",
         KernelConfig().name() + "x",
         KernelConfig().name().replace("d128", "d0128"),
-        KernelConfig().name().replace("_s4", "_s99999999999999999999"),
+        KernelConfig().name().replace("_s4_", "_s99999999999999999999_"),
         KernelConfig().name().replace("k4c128", "k4c128ms"),
         KernelConfig().name().replace("sm90a", "sm80"),
     ],
@@ -217,14 +218,13 @@ def test_format_version_is_the_same_in_both_languages():
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_for_problem_fits_every_arch(arch, head_dim, bits):
     spec = QuantSpec(k_bits=bits, v_bits=bits, v_group=32, rotate_k=True, k_clip=0.9)
-    config = KernelConfig.for_problem(
-        head_dim=head_dim, quant=spec, dtype="bfloat16", num_q_heads=32, num_kv_heads=8, arch=arch
-    )
+    config = KernelConfig.for_problem(head_dim=head_dim, quant=spec, num_q_heads=32, num_kv_heads=8, arch=arch)
     config.validate()
     assert config.quant == spec.for_kernel()
     assert config.copy == ("cp_async" if arch in ("sm80", "sm89") else "bulk")
     limit = {"sm80": 163, "sm89": 99, "sm90a": 227, "sm100": 227, "sm120": 99}[arch] * 1024
-    assert block_format(head_dim, spec).block_bytes * config.stages < config.smem_bytes() <= limit
+    assert block_format(head_dim, spec).block_bytes * config.stages < config.smem_bytes()
+    assert (config.smem_bytes() + 1024) * config.ctas_per_sm <= limit + 1024
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,6 @@ def test_for_problem_chooses_the_tile(num_q_heads, num_kv_heads, q_len, q_tile):
     config = KernelConfig.for_problem(
         head_dim=128,
         quant=QuantSpec(),
-        dtype="float16",
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         q_len=q_len,
@@ -254,9 +253,7 @@ def test_smem_bytes_is_what_the_kernel_plans(fields):
 
 def test_for_problem_rejects_head_counts():
     with pytest.raises(InvalidArgument, match="num_q_heads=33: must be a multiple of num_kv_heads=8"):
-        KernelConfig.for_problem(
-            head_dim=128, quant=QuantSpec(), dtype="float16", num_q_heads=33, num_kv_heads=8, arch="sm90a"
-        )
+        KernelConfig.for_problem(head_dim=128, quant=QuantSpec(), num_q_heads=33, num_kv_heads=8, arch="sm90a")
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ for call in (
     lambda: native.function("device_info")(0),
     lambda: native.function("capture_id")(0, 0),
     lambda: bd.KernelConfig.for_problem(
-        head_dim=128, quant=bd.QuantSpec(), dtype="float16", num_q_heads=8, num_kv_heads=8
+        head_dim=128, quant=bd.QuantSpec(), num_q_heads=8, num_kv_heads=8
     ),
 ):
     try:
@@ -304,8 +304,8 @@ def test_a_command_without_its_extra(monkeypatch, capsys):
 
 # ---------------------------------------------------------------------------------------------- on a GPU
 
-# Thread 0 of the first CTA writes its 160 bytes of parameters to `out`, then grid, block and shared-memory sizes.
-PARAMETERS = [("u64", 15), ("u32", 10)]
+# Thread 0 of the first CTA writes its 164 bytes of parameters to `out`, then grid, block and shared-memory sizes.
+PARAMETERS = [("u64", 15), ("u32", 11)]
 
 
 def reporting_ptx():
@@ -317,7 +317,7 @@ def reporting_ptx():
         register = "%r1" if kind == "u32" else "%rd2"
         stores.append(f"ld.param.{kind} {register}, [p{i}]; st.global.{kind} [%rd1+{offset}], {register};")
     for i, special in enumerate(("%nctaid.x", "%ntid.x", "%dynamic_smem_size")):
-        stores.append(f"mov.u32 %r1, {special}; st.global.u32 [%rd1+{160 + 4 * i}], %r1;")
+        stores.append(f"mov.u32 %r1, {special}; st.global.u32 [%rd1+{164 + 4 * i}], %r1;")
     body = "\n".join(stores)
     return (
         f"""
@@ -344,7 +344,9 @@ DONE:
 def report_kernel():
     from bitdecoding.cute_kernels.config import device_arch
 
-    config = KernelConfig(arch=device_arch(0), copy="cp_async", q_tile=64, stages=1)
+    config = KernelConfig(
+        arch=device_arch(0), copy="cp_async", q_tile=64, num_warps=1, warps_per_block=1, stages=1, ctas_per_sm=2
+    )
     smem = 70_000  # more than a kernel gets without asking
     handle = native.function("add_kernel")(config.name(), "report", reporting_ptx(), 160, smem, 0, 2)
     return config, handle, smem
@@ -360,7 +362,7 @@ def test_launch_passes_every_parameter(report_kernel):
     with torch.cuda.stream(stream):
         native.function("decode")(handle, *tensors.values(), workspace, 77, 0.25, 0.0)
     stream.synchronize()
-    report = tensors["out"].view(torch.uint8).flatten()[:172].cpu()
+    report = tensors["out"].view(torch.uint8).flatten()[:176].cpu()
     words = report[:120].view(torch.int64).tolist()
     ints = report[120:152].view(torch.int32).tolist()
     floats = report[152:160].view(torch.float32).tolist()
@@ -370,16 +372,20 @@ def test_launch_passes_every_parameter(report_kernel):
     assert words[12] == workspace.data_ptr() + counters - 128  # 2 sequences x 8 heads x 1 tile: 64 bytes, aligned
     assert words[13:] == [8 * SPEC.block_bytes(128), SPEC.block_bytes(128)]
     assert ints == [2, 1, 32, 8, 3, 16, 4, 77]
+    assert report[160:164].view(torch.int32).item() == 0  # float16
     assert floats == [pytest.approx(0.25 * 1.4426950408889634), 0.0]
     sms = native.function("device_info")(0)["num_sms"]
-    assert report[160:].view(torch.int32).tolist() == [2 * sms, 160, smem]
+    assert report[164:].view(torch.int32).tolist() == [2 * sms, 160, smem]
     with pytest.raises(InvalidArgument, match="workspace: has 128 bytes"):
         native.function("decode")(handle, *tensors.values(), workspace[:128], 77, 0.25, 0.0)
     on_cpu = tensors | {"seqlens": tensors["seqlens"].cpu()}
     with pytest.raises(InvalidArgument, match="seqlens: is on cpu: q is on cuda:0"):
         native.function("decode")(handle, *on_cpu.values(), workspace, 77, 0.25, 0.0)
-    with pytest.raises(InvalidArgument, match="the kernel was built with softcap=false"):
-        native.function("decode")(handle, *tensors.values(), workspace, 77, 0.25, 30.0)
+    bf16 = decode_tensors(torch.bfloat16, "cuda")
+    native.function("decode")(handle, *bf16.values(), workspace, 77, 0.25, 30.0)
+    report = bf16["out"].view(torch.uint8).flatten()[156:164].cpu()
+    assert report[:4].view(torch.float32).item() == 30.0
+    assert report[4:].view(torch.int32).item() == 1
 
 
 @pytest.mark.gpu

@@ -252,6 +252,7 @@ Status check_decode(const DecodeTensors& t, const QuantSpec& quant, std::int64_t
   p.window = static_cast<std::int32_t>(window);
   p.softmax_scale_log2 = static_cast<float>(softmax_scale * kLog2E);
   p.softcap = static_cast<float>(softcap);
+  p.bfloat16 = same(q.dtype, kBfloat16) ? 1 : 0;
   *out = p;
   return Status::ok;
 }
@@ -261,10 +262,6 @@ Status check_decode_for_kernel(const DecodeTensors& tensors, const KernelConfig&
   const DLTensor& q = *tensors.q;
   if (q.device.device_type != kDLCUDA) {
     return fail(Status::invalid_argument, "q: is on ", device_name(q.device), ": kernels need CUDA tensors");
-  }
-  const DLDataType dtype = config.dtype == "float16" ? kFloat16 : kBfloat16;
-  if (!same(q.dtype, dtype)) {
-    return fail(Status::invalid_argument, "q: dtype ", dtype_name(q.dtype), ": the kernel is for ", config.dtype);
   }
   if (q.ndim == 4 && q.shape[3] != config.head_dim) {
     return fail(Status::invalid_argument, "q: shape ", shape(q), ": the kernel is for head_dim=", config.head_dim);

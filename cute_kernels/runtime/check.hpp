@@ -27,7 +27,7 @@ struct DecodeTensors {
 Status check_decode(const DecodeTensors& tensors, const QuantSpec& quant, std::int64_t window, double softmax_scale,
                     double softcap, DecodeParams* out);
 
-// The same for a given kernel, whose head_dim and dtype must be those of q; also checks the workspace.
+// The same for a given kernel, whose head_dim must be that of q; also checks the workspace.
 Status check_decode_for_kernel(const DecodeTensors& tensors, const KernelConfig& config, const DLTensor& workspace,
                                std::int64_t window, double softmax_scale, double softcap, DecodeParams* out);
 

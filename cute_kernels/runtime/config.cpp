@@ -77,7 +77,6 @@ bool read_name(NameReader& in, KernelConfig* c) {
   std::string axis;
   if (!(in.literal("decode_") && in.one_of({"sm80", "sm89", "sm90a", "sm100", "sm120"}, &c->arch))) return false;
   if (!(in.literal("_d") && in.number(&c->head_dim))) return false;
-  if (!(in.literal("_") && in.one_of({"float16", "bfloat16"}, &c->dtype))) return false;
   if (!(in.literal("_k") && in.number(&q.k_bits) && in.one_of({"c", "t"}, &axis) && in.number(&q.k_group)))
     return false;
   q.k_axis = axis == "c" ? "channel" : "token";
@@ -91,7 +90,7 @@ bool read_name(NameReader& in, KernelConfig* c) {
   if (!(in.literal("_w") && in.number(&c->num_warps) && in.literal("x") && in.number(&c->warps_per_block)))
     return false;
   if (!(in.literal("_s") && in.number(&c->stages))) return false;
-  c->softcap = in.literal("_softcap");
+  if (!(in.literal("_c") && in.number(&c->ctas_per_sm))) return false;
   return in.at_end();
 }
 
@@ -130,7 +129,6 @@ Status KernelConfig::validate() const noexcept {
   BITDECODING_TRY(check_one_of("arch", arch, {"sm80", "sm89", "sm90a", "sm100", "sm120"}));
   BITDECODING_TRY(check_one_of("head_dim", head_dim, {64, 96, 128, 256}));
   BITDECODING_TRY(quant.validate(head_dim));
-  BITDECODING_TRY(check_one_of("dtype", dtype, {"float16", "bfloat16"}));
   if (q_tile < 8 || q_tile > 64 || q_tile % 8 != 0) {
     return fail(Status::invalid_argument, "q_tile=", q_tile, ": allowed are the multiples of 8 up to 64");
   }
@@ -149,17 +147,22 @@ Status KernelConfig::validate() const noexcept {
   if (copy == "bulk" && (arch == "sm80" || arch == "sm89")) {
     return fail(Status::unsupported_config, "copy=bulk: needs sm90a or later, arch=", arch, " has cp_async only");
   }
-  if (smem_bytes() > smem_limit(arch)) {
+  if (ctas_per_sm < 1 || ctas_per_sm > 8) {
+    return fail(Status::invalid_argument, "ctas_per_sm=", ctas_per_sm, ": allowed are 1 to 8");
+  }
+  // the driver reserves a kilobyte per thread block, which the limit of one leaves out
+  const std::int64_t available = (smem_limit(arch) + kKilobyte) / ctas_per_sm - kKilobyte;
+  if (smem_bytes() > available) {
     return fail(Status::unsupported_config, "stages=", stages, ": the kernel would need ", smem_bytes(),
-                " bytes of shared memory, ", arch, " has ", smem_limit(arch));
+                " bytes of shared memory, ", arch, " has ", available, " with ctas_per_sm=", ctas_per_sm);
   }
   return Status::ok;
 }
 
 std::string KernelConfig::name() const {
-  return kind + "_" + arch + "_d" + std::to_string(head_dim) + "_" + dtype + "_" + quant.name() + "_q" +
-         std::to_string(q_tile) + "_" + mma + "_" + copy + "_w" + std::to_string(num_warps) + "x" +
-         std::to_string(warps_per_block) + "_s" + std::to_string(stages) + (softcap ? "_softcap" : "");
+  return kind + "_" + arch + "_d" + std::to_string(head_dim) + "_" + quant.name() + "_q" + std::to_string(q_tile) +
+         "_" + mma + "_" + copy + "_w" + std::to_string(num_warps) + "x" + std::to_string(warps_per_block) + "_s" +
+         std::to_string(stages) + "_c" + std::to_string(ctas_per_sm);
 }
 
 Status KernelConfig::parse(const std::string& name, KernelConfig* out) noexcept {

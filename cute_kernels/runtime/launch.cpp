@@ -122,7 +122,7 @@ std::int64_t counter_bytes(const KernelConfig& config, const DecodeParams& p) {
   return (bytes + kCounterAlign - 1) / kCounterAlign * kCounterAlign;
 }
 
-Status validate_params(const KernelConfig& config, const DecodeParams& p) {
+Status validate_params(const DecodeParams& p) {
   auto positive = [](const char* name, std::int64_t value) {
     return value > 0 ? Status::ok : fail(Status::invalid_argument, name, "=", value, ": must be positive");
   };
@@ -140,10 +140,6 @@ Status validate_params(const KernelConfig& config, const DecodeParams& p) {
   }
   if (p.max_pages < 0 || p.tail_capacity < 0 || p.num_sink < 0) {
     return fail(Status::invalid_argument, "max_pages, tail_capacity and num_sink must not be negative");
-  }
-  if (config.softcap != (p.softcap > 0.0f)) {
-    return fail(Status::invalid_argument, "softcap=", p.softcap,
-                ": the kernel was built with softcap=", config.softcap);
   }
   BITDECODING_TRY(present("q", p.q));
   BITDECODING_TRY(present("out", p.out));
@@ -208,7 +204,7 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
   Registered* r = nullptr;
   const DeviceInfo* info = nullptr;
   BITDECODING_TRY(registry().get(handle, &r));
-  BITDECODING_TRY(validate_params(r->config, params));
+  BITDECODING_TRY(validate_params(params));
   BITDECODING_TRY(cuda::get_driver(&driver));
   BITDECODING_TRY(cuda::find_device(*driver, options.device, &info));
   if (r->config.arch != info->arch) {
@@ -260,7 +256,8 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
                        &p.num_sink,
                        &p.window,
                        &p.softmax_scale_log2,
-                       &p.softcap};
+                       &p.softcap,
+                       &p.bfloat16};
   cuda::LaunchAttribute programmatic;
   programmatic.id = cuda::LaunchAttribute::kProgrammaticStreamSerialization;
   programmatic.value.flag = 1;

@@ -85,8 +85,8 @@ Status validate_kernel(const Kernel& kernel) {
     return reject("smem", kernel.smem, "exceeds the shared memory of the architecture");
   }
   if (kernel.regs < 0 || kernel.regs > 255) return reject("regs", kernel.regs, "allowed are 0 to 255");
-  if (kernel.ctas_per_sm < 1 || kernel.ctas_per_sm > 32) {
-    return reject("ctas_per_sm", kernel.ctas_per_sm, "allowed are 1 to 32");
+  if (kernel.ctas_per_sm != config.ctas_per_sm) {
+    return reject("ctas_per_sm", kernel.ctas_per_sm, "differs from the kernel's configuration");
   }
   return Status::ok;
 }

@@ -83,6 +83,7 @@ struct DecodeParams {
   std::int32_t window = INT32_MAX;  // tokens visible to a query, itself included; INT32_MAX: all
   float softmax_scale_log2 = 0.0f;  // softmax scale * log2(e)
   float softcap = 0.0f;             // 0: none
+  std::int32_t bfloat16 = 0;        // 1: q, tail, sinks and out are bfloat16; 0: float16
 };
 
 // A workspace begins with counters, zeroed once when it is allocated; kernels leave them zero. Their space has a fixed

@@ -26,8 +26,6 @@ NO_WINDOW = 2**31 - 1
 DSL = "nvidia-cutlass-dsl"
 MAX_PLANS = 4096  # a bound for callers that make a new QuantSpec for every call
 
-_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
 _decode = native.function("decode")
 _find_kernel = native.function("find_kernel")
 _load_pack = native.function("load_pack")
@@ -74,10 +72,10 @@ def decode(
     Raises InvalidArgument, UnsupportedConfig, KernelNotFound or CudaError before anything is launched.
     """
     device = q.get_device()
-    key = (q.shape, q.dtype, device, pages.shape, id(spec), bool(softcap), id(config))
+    key = (q.shape, device, pages.shape, id(spec), id(config))
     plan = _plans.get(key)
     if plan is None:
-        plan = _plan(key, q, pages, spec, bool(softcap), config)
+        plan = _plan(key, q, pages, spec, config)
     stream = torch._C._cuda_getCurrentRawStream(device)
     if torch.cuda.is_current_stream_capturing():
         workspace = _workspace_for_capture(device, stream, plan.workspace_bytes)
@@ -156,10 +154,10 @@ def _workspace_for_capture(device: int, stream: int, size: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------- kernels
 
 
-def _plan(key: tuple, q: Tensor, pages: Tensor, spec: QuantSpec, softcap: bool, config: KernelConfig | None) -> _Plan:
+def _plan(key: tuple, q: Tensor, pages: Tensor, spec: QuantSpec, config: KernelConfig | None) -> _Plan:
     """Find or compile the kernel for a problem, and remember the answer."""
-    if q.dim() != 4 or q.dtype not in _DTYPES:
-        raise InvalidArgument(f"q is {q.dtype} {list(q.shape)}: allowed is float16 or bfloat16 of rank 4")
+    if q.dim() != 4:
+        raise InvalidArgument(f"q: shape {list(q.shape)}: must be [batch, q_len, num_q_heads, head_dim]")
     if pages.dim() != 3:
         raise InvalidArgument(f"pages: shape {list(pages.shape)}: must be [num_pages, num_kv_heads, block_bytes]")
     device = q.get_device()
@@ -168,12 +166,10 @@ def _plan(key: tuple, q: Tensor, pages: Tensor, spec: QuantSpec, softcap: bool, 
         config = KernelConfig.for_problem(
             head_dim=head_dim,
             quant=spec,
-            dtype=_DTYPES[q.dtype],
             num_q_heads=num_q_heads,
             num_kv_heads=pages.shape[1],
             q_len=q_len,
             arch=device_arch(device),
-            softcap=softcap,
         )
     elif config.quant.for_kernel() != spec.for_kernel():
         raise InvalidArgument(f"config.quant={config.quant.name()}: differs from spec={spec.name()}")
