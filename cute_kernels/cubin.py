@@ -40,7 +40,7 @@ def read_cubin(cubin: bytes) -> dict[str, Resources]:
     """Resources of every kernel by its symbol; raises InvalidArgument for anything that is not a whole cubin."""
     try:
         return _read(memoryview(bytes(cubin)))
-    except (struct.error, IndexError, ValueError, KeyError) as error:
+    except (struct.error, IndexError, ValueError, KeyError, OverflowError) as error:
         if isinstance(error, InvalidArgument):
             raise
         raise InvalidArgument(f"cubin of {len(cubin)} bytes: damaged ({error})") from None
@@ -49,8 +49,10 @@ def read_cubin(cubin: bytes) -> dict[str, Resources]:
 def _read(data: memoryview) -> dict[str, Resources]:
     if bytes(data[:5]) != b"\x7fELF\x02":
         raise InvalidArgument(f"cubin: starts with {bytes(data[:5])!r}, not with a 64-bit ELF header")
-    (table,) = struct.unpack_from("<Q", data, 0x28)
-    entry_size, count, names_at = struct.unpack_from("<HHH", data, 0x3A)
+    segments, table = struct.unpack_from("<QQ", data, 0x20)
+    segment_size, num_segments, entry_size, count, names_at = struct.unpack_from("<HHHHH", data, 0x36)
+    if segments + segment_size * num_segments > len(data):
+        raise InvalidArgument(f"cubin of {len(data)} bytes: cut short")
     headers = [struct.unpack_from("<IIQQQQII", data, table + i * entry_size) for i in range(count)]
 
     def text(at: int) -> str:

@@ -1256,7 +1256,7 @@ def _bulk_load(d, ins) -> Callable:
                 continue
             buffer, _ = launch.memory.locate(np.array([src]), nbytes, align=16)
             pieces = src % (1 << mem.WINDOW_BITS) + 16 * np.arange(nbytes // 16)
-            launch.memory.check_race(buffer, pieces, 16, w.agent, write=False)
+            launch.memory.check_race(buffer, pieces, 16, w.agent, write=False, by=shared.copies)
             target = shared.mbarrier_visible(int(barrier(w.r)[lane]), w.agent)
             clock = shared.begin_bulk(dst, nbytes, w.agent)
             cta.bulk.append(BulkCopy(dst, src, nbytes, target, clock))

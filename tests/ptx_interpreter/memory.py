@@ -129,20 +129,22 @@ class Memory:
     def sync_clock(self, address: int) -> np.ndarray:
         return self.sync_clocks.setdefault(address, np.zeros(len(self.clocks.now), np.int64))
 
-    def check_race(self, buffer: Buffer, offsets: np.ndarray, nbytes: int, agent: int, write: bool) -> None:
-        """Raise Race where another agent's conflicting access is not known to be over; note this one."""
+    def check_race(
+        self, buffer: Buffer, offsets: np.ndarray, nbytes: int, agent: int, write: bool, by: int | None = None
+    ) -> None:
+        """Raise Race where another agent's conflicting access is not known to be over; note this one, as ``by``'s."""
         if self.clocks is None or not buffer.writable:
             return
         granules, known = buffer.granules(offsets, nbytes), self.clocks.now[agent]
-        what = "write" if write else "read"
+        what, by = "write" if write else "read", agent if by is None else by
         if (buffer.write_time[granules] > known[buffer.writer[granules]]).any():
             raise Race(f"{what} of bytes of {buffer.name!r} that another warp wrote with no synchronisation since")
         if not write:
-            buffer.reader[granules], buffer.read_time[granules] = agent, self.clocks.time(agent)
+            buffer.reader[granules], buffer.read_time[granules] = by, self.clocks.time(by)
             return
         if (buffer.read_time[granules] > known[buffer.reader[granules]]).any():
             raise Race(f"write of bytes of {buffer.name!r} that another warp read with no synchronisation since")
-        buffer.writer[granules], buffer.write_time[granules] = agent, self.clocks.time(agent)
+        buffer.writer[granules], buffer.write_time[granules] = by, self.clocks.time(by)
 
     def check_read(self, buffer: Buffer, offsets: np.ndarray, nbytes: int, constant: bool = False) -> None:
         if buffer.valid is not None and not buffer.valid[offsets[:, None] + np.arange(nbytes)].all():

@@ -1,0 +1,68 @@
+"""Compiles the small kernels of the tests with the CuTe DSL, for architectures that need not be here; reads SASS."""
+
+import os
+import subprocess
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+cute = pytest.importorskip("cutlass.cute", reason="the CuTe DSL is not installed")
+
+from cutlass import Int32, Uint8
+from cutlass.cute.runtime import make_ptr
+
+DISASSEMBLER = "nvidia-cuda-nvdisasm"
+
+
+class Compiled(NamedTuple):
+    ptx: str
+    cubin: bytes
+
+
+def compile_kernel(kernel, threads: int, *, arch: str = "sm_90a", smem: int = 0, pdl: bool = False) -> Compiled:
+    """Compile a ``@cute.kernel`` with parameters (data: cute.Pointer, n: Int32)."""
+
+    @cute.jit
+    def host(data: cute.Pointer, n: Int32):
+        kernel(data, n).launch(grid=(1, 1, 1), block=(threads, 1, 1), smem=smem, use_pdl=pdl)
+
+    os.environ["CUTE_DSL_ARCH"] = arch
+    data = make_ptr(Uint8, 16, cute.AddressSpace.gmem, assumed_align=16)
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as scratch:  # the DSL leaves the files that it keeps in the current directory
+        os.chdir(scratch)
+        try:
+            made = cute.compile(host, data, Int32(1), options=f"--gpu-arch {arch} --keep-ptx --keep-cubin")
+        finally:
+            os.chdir(before)
+    return Compiled(made.__ptx__, made.__cubin__)
+
+
+def sass(cubin: bytes) -> list[str]:
+    """Opcodes of a cubin's machine code in order, such as "HMMA.16816.F32"; skips the test without a disassembler."""
+    try:
+        files = metadata.files(DISASSEMBLER) or []
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"{DISASSEMBLER} is not installed")
+    program = next(Path(f.locate()) for f in files if f.name == "nvdisasm")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "kernel.cubin")
+        path.write_bytes(cubin)
+        done = subprocess.run([program, "-c", path], check=True, capture_output=True, text=True)
+    return opcodes(done.stdout)
+
+
+def opcodes(listing: str) -> list[str]:
+    """The opcodes of an nvdisasm listing: lines such as ``/*0010*/  @!P0 LDS.128 R4, [R2] ;``."""
+    found = []
+    for line in listing.splitlines():
+        _, _, rest = line.partition("*/")
+        words = rest.split()
+        if words and words[0].startswith(("@", "{")):
+            words = words[1:]
+        if words and words[0][0].isupper() and line.lstrip().startswith("/*"):
+            found.append(words[0].rstrip(";"))
+    return found
