@@ -140,7 +140,7 @@ def scalar_block(k: np.ndarray, v: np.ndarray, spec: bd.QuantSpec) -> bytes:
         x = np.concatenate((x, np.zeros((BLOCK_TOKENS - tokens, head_dim), F)))
         if name == "k" and spec.k_mean == "block":
             for c in range(head_dim):
-                mean = np.float16(halving_sum(x[:, c]) * (F(1) / F(tokens)))
+                mean = np.float16(halving_sum(x[:, c]) * (F(1) / F(tokens))) + np.float16(0)
                 put_half(fmt.k_mean, (0, c), mean)
                 x[:, c] -= F(mean)
         g = get["group"]
@@ -181,6 +181,23 @@ def test_bytes_equal_the_scalar_model(name: str, head_dim: int, tokens: int) -> 
     got = bd.quantize(k, v, spec)
     assert got.shape == (1, 1, bd.block_bytes(head_dim, spec))
     assert got[0, 0].numpy().tobytes() == expected
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_larger_factor_wins_ties(symmetric: bool) -> None:
+    """Small integers at 2 bits: some fifty groups of these have two factors with the least error."""
+    k, v = torch.randint(-3, 4, (2, 128, 1, 256), generator=torch.Generator().manual_seed(0)).float()
+    flags = {"k_symmetric": symmetric, "v_symmetric": symmetric}
+    spec = bd.QuantSpec(k_bits=2, v_bits=2, k_group=32, v_group=32, k_clip="mse", v_clip="mse", **flags)
+    assert bd.quantize(k, v, spec)[0, 0].numpy().tobytes() == scalar_block(k[:, 0].numpy(), v[:, 0].numpy(), spec)
+
+
+def test_zero_has_one_sign() -> None:
+    """-0 and what underflows to it are stored as +0."""
+    spec = bd.QuantSpec(v_group=64, k_mean="block")
+    zeros = torch.zeros(128, 1, 64)
+    for x in (-zeros, zeros - 1e-40):
+        assert torch.equal(bd.quantize(x, x, spec), bd.quantize(zeros, zeros, spec))
 
 
 # ---------------------------------------------------------------------------------------------- properties

@@ -4,7 +4,7 @@ A value is stored as ``x = scale * (code + zero)``, ``code`` in 0 .. 2**bits - 1
 group. Every step below is fp32, rounded to nearest even, with no fused multiply-add, so that a GPU kernel which
 follows it writes the same bytes:
 
-1. *Condition*: convert to fp32, NaN -> 0, clamp to +-32768, -0 -> +0.
+1. *Condition*: convert to fp32, NaN -> 0, clamp to +-32768.
 2. *Rotate* (``rotate_k`` / ``rotate_v``): :func:`hadamard` over the head dimension, clamp to +-32768 again.
 3. *Centre* (``k_mean="block"``): subtract the block's channel mean, itself rounded to fp16.
 4. *Range* of each group over its valid tokens, *scale* and *zero* from it: :func:`_parameters`.
@@ -12,7 +12,8 @@ follows it writes the same bytes:
 
 Groups: K with ``k_axis="channel"`` has ``k_group`` tokens of one channel, K with ``k_axis="token"`` and V have
 ``k_group`` / ``v_group`` channels of one token. Tokens beyond the valid ones have code 0, parameters of groups
-without a valid token and the bytes that pad a block are 0: the bytes are a pure function of the valid values.
+without a valid token and the bytes that pad a block are 0, and no -0 is stored: the bytes are a pure function of the
+valid values.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def _condition(x: Tensor, rotate: bool) -> Tensor:
     x = x.clamp_(-VALUE_LIMIT, VALUE_LIMIT)
     if rotate:
         x = hadamard(x).clamp_(-VALUE_LIMIT, VALUE_LIMIT)
-    return x.add_(0.0)
+    return x
 
 
 def _halving_sum(x: Tensor, dim: int) -> Tensor:
@@ -321,7 +322,7 @@ class Codec:
             if op.mean:
                 total = _halving_sum(x if valid is None else x.masked_fill(~valid, 0.0), -2)
                 inverse = 1.0 / (x.new_tensor(BLOCK_TOKENS) if count is None else count).float()
-                mean = (total * inverse).half()
+                mean = (total * inverse).half().add_(0.0)
                 self._store(blocks, op.name + "_mean", mean.flatten(-2))
                 x.sub_(mean.float())
             valid_groups = None if valid is None else op.split_tokens(valid)
