@@ -35,7 +35,7 @@ NON_DEFAULT_CONFIG = {
     "copy": "cp_async",
     "num_warps": 8,
     "warps_per_block": 2,
-    "stages": 3,
+    "stages": 8,
     "ctas_per_sm": 2,
 }
 
@@ -130,6 +130,11 @@ def test_spec_errors_name_the_argument(fields, message):
         ({"num_warps": 6}, InvalidArgument, "warps_per_block=4: must divide num_warps=6"),
         ({"warps_per_block": 3}, InvalidArgument, "warps_per_block=3: allowed are 1, 2, 4"),
         ({"stages": 0}, InvalidArgument, "stages=0: allowed are 1 to 32"),
+        (
+            {"num_warps": 8, "stages": 3},
+            InvalidArgument,
+            "stages=3: must be a multiple of num_warps / warps_per_block=2",
+        ),
         ({"ctas_per_sm": 0}, InvalidArgument, "ctas_per_sm=0: allowed are 1 to 8"),
         ({"ctas_per_sm": 3}, UnsupportedConfig, "sm90a has 76800 with ctas_per_sm=3"),
         ({"arch": "sm80"}, UnsupportedConfig, "copy=bulk: needs sm90a or later"),
@@ -163,17 +168,18 @@ def sample_of_configs():
             (8, 4, 2), (4, 2), ("channel", "token"), (32, 64), (32, 64), (False, True), (False, True), ("none", "block")
         )
     ]
-    shapes = itertools.product(("sm90a", "sm100"), (64, 128), (8, 16), (1, 2), (2, 4), (1, 2))
-    for i, (arch, head_dim, q_tile, stages, num_warps, ctas_per_sm) in enumerate(shapes):
+    tilings = [(4, 4, 1, 1), (4, 4, 2, 1), (4, 2, 2, 1), (8, 4, 2, 1), (2, 2, 1, 2)]
+    shapes = itertools.product(("sm90a", "sm100"), (64, 128), (8, 16), ("bulk", "cp_async"), tilings)
+    for i, (arch, head_dim, q_tile, copy_kind, (num_warps, warps_per_block, stages, ctas_per_sm)) in enumerate(shapes):
         for spec in specs[i % 7 :: 7]:
             yield KernelConfig(
                 arch=arch,
                 head_dim=head_dim,
                 quant=spec,
                 q_tile=q_tile,
-                copy="cp_async",
+                copy=copy_kind,
                 num_warps=num_warps,
-                warps_per_block=2,
+                warps_per_block=warps_per_block,
                 stages=stages,
                 ctas_per_sm=ctas_per_sm,
             )
@@ -222,7 +228,7 @@ def test_for_problem_fits_every_arch(arch, head_dim, bits):
     config.validate()
     assert config.quant == spec.for_kernel()
     assert config.copy == ("cp_async" if arch in ("sm80", "sm89") else "bulk")
-    limit = {"sm80": 163, "sm89": 99, "sm90a": 227, "sm100": 227, "sm120": 99}[arch] * 1024
+    limit = {"sm80": 99, "sm89": 99, "sm90a": 227, "sm100": 227, "sm120": 99}[arch] * 1024
     assert block_format(head_dim, spec).block_bytes * config.stages < config.smem_bytes()
     assert (config.smem_bytes() + 1024) * config.ctas_per_sm <= limit + 1024
 

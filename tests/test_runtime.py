@@ -191,7 +191,7 @@ def test_kernels_reject_cpu_tensors():
 def test_registry_from_many_threads():
     names = [
         KernelConfig(
-            q_tile=48, stages=1 + i % 4, num_warps=4 * (1 + i % 2), head_dim=64, quant=QuantSpec(v_group=64)
+            q_tile=48, stages=2 + 2 * (i % 4), num_warps=4 * (1 + i % 2), head_dim=64, quant=QuantSpec(v_group=64)
         ).name()
         for i in range(64)
     ]
