@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-cute = pytest.importorskip("cutlass.cute", reason="the CuTe DSL is not installed")
-
-from cutlass import Int32, Uint8
+from cutlass import Int32, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
 DISASSEMBLER = "nvidia-cuda-nvdisasm"

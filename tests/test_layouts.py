@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,13 +18,16 @@ from bitdecoding.cute_kernels.layouts import (
     NUM_SLICES,
     SLICE_TOKENS,
     TILE,
+    Section,
     b_order,
     block_format,
     codes_layout,
     row_order,
     symmetric_zero,
 )
+from bitdecoding.cute_kernels.render import render
 
+ROOT = Path(__file__).parents[1]
 LANES = 32
 WORD_BYTES = 4
 BANKS = 32
@@ -59,8 +63,6 @@ def codes(request):
     """(operand, head_dim, bits, bit offset of (token, channel), bytes of a lane's vector)."""
     operand, head_dim, bits = request.param
     layout, vector_words = codes_layout(operand, head_dim, bits)
-    from bitdecoding.cute_kernels.layouts import Section
-
     return operand, head_dim, bits, Section(0, 0, layout).table(), vector_words * WORD_BYTES
 
 
@@ -97,7 +99,7 @@ def test_codes_lie_in_the_lane_that_multiplies_them(codes):
 
 
 def test_one_and_extracts_a_register(codes):
-    """The pair (half 0, half 1) of a register lies in one word, 16 bits apart, and is the fragment's pair of columns."""
+    """The two halves of a register lie in one word, 16 bits apart, and are the fragment's pair of columns."""
     operand, head_dim, bits, table, _ = codes
     lane, register, half, token_tile, channel_tile = fragment(operand, head_dim)
     word, bit = table // 32, table % 32
@@ -153,8 +155,9 @@ def test_no_vector_crosses_a_slice(codes):
 def test_which_tiles_share_a_vector(codes):
     """K: channel tiles {2j, 2j+1} of token tiles {2i, 2i+1}; V: channel tiles {c, c + half} of the same.
 
-    So each warp of the mma.sync path (a slice) and of the wgmma path (K: token tiles 2w, 2w+1; V: channel tiles
-    w, w + 4 at head_dim 128) reads whole vectors.
+    So a warp of the mma.sync path (a slice) and, for K, of the wgmma path (token tiles 2w, 2w+1) reads whole vectors;
+    for V, a warp of the wgmma path (channel tiles w, w + 4 at head_dim 128) does at 8 and 4 bit. A 2-bit vector holds
+    two such groups: there it reads half vectors.
     """
     operand, head_dim, bits, table, vector = codes
     _, _, _, token_tile, channel_tile = fragment(operand, head_dim)
@@ -313,3 +316,8 @@ def test_impossible_formats_are_refused_by_name(head_dim, changes, named):
 def test_symmetric_codes_are_centred(bits):
     codes = np.arange(1 << bits)
     assert (codes + symmetric_zero(bits)).sum() == 0
+
+
+def test_the_picture_in_the_documentation_is_of_this_format():
+    """Redraw it with ``python -m bitdecoding.cute_kernels.render docs/layout.svg``."""
+    assert (ROOT / "docs" / "layout.svg").read_text(encoding="utf-8") == render()

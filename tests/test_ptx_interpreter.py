@@ -80,7 +80,24 @@ def bits(x: float) -> int:
     return int(np.float32(x).view(np.uint32))
 
 
-WORDS = [0, 1, 2, 7, 31, 32, 33, 0x7F, 0x80, 0xFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFE, 0xDEADBEEF, 0x12345678]
+WORDS = [
+    0,
+    1,
+    2,
+    7,
+    31,
+    32,
+    33,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    0xFFFFFFFE,
+    0xDEADBEEF,
+    0x12345678,
+]
 OTHERS = [3, 0xFFFFFFFF, 5, 0, 31, 1, 0x80000000, 16, 0x0F0F0F0F, 9, 0x7FFFFFFF, 40, 0xFFFFFFF9, 2, 0x3254, 0x76543210]
 THIRDS = [0, 0xFFFFFFFF, 0xAAAAAAAA, 4, 17, 0x100, 63]
 MASK = 0xFFFFFFFF
@@ -263,7 +280,9 @@ def test_packing_conversions_put_the_first_operand_high():
     got = evaluate("cvt.rn.f16x2.f32 {d}, {0}, {1};", [("b32", A32), ("b32", B32)], "b32")
     with np.errstate(over="ignore"):
         assert got[3] == halves(SECONDS[3], FLOATS[3])
-    got = evaluate("cvt.rn.bf16x2.f32 {d}, {0}, {1};", [("b32", [bits(1.00390625)]), ("b32", [bits(-1.01171875)])], "b32")
+    got = evaluate(
+        "cvt.rn.bf16x2.f32 {d}, {0}, {1};", [("b32", [bits(1.00390625)]), ("b32", [bits(-1.01171875)])], "b32"
+    )
     assert got[0] == 0x3F80 << 16 | 0xBF82  # ties to even, both ways
 
 
@@ -277,8 +296,12 @@ def on_lanes(instruction: str, values: list[int]) -> list[int]:
 def test_shuffles_and_votes():
     values = [1000 + i for i in range(32)]
     assert on_lanes("shfl.sync.bfly.b32 {d}, {0}, 5, 31, -1;", values) == [1000 + (i ^ 5) for i in range(32)]
-    assert on_lanes("shfl.sync.up.b32 {d}, {0}, 3, 0, -1;", values) == [1000 + max(i - 3, i if i < 3 else 0) for i in range(32)]
-    assert on_lanes("shfl.sync.down.b32 {d}, {0}, 4, 31, -1;", values) == [1000 + (i + 4 if i < 28 else i) for i in range(32)]
+    assert on_lanes("shfl.sync.up.b32 {d}, {0}, 3, 0, -1;", values) == [
+        1000 + max(i - 3, i if i < 3 else 0) for i in range(32)
+    ]
+    assert on_lanes("shfl.sync.down.b32 {d}, {0}, 4, 31, -1;", values) == [
+        1000 + (i + 4 if i < 28 else i) for i in range(32)
+    ]
     # segments of 8: the clamp operand holds 0x18 as segment mask
     expected = [1000 + (i & 24 | 2) for i in range(32)]
     assert on_lanes("shfl.sync.idx.b32 {d}, {0}, 2, 0x181f, -1;", values) == expected
@@ -423,9 +446,9 @@ END: st.global.u32 [%rd2], %r4; ret;
 
 def test_a_collective_without_all_its_lanes():
     start = "mov.u32 %r1, %tid.x; setp.gt.u32 %p1, %r1, 3; @%p1 bra X; "
-    with pytest.raises(Deadlock, match=r"lanes \[4, 5.*at 'shfl"):  # the others wait elsewhere
-        text = "shfl.sync.idx.b32 %r2, %r1, 0, 31, -1; ret; X: vote.sync.any.pred %p2, %p1, -1; ret;"
-        run_words(start + text, np.zeros(1, np.uint32))
+    elsewhere = "shfl.sync.idx.b32 %r2, %r1, 0, 31, -1; ret; X: vote.sync.any.pred %p2, %p1, -1; ret;"
+    with pytest.raises(Deadlock, match=r"lanes \[4, 5.*at 'shfl"):
+        run_words(start + elsewhere, np.zeros(1, np.uint32))
     with pytest.raises(Divergence, match="not in their member mask 0x7"):
         run_words(start + "shfl.sync.idx.b32 %r2, %r1, 0, 31, 7; X: ret;", np.zeros(1, np.uint32))
     with pytest.raises(Divergence, match="reads a lane that takes no part"):
@@ -438,20 +461,19 @@ ADDRESS = "mov.u32 %r1, %tid.x; ld.param.b64 %rd1, [p0]; mad.wide.u32 %rd2, %r1,
 
 
 def test_global_accesses_stay_in_their_buffer():
-    with pytest.raises(OutOfBounds, match="offset 128 of 'buffer 0', which has 124 bytes|offset 124"):
+    with pytest.raises(OutOfBounds, match="offset 124 of 'buffer 0', which has 124 bytes"):
         run_words(ADDRESS + "st.global.u32 [%rd2], %r1; ret;", np.zeros(31, np.uint32))
     with pytest.raises(OutOfBounds, match="misaligned"):
         run_words(ADDRESS + "ld.global.u32 %r2, [%rd2+2]; ret;", np.zeros(40, np.uint32))
     with pytest.raises(OutOfBounds, match="in no buffer"):
         run_words(ADDRESS + "mov.b64 %rd2, 0; ld.global.u32 %r2, [%rd2]; ret;", np.zeros(40, np.uint32))
+    memory = Memory()
+    constant = memory.add(np.zeros(32, np.uint32), writable=False)
     with pytest.raises(OutOfBounds, match="read-only"):
-        memory = Memory()
-        address = memory.add(np.zeros(32, np.uint32), writable=False)
-        run(entry(ADDRESS + "st.global.u32 [%rd2], %r1; ret;"), None, (1,), (32,), [address], 0, memory)
+        run(entry(ADDRESS + "st.global.u32 [%rd2], %r1; ret;"), None, (1,), (32,), [constant], 0, memory)
+    unwritten = memory.add(np.zeros(32, np.uint32), initialised=False)
     with pytest.raises(Uninitialised):
-        memory = Memory()
-        address = memory.add(np.zeros(32, np.uint32), initialised=False)
-        run(entry(ADDRESS + "ld.global.u32 %r2, [%rd2]; ret;"), None, (1,), (32,), [address], 0, memory)
+        run(entry(ADDRESS + "ld.global.u32 %r2, [%rd2]; ret;"), None, (1,), (32,), [unwritten], 0, memory)
 
 
 def test_an_error_says_where():
@@ -708,12 +730,15 @@ OUT: ret;
 
 
 def test_atomics():
-    body = ADDRESS + """
+    body = (
+        ADDRESS
+        + """
     and.b32 %r2, %r1, 1; mad.wide.u32 %rd3, %r2, 4, %rd1;
     atom.global.add.u32 %r3, [%rd3], %r1; red.global.max.u32 [%rd1+8], %r1; atom.global.exch.b32 %r4, [%rd1+12], %r1;
     atom.global.cas.b32 %r5, [%rd1+16], 0, %r1; atom.global.inc.u32 %r6, [%rd1+20], 4;
     ret;
     """
+    )
     words = np.zeros(8, np.uint32)
     run_words(body, words)
     # add by parity; the last lane's exchange; the first non-zero value stays; 32 steps modulo 5

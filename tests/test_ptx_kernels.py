@@ -20,7 +20,9 @@ FULL, EMPTY = STAGES * STAGE_BYTES, STAGES * STAGE_BYTES + 8 * STAGES
 RING_SMEM = EMPTY + 8 * STAGES
 
 
-def launch(kernel, words: np.ndarray, n: int, threads: int, grid: int = 1, smem: int = 0, arch: str = "sm_90a", **options):
+def launch(
+    kernel, words: np.ndarray, n: int, threads: int, grid: int = 1, smem: int = 0, arch: str = "sm_90a", **options
+):
     """Compile and interpret; the results are in ``words``."""
     interpret(compile_kernel(kernel, threads, arch=arch, smem=smem).ptx, words, n, threads, grid, smem, **options)
 
@@ -117,7 +119,7 @@ def test_lane_operations():
 
 @cute.kernel
 def functions(data: cute.Pointer, n: Int32):
-    """Per lane 8 floats of one: exp2, log2, reciprocal, min(1); its fp16 square twice; bf16 of it and of -3 times it."""
+    """Per lane 8 floats of one: exp2, log2, reciprocal, min(1); fp16 squares; bf16 of it and of -3 times it."""
     at = data.toint() + Int64(cute.arch.thread_idx()[0]) * 32
     x = ptx.from_bits(ptx.load_global(at, cache="cg")[0])
     low, high = ptx.half2_floats(ptx.mul_half2(ptx.to_half2(x, -x), ptx.to_half2(x, x)))
@@ -267,7 +269,9 @@ def ring_words(n: int) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=["bulk", "cp.async"])
 def ring(request):
-    return request.param, compile_kernel({"bulk": bulk_ring, "cp.async": cp_async_ring}[request.param], 64, smem=RING_SMEM).ptx
+    return request.param, compile_kernel(
+        {"bulk": bulk_ring, "cp.async": cp_async_ring}[request.param], 64, smem=RING_SMEM
+    ).ptx
 
 
 def run_ring(text: str, n: int = 5, **options) -> None:

@@ -11,9 +11,18 @@ import numpy as np
 
 from . import memory as mem
 from . import operations as ops
-from .errors import BarrierMisuse, CopyInFlight, Deadlock, Divergence, OutOfBounds, PtxError, StepLimit
-from .errors import Uninitialised, UnknownInstruction
-from .parser import TYPE_BYTES, Address, Entry, Immediate, Instruction, Not, Pair, Register, Symbol, Vector, parse
+from .errors import (
+    BarrierMisuse,
+    CopyInFlight,
+    Deadlock,
+    Divergence,
+    OutOfBounds,
+    PtxError,
+    StepLimit,
+    Uninitialised,
+    UnknownInstruction,
+)
+from .parser import TYPE_BYTES, Address, Entry, Immediate, Instruction, Not, Register, Vector, parse
 
 ALL = np.ones(32, bool)
 LOCAL_BASE = 16
@@ -24,7 +33,9 @@ class Statistics:
     """What a launch executed, counted per warp."""
 
     instructions: Counter = field(default_factory=Counter)  # opcode -> count
-    shared_wavefronts: Counter = field(default_factory=Counter)  # "line: text" -> (wavefronts beyond the least possible)
+    shared_wavefronts: Counter = field(
+        default_factory=Counter
+    )  # "line: text" -> (wavefronts beyond the least possible)
     max_bulk_bytes_in_flight: int = 0
 
     @property
@@ -132,7 +143,7 @@ class Warp:
         self.unordered = np.zeros(32, bool)  # lanes with accesses since the warp last met
         self.copies: list[AsyncCopy] = []
         self.committed = np.zeros(32, np.int64)
-        self.late_arrivals: list[tuple[np.ndarray, np.ndarray, bool]] = []
+        self.late_arrivals: list[tuple[np.ndarray, Callable]] = []
         self.bulk_stores: list[list] = [[]]
         self.local = np.full((32, max(program.local_bytes, 1)), mem.POISON, np.uint8)
         self.local_valid = np.zeros(self.local.shape, bool)
@@ -145,7 +156,7 @@ class Warp:
             same = [r.index for r in registers if TYPE_BYTES[r.type] == size]
             dtype = np.bool_ if size == 1 else ops.UNSIGNED.get(size, np.uint64)
             garbage = False if size == 1 else 0xBAADF00DBAADF00D >> (64 - 8 * min(size, 8))
-            base |= zip(same, np.full((len(same), 32), garbage, dtype))
+            base |= zip(same, np.full((len(same), 32), garbage, dtype), strict=True)
         rows = []
         for kind, what, *rest in self.program.decoder.plan:
             if kind == "const":
@@ -214,7 +225,7 @@ class Warp:
             return False
         first = min(runnable, key=lambda f: f.pc)
         group = [f for f in self.others if f.pc == first.pc and (f in runnable or f.wait.merge)]
-        if first.timed_out or first.wait is not None and first.wait.resume:
+        if first.timed_out or (first.wait is not None and first.wait.resume):
             group = [first]  # resumes by itself; others join at the next instruction
         self.others = [f for f in self.others if not any(f is g for g in group)]
         mask = np.zeros(32, bool)
@@ -461,8 +472,8 @@ class Cta:
             return True
         for warp in self.warps:
             if warp.late_arrivals:
-                lanes, clock, action = warp.late_arrivals.pop(0)
-                warp.land(lambda copy: lanes)
+                lanes, action = warp.late_arrivals.pop(0)
+                warp.land(lambda copy, lanes=lanes: lanes)
                 action()
                 self.launch.events += 1
                 return True
@@ -620,7 +631,7 @@ def run(
             for i in order:
                 schedule(launch, [Cta(launch, i)], quantum, rng, max_steps)
     memory.end()
-    for operation, n in zip(program.operations, launch.counts):
+    for operation, n in zip(program.operations, launch.counts, strict=True):
         if n:
             statistics.instructions[operation.source.opcode] += n
     return statistics
@@ -631,7 +642,7 @@ def _params(kernel: Entry, args: Sequence, symbols: dict[str, int]) -> np.ndarra
         raise ValueError(f"{kernel.name} has {len(kernel.params)} parameters, got {len(args)} arguments")
     size = max((p.align + p.nbytes for p in kernel.params), default=0)
     data = bytearray(-(-size // 16) * 16)
-    for value, param, kind in zip(args, kernel.params, kernel.param_types):
+    for value, param, kind in zip(args, kernel.params, kernel.param_types, strict=True):
         symbols[param.name] = param.align
         if kind == "bytes":
             raw = bytes(value)
@@ -801,7 +812,9 @@ def _memory_modifiers(m: ops.Modifiers) -> tuple[str, str, bool, int]:
     m.flag(*_SCOPES)
     m.flag(*_CACHE)
     nc = m.flag("nc")
-    vector = {"v2": 2, "v4": 4, "v8": 8, "": 1}[m.one_of(("v2", "v4", "v8"), "") if set(m.rest) & {"v2", "v4", "v8"} else ""]
+    vector = {"v2": 2, "v4": 4, "v8": 8, "": 1}[
+        m.one_of(("v2", "v4", "v8"), "") if set(m.rest) & {"v2", "v4", "v8"} else ""
+    ]
     m.rest = [p for p in m.rest if not p.startswith(("L1::", "L2::", "level::"))]
     return space, order, nc, vector
 
@@ -1025,7 +1038,7 @@ def _atom(d, ins, m):
         else:
             raise UnknownInstruction(f"atomic in .{where}")
         w.cta.launch.events += 1
-        for lane, index in zip(lanes, at // view.itemsize):
+        for lane, index in zip(lanes, at // view.itemsize, strict=True):
             for half in range(2 if packed else 1):
                 old = view[index + half]
                 at_operand = 2 * lane + half if packed else lane
@@ -1108,14 +1121,14 @@ def _ldmatrix(d, ins, m):
             shared.check_read(at, 16, w.agent)
             w.touch(mask)
             rows = shared.views[2][index].reshape(count, 8, 8)
-            for slot, matrix in zip(slots, rows):
+            for slot, matrix in zip(slots, rows, strict=True):
                 matrix = np.ascontiguousarray(matrix.T if trans else matrix)
                 w.r[slot][...] = matrix.view(np.uint32).reshape(-1)
         else:
             shared.check_write(at, 16, w.agent)
             w.touch(mask)
             w.cta.launch.events += 1
-            for slot, rows in zip(slots, index.reshape(count, 8, 8)):
+            for slot, rows in zip(slots, index.reshape(count, 8, 8), strict=True):
                 matrix = w.r[slot].view(np.uint16).reshape(8, 8)
                 shared.views[2][rows] = matrix.T if trans else matrix
 
@@ -1211,7 +1224,7 @@ def _cp_arrive(d, ins, noinc: bool) -> Callable:
 
         launch.events += 1
         if launch.late and any((c.lanes & lanes).any() for c in w.copies):
-            w.late_arrivals.append((lanes, clock, arrive))
+            w.late_arrivals.append((lanes, arrive))
         else:
             arrive()
 

@@ -117,7 +117,9 @@ def reverse_bits(x: np.ndarray) -> np.ndarray:
     pattern = mask
     while shift:
         pattern ^= (pattern << shift) & mask
-        x = ((x >> x.dtype.type(shift)) & x.dtype.type(pattern)) | ((x << x.dtype.type(shift)) & x.dtype.type(~pattern & mask))
+        x = ((x >> x.dtype.type(shift)) & x.dtype.type(pattern)) | (
+            (x << x.dtype.type(shift)) & x.dtype.type(~pattern & mask)
+        )
         shift //= 2
     return x
 

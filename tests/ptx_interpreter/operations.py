@@ -26,7 +26,7 @@ SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 LANES = np.arange(32)
 
 Run = Callable[["object", "np.ndarray | None"], None]
-BUILDERS: dict[str, Callable[[Decoder, Instruction, Modifiers], Run]] = {}  # noqa: F821
+BUILDERS: dict[str, Callable[[Decoder, Instruction, Modifiers], Run]] = {}
 COLLECTIVES: dict[str, int | None] = {}  # opcode -> operand with the member mask; None: all lanes
 
 
@@ -291,8 +291,8 @@ def multiply(kind: str, part: str) -> Callable:
         signed = kind[0] == "s"
 
         def high(a, b):
-            product = [(int(x) * int(y)) >> 64 for x, y in zip(np.broadcast_to(a, 32), np.broadcast_to(b, 32))]
-            return np.array(product, object).astype(np.int64 if signed else np.uint64)
+            product = (a.astype(object) * b.astype(object)) >> 64  # Python integers
+            return product.astype(np.int64 if signed else np.uint64)
 
         return high
     wide = _wide(kind)
@@ -512,10 +512,13 @@ def _bfe(d, ins, m):
     def compute(r):
         x = r[a].astype(object)  # Python integers: any length
         out = []
-        for value, p, n in zip(x, r[start] & 255, r[count] & 255):
+        for value, p, n in zip(x, r[start] & 255, r[count] & 255, strict=True):
             p, n = int(p), int(n)
-            field = (int(value) >> min(p, 2 * width)) & ((1 << n) - 1) if kind[0] == "s" else (
-                (int(value) & ((1 << width) - 1)) >> p) & ((1 << n) - 1)
+            field = (
+                (int(value) >> min(p, 2 * width)) & ((1 << n) - 1)
+                if kind[0] == "s"
+                else ((int(value) & ((1 << width) - 1)) >> p) & ((1 << n) - 1)
+            )
             if kind[0] == "s" and n and (field >> (n - 1)) & 1:
                 field -= 1 << n
             out.append(field)
@@ -585,7 +588,7 @@ def _dp4a(d, ins, m):
     bytes_of = [np.int8 if k == "s32" else np.uint8 for k in kinds]
 
     def compute(r):
-        x, y = (r[s].view(t).reshape(32, 4).astype(np.int64) for s, t in zip((a, b), bytes_of))
+        x, y = (r[s].view(t).reshape(32, 4).astype(np.int64) for s, t in zip((a, b), bytes_of, strict=True))
         return (x * y).sum(1) + r[c]
 
     return assign(d.destination(ins.operands[0], kinds[0]), compute)
@@ -634,8 +637,11 @@ def _setp(d, ins, m):
 
     if m.base == "set":
         out = kinds[0]
-        true = np.array(-1, DTYPES[out]) if not is_float(out) and out[0] == "s" else (
-            DTYPES[out](1) if is_float(out) else np.iinfo(DTYPES[out]).max)
+        true = (
+            np.array(-1, DTYPES[out])
+            if not is_float(out) and out[0] == "s"
+            else (DTYPES[out](1) if is_float(out) else np.iinfo(DTYPES[out]).max)
+        )
         return assign(
             d.destination(ins.operands[0], out),
             lambda r: np.where(join(compare(x(r), y(r)), predicate(r)) if join else compare(x(r), y(r)), true, 0),
@@ -771,7 +777,6 @@ def _cvt(d, ins, m):
     source, target = m.type(), m.type()
     ftz, sat, relu = m.flag("ftz"), m.flag("sat"), m.flag("relu")
     rounding = m.one_of(("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi"), "none")
-    m.flag("satfinite") and m.rest.append("satfinite")
     m.finish()
     slot = d.destination(ins.operands[0], target)
     if target in ("f16x2", "bf16x2") and len(ins.operands) == 3:  # d = {b, a}
@@ -800,11 +805,9 @@ def _cvt(d, ins, m):
 
     def to_integer(x):
         info = np.iinfo(dtype)
-        y = _ROUND[rounding](np.nan_to_num(x.astype(np.float64), nan=0.0, posinf=np.inf, neginf=-np.inf))
-        top = float(info.max)
-        out = np.where(y >= top, 0, np.clip(y, info.min, None)).astype(dtype)
-        out = np.where(y >= top, info.max, out)
-        return np.where(np.isnan(x) & (dtype.itemsize == 8), info.min if source != "none" else 0, out).astype(dtype)
+        y = _ROUND[rounding](np.where(np.isnan(x), 0, x).astype(np.float64))
+        too_big = y >= float(info.max)
+        return np.where(too_big, info.max, np.clip(np.where(too_big, 0, y), info.min, None).astype(dtype))
 
     def narrow_float(x):
         if rounding in _ROUND:

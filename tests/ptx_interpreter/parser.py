@@ -8,10 +8,8 @@ from functools import lru_cache
 
 from .errors import PtxError
 
-TYPE_BYTES = {
-    f"{kind}{bits}": bits // 8 for kind, sizes in {"b": (8, 16, 32, 64, 128), "u": (8, 16, 32, 64), "s": (8, 16, 32, 64)}
-    .items() for bits in sizes
-} | {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "pred": 1}  # fmt: skip
+TYPE_BYTES = {f"{kind}{bits}": bits // 8 for kind in "bus" for bits in (8, 16, 32, 64)}
+TYPE_BYTES |= {"b128": 16, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "pred": 1}
 
 
 @dataclass(frozen=True)
@@ -282,9 +280,7 @@ def _parse_statement(entry: Entry, statement: str, line: int, scopes: list, pend
         opcode, rest = re.match(r"(\S+)\s*(.*)$", body, re.S).groups()
         operands = [_operand(o, scopes) for o in _split(rest)]
         scope_ids = tuple(s[0] for s in scopes)
-        entry.code.append(
-            Instruction(opcode, operands, guard, negated, line, " ".join(statement.split()), scope_ids)
-        )
+        entry.code.append(Instruction(opcode, operands, guard, negated, line, " ".join(statement.split()), scope_ids))
 
 
 def _declare(entry: Entry, statement: str, scope: dict[str, Register]) -> None:
