@@ -63,7 +63,6 @@ class Attention:
         self.k_bits, self.v_bits = plan.quant.k_bits, plan.quant.v_bits
         self.k_group, self.v_group = plan.quant.k_group, plan.quant.v_group
         self.k_per_channel = plan.quant.k_axis == "channel"
-        self.softcap = plan.config.softcap
         self.k_fragments = fragments(self.fmt.k_codes, "k", plan.head_dim, self.fmt.k_vector_words)
         self.v_fragments = fragments(self.fmt.v_codes, "v", plan.head_dim, self.fmt.v_vector_words)
 
@@ -174,7 +173,7 @@ class Attention:
                 tiles = self.token_scores(vectors, at.rows, i, mean, query)
             for n in range_constexpr(self.columns):
                 scores[n] += tiles[n]
-        if cutlass.const_expr(self.softcap):
+        if p.softcap > 0.0:
             scores = self.soft_capped(scores, p.softcap)
         if cutlass.const_expr(masked):
             scores = self.visible(scores, position, end - (lane >> 2), query)
@@ -418,7 +417,7 @@ class Attention:
                 for n in range_constexpr(self.columns):
                     scores[n][0] = ptx.mma(scores[n][0], keys[4 * c : 4 * c + 4], query.tiles[n][c])
             scores = [[[x * query.powers[n][i % 2] for i, x in enumerate(scores[n][0])]] for n in range(self.columns)]
-            if cutlass.const_expr(self.softcap):
+            if p.softcap > 0.0:
                 scores = self.soft_capped(scores, p.softcap)
             scores = self.visible(scores, position + token, position + held - (lane >> 2), query)
             probabilities, state = self.softmax(scores, state)

@@ -87,34 +87,35 @@ def _scratch_directory() -> Iterator[None]:
             os.chdir(before)
 
 
-def manifest_specs(head_dim: int) -> list[QuantSpec]:
-    """The formats whose kernels a build compiles: K per channel with all groups at 4 bit, and the presets'."""
-    groups = [g for g in MANIFEST_GROUPS if head_dim % g == 0]
-    specs = [QuantSpec(k_group=k, v_group=v) for k in MANIFEST_GROUPS for v in groups]
-    specs += [
-        QuantSpec(k_bits=8, v_bits=8, v_group=64),  # kv8
-        QuantSpec(v_group=64, v_symmetric=True),  # kv4
-        QuantSpec(v_bits=2, v_group=64),  # k4v2
-        QuantSpec(k_bits=2, v_bits=2, k_axis="token", k_group=64, v_group=64, k_symmetric=True, k_mean="block"),  # kv2
-        QuantSpec(k_bits=2, v_bits=2, v_group=groups[-1]),  # kc2
+def preset_specs(head_dim: int) -> list[QuantSpec]:
+    """The formats of the presets, as far as kernels see them: kv8, kv4, k4v2, kv2, kc4, kc2."""
+    widest = max(g for g in MANIFEST_GROUPS if head_dim % g == 0)
+    return [
+        QuantSpec(k_bits=8, v_bits=8, v_group=64),
+        QuantSpec(v_group=64, v_symmetric=True),
+        QuantSpec(v_bits=2, v_group=64),
+        QuantSpec(k_bits=2, v_bits=2, k_axis="token", k_group=64, v_group=64, k_symmetric=True, k_mean="block"),
+        QuantSpec(v_group=widest),
+        QuantSpec(k_bits=2, v_bits=2, v_group=widest),
     ]
-    return specs
+
+
+def manifest_specs(head_dim: int) -> list[QuantSpec]:
+    """The formats whose kernels a build compiles: the presets', and 4 bit with K per channel in all groups."""
+    specs = preset_specs(head_dim)
+    groups = [QuantSpec(k_group=k, v_group=v) for k in MANIFEST_GROUPS for v in MANIFEST_GROUPS if head_dim % v == 0]
+    return specs + [spec for spec in groups if spec not in specs]
 
 
 def manifest(arch: str) -> list[KernelConfig]:
-    """The kernels that a build for ``arch`` compiles, for groups of up to 8 and, for some formats, of more heads."""
-    wide = 16
+    """The kernels that a build for ``arch`` compiles: all formats for up to 8 query columns, the presets' for more."""
     configs = []
     for head_dim in MANIFEST_HEAD_DIMS:
-        for spec in manifest_specs(head_dim):
-            for group in (8, wide):
-                if group == wide and (spec.k_group, spec.v_group) not in ((128, 64), (128, 128), (64, 64)):
-                    continue
-                configs.append(
-                    KernelConfig.for_problem(
-                        head_dim=head_dim, quant=spec, num_q_heads=group, num_kv_heads=1, arch=arch
-                    )
-                )
+        for columns, specs in ((8, manifest_specs(head_dim)), (16, preset_specs(head_dim))):
+            configs += [
+                KernelConfig.for_problem(head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch)
+                for spec in specs
+            ]
     return configs
 
 

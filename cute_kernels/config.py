@@ -17,11 +17,9 @@ from .errors import InvalidArgument, UnsupportedConfig
 
 MMA_COLUMNS = 8  # query columns of one m16n8k16
 MAX_Q_TILE = 16
-RING_BYTES = 70 * 1024  # shared memory for blocks in flight: more than the 32 KB that keep HBM busy
-MAX_STAGES = 16
-NUM_WARPS = 4
-CTAS_PER_SM = 1
-WARPS_PER_BLOCK = 4
+# (num_warps, warps_per_block, stages), the best first as measured on an H100 (docs/performance.md); the first that fits
+# an architecture's shared memory is taken
+TILINGS = ((8, 2, 8), (8, 2, 4), (4, 2, 4), (4, 2, 2), (4, 4, 2), (4, 4, 1), (2, 2, 1), (1, 1, 1))
 BULK_COPY_ARCHS = ("sm90a", "sm100", "sm120")
 
 _quant_validate = native.function("quant_validate")
@@ -204,9 +202,7 @@ class KernelConfig(Object):
         q_tile = min(-(-columns // MMA_COLUMNS) * MMA_COLUMNS, MAX_Q_TILE)
         if arch is None:
             arch = device_arch(0)
-        stages = max(2, min(MAX_STAGES, RING_BYTES // quant.block_bytes(head_dim)))
-        num_warps, ctas_per_sm = NUM_WARPS, CTAS_PER_SM
-        while True:
+        for num_warps, warps_per_block, stages in TILINGS:
             config = cls(
                 arch=arch,
                 head_dim=head_dim,
@@ -214,20 +210,13 @@ class KernelConfig(Object):
                 q_tile=q_tile,
                 copy="bulk" if arch in BULK_COPY_ARCHS else "cp_async",
                 num_warps=num_warps,
-                warps_per_block=min(num_warps, WARPS_PER_BLOCK),
+                warps_per_block=warps_per_block,
                 stages=stages,
-                ctas_per_sm=ctas_per_sm,
             )
-            if _smem_fits(config) or num_warps == 1:
-                config.validate()
-                return config
-            # too large: fewer CTAs, then fewer blocks in flight, then fewer warps whose results shared memory merges
-            if ctas_per_sm > 1:
-                ctas_per_sm -= 1
-            elif stages > 1:
-                stages -= 1
-            else:
-                num_warps //= 2
+            if _smem_fits(config):
+                break
+        config.validate()
+        return config
 
 
 def _smem_fits(config: KernelConfig) -> bool:

@@ -82,7 +82,6 @@ class Merge:
                     peak, weight, value = self.combine_slots(slots, first, last, first_slot, column, quad)
                     self.store_output(p, part, column, quad, peak, weight, value)
                     item += self.consumers
-            ptx.barrier(CONSUMER_BARRIER, self.consumers)
 
     @cute.jit
     def store_state(self, smem: Int32, warp: Int32, lane: Int32, state: State):

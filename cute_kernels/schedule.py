@@ -44,7 +44,7 @@ class Params(NamedTuple):
     num_sink: Int32
     window: Int32
     softmax_scale_log2: Float32
-    softcap: Float32
+    softcap: Float32  # 0: none
     bfloat16: Int32  # 1: q, out, tail and sinks are bf16; 0: fp16
 
 

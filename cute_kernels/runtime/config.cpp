@@ -144,6 +144,11 @@ Status KernelConfig::validate() const noexcept {
   if (stages < 1 || stages > 32) {
     return fail(Status::invalid_argument, "stages=", stages, ": allowed are 1 to 32");
   }
+  if (stages % (num_warps / warps_per_block) != 0) {
+    // else two groups of warps would take turns at a stage, and one could be a phase of its barrier ahead
+    return fail(Status::invalid_argument, "stages=", stages, ": must be a multiple of num_warps / warps_per_block=",
+                num_warps / warps_per_block);
+  }
   if (copy == "bulk" && (arch == "sm80" || arch == "sm89")) {
     return fail(Status::unsupported_config, "copy=bulk: needs sm90a or later, arch=", arch, " has cp_async only");
   }
@@ -188,8 +193,8 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
 }
 
 std::int64_t smem_limit(const std::string& arch) noexcept {
-  if (arch == "sm80") return 163 * kKilobyte;
-  if (arch == "sm89" || arch == "sm120") return 99 * kKilobyte;
+  // 8.0 itself has 163, but its kernels serve 8.6 too
+  if (arch == "sm80" || arch == "sm89" || arch == "sm120") return 99 * kKilobyte;
   if (arch == "sm90a" || arch == "sm100") return 227 * kKilobyte;
   return 0;
 }

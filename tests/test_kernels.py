@@ -1,0 +1,200 @@
+"""The decode kernels of the manifest on a machine without a GPU: compiled for every architecture, their resources and
+instructions checked, their PTX executed by the interpreter and compared with fp64 attention.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
+
+from attention_reference import attention, relative_error
+from bitdecoding.cute_kernels import compile as compiler
+from bitdecoding.cute_kernels.cubin import read_cubin
+from bitdecoding.cute_kernels.plan import Plan
+from bitdecoding.cute_kernels.schedule import Params
+from dsl import sass
+from ptx_interpreter import Memory, run
+from test_cpu_decode import Problem, problem, random_q
+
+import bitdecoding as bd
+
+ARCHS = ("sm80", "sm89", "sm90a", "sm120")
+REGISTERS_PER_SM = 65536
+SLOT_REGISTERS = 256  # registers are handed out to warps in multiples of this
+SM_PARTITIONS = 4
+BULK_ARCHS = ("sm90a", "sm120")
+
+
+@lru_cache(maxsize=None)
+def compiled(arch: str) -> dict[bd.KernelConfig, compiler.Compiled]:
+    """The manifest of an architecture."""
+    configs = compiler.manifest(arch)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(configs, pool.map(compiler.compile_config, configs), strict=True))
+
+
+def kernel(arch: str, spec: bd.QuantSpec, head_dim: int, group: int, q_len: int = 1):
+    """(config, Compiled) of the manifest that serves a problem."""
+    config = bd.KernelConfig.for_problem(
+        head_dim=head_dim, quant=spec, num_q_heads=group, num_kv_heads=1, q_len=q_len, arch=arch
+    )
+    return config, compiled(arch)[config]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_resources(arch: str) -> None:
+    for config, made in compiled(arch).items():
+        found = read_cubin(made.cubin)[made.entry]
+        plan = Plan(config)
+        name = config.name()
+        assert found.frame_bytes == 0, f"{name} spills"
+        assert found.max_threads == plan.threads, name
+        assert plan.smem_bytes == config.smem_bytes(), name
+        # an SM's registers belong to its four partitions, to which warps are dealt in turn
+        warps = config.ctas_per_sm * (plan.threads // 32)
+        per_warp = -(-found.registers * 32 // SLOT_REGISTERS) * SLOT_REGISTERS
+        assert -(-warps // SM_PARTITIONS) * per_warp * SM_PARTITIONS <= REGISTERS_PER_SM, (name, found.registers)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_instructions_in_ptx(arch: str) -> None:
+    for config, made in compiled(arch).items():
+        bulk = arch in BULK_ARCHS
+        assert ("cp.async.bulk.shared::cluster.global" in made.ptx) == bulk, config.name()
+        assert ("cp.async.cg.shared.global" in made.ptx) != bulk, config.name()
+        assert "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" in made.ptx
+        assert "movmatrix.sync.aligned.m8n8.trans.b16" in made.ptx
+        assert "ldmatrix" not in made.ptx
+        assert ".local" not in made.ptx
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_instructions_in_machine_code(arch: str) -> None:
+    spec = bd.QuantSpec()
+    _, made = kernel(arch, spec, 128, 4)
+    found = sass(made.cubin)
+    assert "HMMA.16816.F32" in found
+    assert any(op.startswith("MOVM") for op in found)
+    assert any(op.startswith("LDS") and op.endswith("128") for op in found)
+    assert any(op.startswith("UBLKCP" if arch in BULK_ARCHS else "LDGSTS") for op in found)
+    assert not any(op.startswith(("LDL", "STL")) for op in found), "registers in local memory"
+
+
+# -- execution -----------------------------------------------------------------------------------------------------
+
+
+def execute(config: bd.KernelConfig, made: compiler.Compiled, case: Problem, q: torch.Tensor, grid: int, **options):
+    """Run a kernel on a Problem -> out, lse. Everything that the kernel only reads is read-only to it."""
+    batch, q_len, num_q_heads, head_dim = q.shape
+    _, num_kv_heads, block_bytes = case.pages.shape
+    memory = Memory()
+
+    def read_only(x: torch.Tensor | None) -> int:
+        if x is None or x.numel() == 0:
+            return 0
+        array = x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+        return memory.add(array, writable=False)
+
+    columns = num_q_heads // num_kv_heads * q_len
+    counters = batch * num_kv_heads * -(-columns // config.q_tile)
+    counters = -(-counters // 32) * 32  # of 4 bytes, to a multiple of 128
+    slots = grid * 2 * Plan(config).slot_bytes
+    workspace = np.concatenate((np.zeros(counters * 4, np.uint8), np.full(slots, 0xFF, np.uint8)))
+    out = torch.full((batch, q_len, num_q_heads, head_dim), torch.nan).to(q.dtype)
+    lse = np.full((batch, q_len, num_q_heads), np.nan, np.float32)
+    tail_k, tail_v = case.tail
+    sink_k, sink_v = case.sink or (None, None)
+    values = {
+        "q": read_only(q),
+        "pages": read_only(case.pages),
+        "block_table": read_only(case.block_table),
+        "seqlens": read_only(case.seqlens),
+        "packed_lens": read_only(case.packed_lens),
+        "tail_k": read_only(tail_k),
+        "tail_v": read_only(tail_v),
+        "sink_k": read_only(sink_k),
+        "sink_v": read_only(sink_v),
+        "sink_logits": read_only(options.get("sink_logits")),
+        "out": memory.add(out.view(torch.int16).numpy(), initialised=False),
+        "lse": memory.add(lse, initialised=False),
+        "workspace": memory.add(workspace),
+        "page_stride": num_kv_heads * block_bytes,
+        "head_stride": block_bytes,
+        "batch": batch,
+        "q_len": q_len,
+        "num_q_heads": num_q_heads,
+        "num_kv_heads": num_kv_heads,
+        "max_pages": case.block_table.shape[1],
+        "tail_capacity": tail_k.shape[1],
+        "num_sink": 0 if sink_k is None else sink_k.shape[1],
+        "window": options.get("window") or 2**31 - 1,
+        "softmax_scale_log2": head_dim**-0.5 * math.log2(math.e),
+        "softcap": options.get("softcap") or 0.0,
+        "bfloat16": int(q.dtype == torch.bfloat16),
+    }
+    plan = Plan(config)
+    run(
+        made.ptx, made.entry, (grid,), (plan.threads,), [values[name] for name in Params._fields], plan.smem_bytes,
+        memory, async_copies=options.get("async_copies", "late"),
+    )  # fmt: skip
+    assert not workspace[: counters * 4].any(), "a counter is left for the next launch"
+    return out, torch.from_numpy(lse)
+
+
+def check(config, made, case: Problem, q: torch.Tensor, grid: int = 3, **options) -> None:
+    out, lse = execute(config, made, case, q, grid, **options)
+    options.pop("async_copies", None)
+    tolerance = 4e-3 if q.dtype == torch.bfloat16 else 1e-3  # bf16: the rounding of out
+    for b, (k, v) in enumerate(case.values):
+        want, want_lse = attention(q[b], k, v, **options)
+        assert relative_error(out[b], want) < tolerance, f"sequence {b} of {len(k)} tokens"
+        torch.testing.assert_close(lse[b].double(), want_lse, atol=1e-3, rtol=1e-4)
+
+
+RAGGED = [(0, 0), (129, 3), (384, 20)]
+CASES = [(arch, d, i) for d in compiler.MANIFEST_HEAD_DIMS for i in range(len(compiler.manifest_specs(d))) for arch in ARCHS]
+# every format once on each kind of copy, every head_dim: the architectures take turns
+CASES = [case for n, case in enumerate(CASES) if n % 4 == (n // 4) % 4]
+
+
+@pytest.mark.parametrize(("arch", "head_dim", "index"), CASES)
+def test_every_format(arch: str, head_dim: int, index: int) -> None:
+    spec = compiler.manifest_specs(head_dim)[index]
+    dtype = (torch.float16, torch.bfloat16)[index % 2]
+    config, made = kernel(arch, spec, head_dim, 3)
+    case = problem(RAGGED, spec, heads=1, head_dim=head_dim, num_sink=3 * (index % 3), dtype=dtype)
+    check(config, made, case, random_q(3, 1, 3, head_dim, dtype), async_copies=("late", "early")[index % 2])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_options(arch: str) -> None:
+    spec = bd.QuantSpec()
+    case = problem([(400, 30), (700, 0)], spec, heads=2, head_dim=128, num_sink=4)
+    config, made = kernel(arch, spec, 128, 1)
+    logits = torch.tensor([0.5, -1.0])
+    check(config, made, case, random_q(2, 1, 2, 128), window=300, softcap=5.0, sink_logits=logits, grid=4)
+
+
+@pytest.mark.parametrize(("group", "q_len"), [(5, 3), (16, 1), (7, 1)])
+def test_query_tiles(group: int, q_len: int) -> None:
+    spec = bd.preset("kv4")[0].for_kernel()
+    config, made = kernel("sm90a", spec, 64, group, q_len)
+    case = problem([(256, 40), (0, 2)], spec, heads=1, head_dim=64)
+    check(config, made, case, random_q(2, q_len, group, 64), window=100 if q_len > 1 else None)
+
+
+@pytest.mark.parametrize("grid", [1, 2, 7, 40])
+def test_any_grid_gives_the_same_attention(grid: int) -> None:
+    spec = bd.QuantSpec(k_group=32, v_group=32)
+    config, made = kernel("sm90a", spec, 64, 4)
+    case = problem([(1300, 0), (0, 0), (5, 0), (128, 100)], spec, heads=2, head_dim=64)
+    check(config, made, case, random_q(4, 1, 8, 64), grid=grid)
