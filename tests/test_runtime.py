@@ -250,6 +250,15 @@ def test_a_damaged_cache_file_is_compiled_anew(monkeypatch, tmp_path):
     assert len(read_pack(path)[1]) == 1
 
 
+def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
+    calls = []
+    (tmp_path / "file").touch()
+    fake_compiler(monkeypatch, tmp_path / "file", calls)
+    config = KernelConfig(q_tile=64, stages=1)
+    assert cuda.kernel_handle(config) == cuda.kernel_handle(config) >= 0
+    assert calls == [config.name()]
+
+
 def test_without_a_compiler_the_error_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitdecoding.cute_kernels.compile", None)  # importing it fails
     with pytest.raises(KernelNotFound) as caught:

@@ -146,8 +146,8 @@ Status KernelConfig::validate() const noexcept {
   }
   if (stages % (num_warps / warps_per_block) != 0) {
     // else two groups of warps would take turns at a stage, and one could be a phase of its barrier ahead
-    return fail(Status::invalid_argument, "stages=", stages, ": must be a multiple of num_warps / warps_per_block=",
-                num_warps / warps_per_block);
+    return fail(Status::invalid_argument, "stages=", stages,
+                ": must be a multiple of num_warps / warps_per_block=", num_warps / warps_per_block);
   }
   if (copy == "bulk" && (arch == "sm80" || arch == "sm89")) {
     return fail(Status::unsupported_config, "copy=bulk: needs sm90a or later, arch=", arch, " has cp_async only");

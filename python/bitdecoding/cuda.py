@@ -6,6 +6,7 @@ which checks the tensors and launches on torch's current stream.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from functools import lru_cache
@@ -28,6 +29,7 @@ MAX_PLANS = 4096  # a bound for callers that make a new QuantSpec for every call
 
 _decode = native.function("decode")
 _find_kernel = native.function("find_kernel")
+_add_kernel = native.function("add_kernel")
 _load_pack = native.function("load_pack")
 _workspace_bytes = native.function("workspace_bytes")
 _capture_id = native.function("capture_id")
@@ -222,8 +224,11 @@ def _compile(config: KernelConfig, name: str) -> int:
         _load_pack(str(path))
     except (InvalidArgument, CacheFormatError):  # not there yet, or damaged
         kernel: CompiledKernel = compile_kernel(config)
-        write_pack(path, [kernel], {"arch": config.arch, "dsl": version})
-        _load_pack(str(path))
+        _add_kernel(
+            kernel.name, kernel.entry, kernel.cubin, kernel.threads, kernel.smem, kernel.regs, kernel.ctas_per_sm
+        )
+        with contextlib.suppress(OSError):  # without a place to keep it, the next process compiles it again
+            write_pack(path, [kernel], {"arch": config.arch, "dsl": version})
     return _find_kernel(name)
 
 

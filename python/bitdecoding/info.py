@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from importlib import metadata, util
+from importlib import metadata
 from typing import Any
 
 from .cuda import DSL, cache_dir, install_command
@@ -53,7 +53,10 @@ def collect() -> dict[str, Any]:
 
 
 def _compiler_version() -> str | None:
-    return metadata.version(DSL) if util.find_spec("nvidia_cutlass_dsl") or util.find_spec("cutlass") else None
+    try:
+        return metadata.version(DSL)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
