@@ -27,6 +27,7 @@ LANES = np.arange(32)
 
 Run = Callable[["object", "np.ndarray | None"], None]
 BUILDERS: dict[str, Callable[[Decoder, Instruction, Modifiers], Run]] = {}
+CONTROL: dict[str, Callable] = {}  # those that set the program counter: (decoder, instruction, modifiers, entry) -> f
 COLLECTIVES: dict[str, int | None] = {}  # opcode -> operand with the member mask; None: all lanes
 
 
@@ -185,6 +186,17 @@ def builder(*names: str):
     def register(f):
         for name in names:
             BUILDERS[name] = f
+        return f
+
+    return register
+
+
+def control(*names: str):
+    """As ``builder``, for instructions that set the program counter; they also get the entry."""
+
+    def register(f):
+        for name in names:
+            CONTROL[name] = f
         return f
 
     return register
