@@ -2,7 +2,8 @@
 
 ptxas writes ``.nv.info`` (facts per function, by symbol) and ``.nv.info.<kernel>``; an entry is one byte of format,
 one of attribute and a 16-bit value, which for format 4 is the length of the data that follow. A spilled register is
-stack (PTX does not show it), so ``frame_bytes`` is 0 exactly if a kernel neither spills nor has local arrays.
+stack (PTX does not show it): ``frame_bytes`` 0 means no spills and no local arrays. The reverse does not hold: ptxas
+may reserve a few bytes that no instruction touches; the machine code then has neither STL nor LDL.
 """
 
 from __future__ import annotations
