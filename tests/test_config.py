@@ -8,7 +8,7 @@ import pickle
 import pytest
 from bitdecoding.cute_kernels import config as config_module
 from bitdecoding.cute_kernels import native
-from bitdecoding.cute_kernels.layouts import FORMAT_VERSION, block_format
+from bitdecoding.cute_kernels.layouts import FORMAT_VERSION, GROUPS, block_format
 from bitdecoding.cute_kernels.plan import Plan
 
 from bitdecoding import InvalidArgument, KernelConfig, QuantSpec, UnsupportedConfig
@@ -223,7 +223,8 @@ def test_format_version_is_the_same_in_both_languages():
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_for_problem_fits_every_arch(arch, head_dim, bits):
-    spec = QuantSpec(k_bits=bits, v_bits=bits, v_group=32, rotate_k=True, k_clip=0.9)
+    v_group = max(group for group in GROUPS if head_dim % group == 0)
+    spec = QuantSpec(k_bits=bits, v_bits=bits, v_group=v_group, rotate_k=True, k_clip=0.9)
     config = KernelConfig.for_problem(head_dim=head_dim, quant=spec, num_q_heads=32, num_kv_heads=8, arch=arch)
     config.validate()
     assert config.quant == spec.for_kernel()
