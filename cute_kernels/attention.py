@@ -180,7 +180,13 @@ class Attention:
         probabilities, state = self.softmax(scores, state)
         for i in range_constexpr(self.plan.slices):
             state = self.accumulate(
-                at, i, [tiles[2 * i : 2 * i + 2] for tiles in probabilities], state, position + (lane & 3) * 2, end, masked
+                at,
+                i,
+                [tiles[2 * i : 2 * i + 2] for tiles in probabilities],
+                state,
+                position + (lane & 3) * 2,
+                end,
+                masked,
             )
         return state
 
@@ -269,7 +275,9 @@ class Attention:
                         row = 2 * t + i // 2
                         value = x * self.row_factor(t, i) + zero[row] * query.sums[n][j][i % 2]
                         total[n][t][i] = value * scale[row] + total[n][t][i]
-        return [[[x * powers[i % 2] for i, x in enumerate(t)] for t in total[n]] for n, powers in enumerate(query.powers)]
+        return [
+            [[x * powers[i % 2] for i, x in enumerate(t)] for t in total[n]] for n, powers in enumerate(query.powers)
+        ]
 
     def soft_capped(self, scores: list, cap: Float32) -> list:
         """cap * tanh(s / cap) on log2 scores; tanh through exp2, since tanh.approx has 11 bits only."""
@@ -334,7 +342,9 @@ class Attention:
         """P of a token tile from accumulator order to B operand: 4 floats -> 2 half2."""
         return [ptx.transpose8x8(ptx.to_half2(tile[2 * r], tile[2 * r + 1])) for r in range(2)]
 
-    def accumulate(self, at: Addresses, slice_: int, p: list, state: State, token: Int32, end: Int32, masked: bool) -> State:
+    def accumulate(
+        self, at: Addresses, slice_: int, p: list, state: State, token: Int32, end: Int32, masked: bool
+    ) -> State:
         """O^T += V^T P^T of a slice; ``token``: position of the lane's first token of the block part in B order."""
         top, total, out, zeros = state
         operand = [[self.transposed(t) for t in tiles] for tiles in p]
@@ -354,7 +364,9 @@ class Attention:
                         out[n][c] = ptx.mma(out[n][c], a, scaled)
         return State(top, total, out, zeros)
 
-    def value_params(self, at: Addresses, section: Section, group: int, slice_: int, token: Int32, end: Int32, masked: bool) -> list:
+    def value_params(
+        self, at: Addresses, section: Section, group: int, slice_: int, token: Int32, end: Int32, masked: bool
+    ) -> list:
         """V parameters of a slice, [t][2] half2; if masked, those from token ``end`` on read as 0, never as NaN."""
         params = self.b_params(at.v_quad, section, group, slice_)
         if masked:
@@ -393,7 +405,16 @@ class Attention:
 
     @cute.jit
     def attend_chunk(
-        self, p: Params, seq: Sequence, chunk: Int32, member: Int32, lane: Int32, b: Int32, head: Int32, query: Query, state: State
+        self,
+        p: Params,
+        seq: Sequence,
+        chunk: Int32,
+        member: Int32,
+        lane: Int32,
+        b: Int32,
+        head: Int32,
+        query: Query,
+        state: State,
     ):
         """A warp's 16 tokens of a 16-bit unit, read from global memory; sinks come first, then the tail."""
         k, v, capacity = p.sink_k.toint(), p.sink_v.toint(), p.num_sink

@@ -47,15 +47,19 @@ def compile_config(config: KernelConfig) -> Compiled:
     config.validate()
     arch = GPU_ARCHS[config.arch]
     os.environ["CUTE_DSL_ARCH"] = arch  # without it the DSL asks a driver
+    os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"  # concurrent compilations may read each other's unfinished files
     from cutlass import Int32, cute
 
     from .decode import DecodeKernel, example_params
 
-    with _scratch_directory():  # the DSL leaves the files that it keeps in the current one
-        options = f"--gpu-arch {arch} --keep-ptx --keep-cubin"
+    options = f"--gpu-arch {arch} --keep-ptx --keep-cubin"
+    with _scratch_directory():  # the DSL leaves what it keeps in the current one, and reads it from there when asked
         made = cute.compile(DecodeKernel(config), example_params(), Int32(1), options=options)
-    entry = re.search(r"\.visible \.entry (\w+)\(", made.__ptx__)
-    return Compiled(made.__ptx__, made.__cubin__, entry.group(1))
+        ptx, cubin = made.__ptx__, made.__cubin__
+    if not ptx or not cubin:
+        raise UnsupportedConfig(f"{config.name()}: the CuTe DSL produced no code for {arch}")
+    entry = re.search(r"\.visible \.entry (\w+)\(", ptx)
+    return Compiled(ptx, cubin, entry.group(1))
 
 
 def compile_kernel(config: KernelConfig) -> CompiledKernel:

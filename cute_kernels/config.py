@@ -14,12 +14,18 @@ from tvm_ffi.dataclasses import c_class, fields
 
 from . import native
 from .errors import InvalidArgument, UnsupportedConfig
+from .layouts import BLOCK_TOKENS
 
 MMA_COLUMNS = 8  # query columns of one m16n8k16
 MAX_Q_TILE = 16
 # (num_warps, warps_per_block, stages), the best first as measured on an H100 (docs/performance.md); the first that fits
-# an architecture's shared memory is taken
-TILINGS = ((8, 2, 8), (8, 2, 4), (4, 2, 4), (4, 2, 2), (4, 4, 2), (4, 4, 1), (2, 2, 1), (1, 1, 1))
+# an architecture's shared memory and a lane's registers is taken
+TILINGS = (
+    (8, 2, 8), (8, 4, 8), (8, 2, 4), (8, 4, 4), (4, 2, 8), (4, 4, 8), (4, 2, 4), (4, 4, 4), (4, 2, 2), (4, 4, 2), (4, 4, 1),
+)  # fmt: skip
+# num_warps -> estimated registers of a lane (see _registers) that ptxas can hold without spilling. With the producer,
+# 9 warps put three on one scheduler (168 registers each), 5 warps two (255).
+MAX_REGISTERS = {8: 102, 4: 190}
 BULK_COPY_ARCHS = ("sm90a", "sm100", "sm120")
 
 _quant_validate = native.function("quant_validate")
@@ -213,13 +219,30 @@ class KernelConfig(Object):
                 warps_per_block=warps_per_block,
                 stages=stages,
             )
-            if _smem_fits(config):
+            if _registers(config) <= MAX_REGISTERS[num_warps] and _fits(config):
                 break
         config.validate()
         return config
 
 
-def _smem_fits(config: KernelConfig) -> bool:
+def _registers(config: KernelConfig) -> int:
+    """Registers of a lane for its part of the inner loop's arrays: queries, scores, O, sums of V's zeros, bounds."""
+    quant, head_dim = config.quant, config.head_dim
+    queries = head_dim // 8
+    if quant.k_axis == "token":
+        queries += 10  # scores of one channel group
+    else:
+        queries += head_dim // 8  # scaled
+        if quant.k_group < BLOCK_TOKENS // config.warps_per_block:
+            queries += head_dim // 16  # the next group's
+    scores = 32 // config.warps_per_block
+    out = head_dim // 4
+    zeros = 6 * head_dim // quant.v_group  # with their parameters
+    bounds = 10  # and maximum, sum, power of a lane's columns
+    return config.q_tile // MMA_COLUMNS * (queries + scores + out + zeros + bounds)
+
+
+def _fits(config: KernelConfig) -> bool:
     try:
         config.validate()
     except UnsupportedConfig:

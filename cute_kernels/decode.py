@@ -1,17 +1,17 @@
 """Decode attention over BitFusion blocks with mma.sync: one launch for any batch of ragged sequences.
 
-    producer warp   walks the CTA's share of the work list (schedule.py) and copies each block into a ring of
-                    shared-memory stages: one bulk copy per block, cp.async before Hopper; "full" and "empty"
-                    mbarriers hand the stages over
-    consumer warps  in groups of ``warps_per_block``; a group takes every n-th block, a warp its token slices
-                    (attention.py), alone with its own running maximum:
-        Q' = Q * scale_k              once per token group (K per channel)
-        S^T = codes_k Q' + bias       A = codes as fp16 denormals, one AND per register; the bias comes out of MMAs
-                                      with the zeros as rows of A; the powers of two leave with the accumulator
-        P = exp2(S - maximum)         rescaled only when the maximum grows by more than a factor of 2
-        O^T += codes_v (P * scale_v)  P transposed by movmatrix; the zeros again by MMAs
-    16-bit tokens   sinks and tail: the same MMAs with K and V from global memory
-    end of a piece  warps merge through shared memory, CTAs through the workspace, by the last arriver (merge.py)
+producer warp   walks the CTA's share of the work list (schedule.py) and copies each block into a ring of
+                shared-memory stages: one bulk copy per block, cp.async before Hopper; "full" and "empty"
+                mbarriers hand the stages over
+consumer warps  in groups of ``warps_per_block``; a group takes every n-th block, a warp its token slices
+                (attention.py), alone with its own running maximum:
+    Q' = Q * scale_k              once per token group (K per channel)
+    S^T = codes_k Q' + bias       A = codes as fp16 denormals, one AND per register; the bias comes out of MMAs
+                                  with the zeros as rows of A; the powers of two leave with the accumulator
+    P = exp2(S - maximum)         rescaled only when the maximum grows by more than a factor of 2
+    O^T += codes_v (P * scale_v)  P transposed by movmatrix; the zeros again by MMAs
+16-bit tokens   sinks and tail: the same MMAs with K and V from global memory
+end of a piece  warps merge through shared memory, CTAs through the workspace, by the last arriver (merge.py)
 """
 
 import cutlass

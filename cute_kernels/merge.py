@@ -41,7 +41,9 @@ class Merge:
         self.quads = plan.head_dim // QUAD
 
     @cute.jit
-    def merge(self, p: Params, smem: Int32, warp: Int32, lane: Int32, part: Part, x0: Int32, shares: Shares, state: State):
+    def merge(
+        self, p: Params, smem: Int32, warp: Int32, lane: Int32, part: Part, x0: Int32, shares: Shares, state: State
+    ):
         """Merge the warps' states; store the output of a whole piece, else a partial result; maybe merge those."""
         self.store_state(smem, warp, lane, state)
         ptx.barrier(CONSUMER_BARRIER, self.consumers)
@@ -92,7 +94,9 @@ class Merge:
                 row = mine + (n * COLUMNS + (lane & 3) * 2 + j) * self.plan.row_bytes
                 for c in range_constexpr(self.plan.tiles):
                     for r in range_constexpr(2):
-                        ptx.store_shared_floats(row + (lane >> 2) * 4, 4 * (TILE * c + 8 * r), [state.out[n][c][2 * r + j]])
+                        ptx.store_shared_floats(
+                            row + (lane >> 2) * 4, 4 * (TILE * c + 8 * r), [state.out[n][c][2 * r + j]]
+                        )
                 weight = state.total[n][j]
                 for i in range_constexpr(3):
                     weight += ptx.shuffle_xor(weight, 4 << i)
@@ -104,7 +108,9 @@ class Merge:
         """1 in all consumers if the ``others`` CTAs of the piece have stored their results, else 0."""
         flag = smem + self.plan.flag_at
         if (warp == 0) & (lane == 0):
-            index = (part.at.b * p.num_kv_heads + part.head) * self.schedule.q_tiles(p) + part.first_row // self.plan.q_tile
+            index = (part.at.b * p.num_kv_heads + part.head) * self.schedule.q_tiles(
+                p
+            ) + part.first_row // self.plan.q_tile
             counter = p.workspace.toint() + Int64(index) * 4
             is_last = cutlass.select_(ptx.atomic_add(counter, Int32(1)) == others, Int32(1), Int32(0))
             if is_last == 1:
@@ -124,7 +130,10 @@ class Merge:
             states, values = [[peak, weight]], [value]
             for i in range_constexpr(MERGE_BATCH):
                 source = cutlass.min(cta + i, last)
-                slot = slots + Int64(2 * source + cutlass.select_(source == first, first_slot, Int32(0))) * self.plan.slot_bytes
+                slot = (
+                    slots
+                    + Int64(2 * source + cutlass.select_(source == first, first_slot, Int32(0))) * self.plan.slot_bytes
+                )
                 top, part = ptx.load_global(slot + self.state_at(column), 2, cache="cg")
                 vector = ptx.load_global(slot + self.value_at(column, quad), QUAD, cache="cg")
                 top = cutlass.select_(cta + i <= last, ptx.from_bits(top), Float32(-float("inf")))
@@ -135,7 +144,9 @@ class Merge:
         return peak, weight, value
 
     @cute.jit
-    def store_output(self, p: Params, part: Part, column: Int32, quad: Int32, peak: Float32, weight: Float32, value: list):
+    def store_output(
+        self, p: Params, part: Part, column: Int32, quad: Int32, peak: Float32, weight: Float32, value: list
+    ):
         """Normalise and store 4 channels of one query row; no visible key gives zeros and an lse of -inf."""
         group = p.num_q_heads // p.num_kv_heads
         row = part.first_row + column

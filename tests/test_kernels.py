@@ -161,7 +161,9 @@ def check(config, made, case: Problem, q: torch.Tensor, grid: int = 3, **options
 
 
 RAGGED = [(0, 0), (129, 3), (384, 20)]
-CASES = [(arch, d, i) for d in compiler.MANIFEST_HEAD_DIMS for i in range(len(compiler.manifest_specs(d))) for arch in ARCHS]
+CASES = [
+    (arch, d, i) for d in compiler.MANIFEST_HEAD_DIMS for i in range(len(compiler.manifest_specs(d))) for arch in ARCHS
+]
 # every format once on each kind of copy, every head_dim: the architectures take turns
 CASES = [case for n, case in enumerate(CASES) if n % 4 == (n // 4) % 4]
 

@@ -69,7 +69,16 @@ _PRESETS: dict[str, tuple[dict[str, Any], CachePolicy]] = {
     ),
     "k4v2": (_KV4_K | _V2, CachePolicy(128, 4)),
     "kv2": (
-        {"k_bits": 2, "k_axis": "token", "k_group": 64, "k_symmetric": True, "k_mean": "block", "rotate_k": True} | _V2,
+        {
+            "k_bits": 2,
+            "k_axis": "token",
+            "k_group": 64,
+            "k_symmetric": True,
+            "k_mean": "block",
+            "k_clip": 0.75,
+            "rotate_k": True,
+        }
+        | _V2,
         CachePolicy(128, 16),
     ),
     "kc4": ({"k_bits": 4, "v_bits": 4, "k_group": 128, "v_group": 128}, CachePolicy()),
