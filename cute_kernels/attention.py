@@ -303,7 +303,7 @@ class Attention:
 
     @cute.jit
     def softmax(self, scores: list, state: State):
-        """P = exp2(S - maximum), [n][t][4], and the State with its sums; it is rescaled only if the maximum must grow."""
+        """P = exp2(S - maximum), [n][t][4], and the State with its sums, rescaled only if the maximum must grow."""
         top, total, out, zeros = state
         highest = []
         grown = Boolean(False)
@@ -444,7 +444,7 @@ class Attention:
             probabilities, state = self.softmax(scores, state)
             top, total, out, zeros = state
             operand = [self.transposed(tiles[0]) for tiles in probabilities]
-            # 8x8 matrices (tokens, channels) transposed: register r of an A tile has channels 8 (r & 1), tokens 8 (r >> 1)
+            # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)
             values = [channel_pair(v + rows[i >> 1 & 1], i // 4, i & 1) for i in range(4 * self.tiles)]
             values = self.halves(p, values)
             for c in range_constexpr(self.tiles):

@@ -21,7 +21,8 @@ MAX_Q_TILE = 16
 # (num_warps, warps_per_block, stages), the best first as measured on an H100 (docs/performance.md); the first that fits
 # an architecture's shared memory and a lane's registers is taken
 TILINGS = (
-    (8, 2, 8), (8, 4, 8), (8, 2, 4), (8, 4, 4), (4, 2, 8), (4, 4, 8), (4, 2, 4), (4, 4, 4), (4, 2, 2), (4, 4, 2), (4, 4, 1),
+    (8, 2, 8), (8, 4, 8), (8, 2, 4), (8, 4, 4),
+    (4, 2, 8), (4, 4, 8), (4, 2, 4), (4, 4, 4), (4, 2, 2), (4, 4, 2), (4, 4, 1),
 )  # fmt: skip
 # num_warps -> estimated registers of a lane (see _registers) that ptxas can hold without spilling. With the producer,
 # 9 warps put three on one scheduler (168 registers each), 5 warps two (255).
