@@ -46,10 +46,16 @@ _NUMBER_FIELDS = ("threads", "smem", "regs", "ctas_per_sm")
 
 
 def write_pack(path: str | os.PathLike, kernels: Iterable[CompiledKernel], header: Mapping[str, object]) -> None:
-    """Write a pack; the file appears whole or not at all. ``header``: facts such as arch and compiler version."""
+    """Write a pack; the file appears whole or not at all. ``header``: facts such as arch and compiler version.
+
+    Raises InvalidArgument if two kernels have the same cubin: one of them would be the other's code.
+    """
     lines = [f"#{key}={value}" for key, value in {"format_version": FORMAT_VERSION, **header}.items()]
     images = bytearray()
+    owners: dict[bytes, str] = {}
     for kernel in kernels:
+        if (owner := owners.setdefault(kernel.cubin, kernel.name)) != kernel.name:
+            raise InvalidArgument(f"cubin of {kernel.name}: is that of {owner}")
         images.extend(bytes(-len(images) % IMAGE_ALIGN))
         fields = {field: getattr(kernel, field) for field in _TEXT_FIELDS + _NUMBER_FIELDS}
         fields |= {"offset": len(images), "size": len(kernel.cubin)}

@@ -44,6 +44,11 @@ def test_missing_file(tmp_path):
         load_pack(str(tmp_path / "none.bdpack"))
 
 
+def test_no_two_kernels_share_their_code(tmp_path):
+    with pytest.raises(InvalidArgument, match=f"cubin of {kernel(2).name}: is that of {kernel(1).name}"):
+        write_pack(tmp_path / "a.bdpack", [kernel(1, cubin=b"x"), kernel(2, cubin=b"x")], {})
+
+
 def test_words_only(tmp_path):
     with pytest.raises(InvalidArgument, match="entry='two words': must be one word"):
         write_pack(tmp_path / "a.bdpack", [kernel(1, entry="two words")], {})
@@ -53,7 +58,7 @@ def test_words_only(tmp_path):
 @pytest.fixture
 def pack(tmp_path):
     path = tmp_path / "a.bdpack"
-    write_pack(path, [kernel(4), kernel(5)], {"arch": "sm90a"})
+    write_pack(path, [kernel(4), kernel(5, cubin=b"\x7fELF" + bytes(12) + b"5")], {"arch": "sm90a"})
     return path
 
 
