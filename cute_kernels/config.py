@@ -24,9 +24,9 @@ TILINGS = (
     (8, 2, 8), (8, 4, 8), (8, 2, 4), (8, 4, 4),
     (4, 2, 8), (4, 4, 8), (4, 2, 4), (4, 4, 4), (4, 2, 2), (4, 4, 2), (4, 4, 1),
 )  # fmt: skip
-# num_warps -> estimated registers of a lane (see _registers) that ptxas can hold without spilling. With the producer,
-# 9 warps put three on one scheduler (168 registers each), 5 warps two (255).
-MAX_REGISTERS = {8: 102, 4: 190}
+# copy -> num_warps -> estimated registers of a lane (see _registers) that ptxas can hold without spilling. With the
+# producer, 9 warps put three on one scheduler (168 registers each), 5 warps two (255); cp.async takes more of them.
+MAX_REGISTERS = {"bulk": {8: 102, 4: 190}, "cp_async": {8: 0, 4: 190}}
 BULK_COPY_ARCHS = ("sm90a", "sm100", "sm120")
 
 _quant_validate = native.function("quant_validate")
@@ -220,7 +220,7 @@ class KernelConfig(Object):
                 warps_per_block=warps_per_block,
                 stages=stages,
             )
-            if _registers(config) <= MAX_REGISTERS[num_warps] and _fits(config):
+            if _registers(config) <= MAX_REGISTERS[config.copy][num_warps] and _fits(config):
                 break
         config.validate()
         return config
