@@ -47,13 +47,13 @@ def compile_config(config: KernelConfig) -> Compiled:
     config.validate()
     arch = GPU_ARCHS[config.arch]
     os.environ["CUTE_DSL_ARCH"] = arch  # without it the DSL asks a driver
-    os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"  # concurrent compilations may read each other's unfinished files
+    os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"  # packs are the cache
     from cutlass import Int32, cute
 
     from .decode import DecodeKernel, example_params
 
     options = f"--gpu-arch {arch} --keep-ptx --keep-cubin"
-    with _scratch_directory():  # the DSL leaves what it keeps in the current one, and reads it from there when asked
+    with _scratch_directory():
         made = cute.compile(DecodeKernel(config), example_params(), Int32(1), options=options)
         ptx, cubin = made.__ptx__, made.__cubin__
     if not ptx or not cubin:
@@ -63,11 +63,9 @@ def compile_config(config: KernelConfig) -> Compiled:
 
 
 def compile_kernel(config: KernelConfig) -> CompiledKernel:
-    """Compile one kernel for a pack; raises UnsupportedConfig if its registers spill."""
+    """Compile one kernel for a pack."""
     made = compile_config(config)
     resources = read_cubin(made.cubin)[made.entry]
-    if resources.frame_bytes:
-        raise UnsupportedConfig(f"{config.name()}: {resources.frame_bytes} bytes of registers spill")
     plan = Plan(config)
     return CompiledKernel(
         name=config.name(),
@@ -82,13 +80,21 @@ def compile_kernel(config: KernelConfig) -> CompiledKernel:
 
 @contextlib.contextmanager
 def _scratch_directory() -> Iterator[None]:
-    before = os.getcwd()
+    """Where the DSL writes, and reads back, the code of a kernel.
+
+    It names the files alike for every configuration and decides on import to put them into the current directory,
+    so two processes there would read each other's kernels.
+    """
+    from cutlass.cutlass_dsl import CuTeDSL
+
+    settings = CuTeDSL._get_dsl().envar
+    before = settings.dump_dir
     with tempfile.TemporaryDirectory() as scratch:
-        os.chdir(scratch)
+        settings.dump_dir = scratch
         try:
             yield
         finally:
-            os.chdir(before)
+            settings.dump_dir = before
 
 
 def preset_specs(head_dim: int) -> list[QuantSpec]:

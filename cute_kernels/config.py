@@ -22,11 +22,11 @@ MAX_Q_TILE = 16
 # an architecture's shared memory and a lane's registers is taken
 TILINGS = (
     (8, 2, 8), (8, 4, 8), (8, 2, 4), (8, 4, 4),
-    (4, 2, 8), (4, 4, 8), (4, 2, 4), (4, 4, 4), (4, 2, 2), (4, 4, 2), (4, 4, 1),
+    (4, 2, 8), (4, 4, 8), (4, 2, 4), (4, 4, 4), (4, 2, 2), (4, 4, 2), (4, 4, 1), (2, 2, 1), (1, 1, 1),
 )  # fmt: skip
 # copy -> num_warps -> estimated registers of a lane (see _registers) that ptxas can hold without spilling. With the
 # producer, 9 warps put three on one scheduler (168 registers each), 5 warps two (255); cp.async takes more of them.
-MAX_REGISTERS = {"bulk": {8: 102, 4: 190}, "cp_async": {8: 0, 4: 190}}
+MAX_REGISTERS = {"bulk": {8: 102, 4: 190, 2: 190, 1: 190}, "cp_async": {8: 0, 4: 190, 2: 190, 1: 190}}
 BULK_COPY_ARCHS = ("sm90a", "sm100", "sm120")
 
 _quant_validate = native.function("quant_validate")

@@ -15,6 +15,7 @@ import bitdecoding as bd
 pytestmark = pytest.mark.gpu
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}  # bf16: the rounding of out
+LSE_TOLERANCE = 5e-3  # Q is rounded to fp16, and the keys have channel offsets that its error multiplies
 FORMATS = [(d, i) for d in MANIFEST_HEAD_DIMS for i in range(len(manifest_specs(d)))]
 KV4 = bd.QuantSpec()
 
@@ -32,7 +33,7 @@ def check(case: Problem, q: torch.Tensor, **options) -> torch.Tensor:
     for b, (k, v) in enumerate(case.values):
         want, want_lse = attention(q[b], k, v, **options)
         assert relative_error(out[b].cpu(), want) < TOLERANCE[q.dtype], f"sequence {b} of {len(k)} tokens"
-        torch.testing.assert_close(lse[b].cpu().double(), want_lse, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(lse[b].cpu().double(), want_lse, atol=LSE_TOLERANCE, rtol=1e-4)
     return out
 
 
@@ -161,7 +162,8 @@ def test_cache_on_the_gpu_holds_the_bytes_of_the_cpu(name: str) -> None:
     spec, policy = bd.preset(name, head_dim=64)
     dims = dict(batch_size=2, max_tokens=1024, num_kv_heads=2, head_dim=64, quant=spec, dtype=torch.float16)
     caches = [
-        bd.KVCache(**dims, recent=policy.recent, sink_tokens=policy.sink_tokens, device=device) for device in ("cpu", "cuda")
+        bd.KVCache(**dims, recent=policy.recent, sink_tokens=policy.sink_tokens, device=device)
+        for device in ("cpu", "cuda")
     ]
     generator = torch.Generator().manual_seed(3)
     for step in (300, 1, 1, 130, 1):

@@ -31,6 +31,7 @@ ARCHS = ("sm80", "sm89", "sm90a", "sm120")
 REGISTERS_PER_SM = 65536
 SLOT_REGISTERS = 256  # registers are handed out to warps in multiples of this
 SM_PARTITIONS = 4
+LSE_TOLERANCE = 5e-3  # Q is rounded to fp16, and the keys have channel offsets that its error multiplies
 BULK_ARCHS = ("sm90a", "sm120")
 
 
@@ -157,7 +158,7 @@ def check(config, made, case: Problem, q: torch.Tensor, grid: int = 3, **options
     for b, (k, v) in enumerate(case.values):
         want, want_lse = attention(q[b], k, v, **options)
         assert relative_error(out[b], want) < tolerance, f"sequence {b} of {len(k)} tokens"
-        torch.testing.assert_close(lse[b].double(), want_lse, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(lse[b].double(), want_lse, atol=LSE_TOLERANCE, rtol=1e-4)
 
 
 RAGGED = [(0, 0), (129, 3), (384, 20)]
