@@ -37,9 +37,8 @@ class State(NamedTuple):
     """A warp's running result of a piece."""
 
     top: list  # [n][2] maximum of the scores, log2
-    total: list  # [n][2] the lane's part of the sum of P
+    total: list  # [n][2] sum of P
     out: list  # [n][c][4] O^T, in units of the codes' powers of two until ``finished``
-    zeros: list  # [n][channel group][4] sums of P * scale * zero, equal in all rows
 
 
 class Addresses(NamedTuple):
@@ -104,13 +103,7 @@ class Attention:
 
     def group_sums(self, tiles: list) -> list:
         per_group = self.k_group // TILE
-        sums = []
-        for j in range(self.plan.k_groups):
-            total = [Float32(0.0)] * 4
-            for c in range(j * per_group, (j + 1) * per_group):
-                total = ptx.mma(total, [Int32(HALF2_ONES)] * 4, tiles[c])
-            sums.append(total[:2])
-        return sums
+        return [row_sums(tiles[j * per_group : (j + 1) * per_group]) for j in range(self.plan.k_groups)]
 
     @cute.jit
     def floats(self, p: Params, registers: list):
@@ -133,7 +126,6 @@ class Attention:
             [[Float32(FIRST_MAX)] * 2 for _ in columns],
             [[Float32(0.0)] * 2 for _ in columns],
             [[[Float32(0.0)] * 4 for _ in range(self.tiles)] for _ in columns],
-            [[[Float32(0.0)] * 4 for _ in range(self.plan.v_groups)] for _ in columns],
         )
 
     # -- a block -----------------------------------------------------------------------------------------------
@@ -178,17 +170,7 @@ class Attention:
         if cutlass.const_expr(masked):
             scores = self.visible(scores, position, end - (lane >> 2), query)
         probabilities, state = self.softmax(scores, state)
-        for i in range_constexpr(self.plan.slices):
-            state = self.accumulate(
-                at,
-                i,
-                [tiles[2 * i : 2 * i + 2] for tiles in probabilities],
-                state,
-                position + (lane & 3) * 2,
-                end,
-                masked,
-            )
-        return state
+        return self.accumulate(at, probabilities, state, position + (lane & 3) * 2, end, masked)
 
     def code_vectors(self, lane_base: Int32, section: Section, slice_: int, vector_words: int) -> list:
         """All code vectors of a slice; lane_base = stage + the lane's place in a vector."""
@@ -303,8 +285,8 @@ class Attention:
 
     @cute.jit
     def softmax(self, scores: list, state: State):
-        """P = exp2(S - maximum), [n][t][4], and the State with its sums, rescaled only if the maximum must grow."""
-        top, total, out, zeros = state
+        """P = exp2(S - maximum), [n][t][4], and the State, rescaled if the maximum must grow."""
+        top, total, out = state
         highest = []
         grown = Boolean(False)
         for n in range_constexpr(self.columns):
@@ -329,40 +311,48 @@ class Attention:
                     for i in range_constexpr(j, 4, 2):
                         for c in range_constexpr(self.tiles):
                             out[n][c][i] = out[n][c][i] * factor
-                        for g in range_constexpr(self.plan.v_groups):
-                            zeros[n][g][i] = zeros[n][g][i] * factor
         for n in range_constexpr(self.columns):
             for t in range_constexpr(len(scores[n])):
                 for i in range_constexpr(4):
                     scores[n][t][i] = ptx.exp2(scores[n][t][i] - top[n][i % 2])
-                    total[n][i % 2] = total[n][i % 2] + scores[n][t][i]
-        return scores, State(top, total, out, zeros)
+        return scores, State(top, total, out)
 
     def transposed(self, tile: list) -> list:
         """P of a token tile from accumulator order to B operand: 4 floats -> 2 half2."""
         return [ptx.transpose8x8(ptx.to_half2(tile[2 * r], tile[2 * r + 1])) for r in range(2)]
 
-    def accumulate(
-        self, at: Addresses, slice_: int, p: list, state: State, token: Int32, end: Int32, masked: bool
-    ) -> State:
-        """O^T += V^T P^T of a slice; ``token``: position of the lane's first token of the block part in B order."""
-        top, total, out, zeros = state
-        operand = [[self.transposed(t) for t in tiles] for tiles in p]
-        vectors = self.code_vectors(at.v_lane, self.fmt.v_codes, slice_, self.fmt.v_vector_words)
+    def accumulate(self, at: Addresses, p: list, state: State, token: Int32, end: Int32, masked: bool) -> State:
+        """O^T += V^T P^T of the warp's slices; ``token``: position of the lane's first token in B order.
+
+        The zeros' sums are added to the codes' sums here, block by block, since they cancel for the most part and
+        the MMA truncates sums that grow far.
+        """
+        top, total, out = state
+        operand = [[self.transposed(tile) for tile in tiles] for tiles in p]
+        for n in range(self.columns):
+            weight = row_sums(operand[n])
+            total[n] = [total[n][j] + weight[j] for j in range(2)]
+        zeros = [[[Float32(0.0)] * 4 for _ in range(self.plan.v_groups)] for _ in range(self.columns)]
         zero = [[half2_constant(symmetric_zero(self.v_bits))] * 2] * 2
         per_group = self.v_group // TILE
-        for g in range(self.plan.v_groups):
-            scale = self.value_params(at, self.fmt.v_scale, g, slice_, token, end, masked)
-            if self.fmt.v_zero is not None:
-                zero = self.value_params(at, self.fmt.v_zero, g, slice_, token, end, masked)
-            for n in range(self.columns):
-                for t in range(2):
-                    scaled = [ptx.mul_half2(operand[n][t][r], scale[t][r]) for r in range(2)]
-                    zeros[n][g] = ptx.mma(zeros[n][g], rows_of(zero[t]), scaled)
-                    for c in range(g * per_group, (g + 1) * per_group):
-                        a = [extract(vectors, f, self.v_bits) for f in self.v_fragments[t, c]]
-                        out[n][c] = ptx.mma(out[n][c], a, scaled)
-        return State(top, total, out, zeros)
+        for i in range(self.plan.slices):
+            vectors = self.code_vectors(at.v_lane, self.fmt.v_codes, i, self.fmt.v_vector_words)
+            for g in range(self.plan.v_groups):
+                scale = self.value_params(at, self.fmt.v_scale, g, i, token, end, masked)
+                if self.fmt.v_zero is not None:
+                    zero = self.value_params(at, self.fmt.v_zero, g, i, token, end, masked)
+                for n in range(self.columns):
+                    for t in range(2):
+                        scaled = [ptx.mul_half2(operand[n][2 * i + t][r], scale[t][r]) for r in range(2)]
+                        zeros[n][g] = ptx.mma(zeros[n][g], rows_of(zero[t]), scaled)
+                        for c in range(g * per_group, (g + 1) * per_group):
+                            a = [extract(vectors, f, self.v_bits) for f in self.v_fragments[t, c]]
+                            out[n][c] = ptx.mma(out[n][c], a, scaled)
+        for n in range(self.columns):
+            for c in range(self.tiles):
+                offset = zeros[n][c // per_group]
+                out[n][c] = [x + offset[i] * self.v_power(c, i) for i, x in enumerate(out[n][c])]
+        return State(top, total, out)
 
     def value_params(
         self, at: Addresses, section: Section, group: int, slice_: int, token: Int32, end: Int32, masked: bool
@@ -383,23 +373,13 @@ class Attention:
         """The codes' power of two in accumulator i of channel tile c."""
         return power(self.v_fragments[0, c][i // 2])
 
-    def folded(self, state: State) -> State:
-        """The zeros' sums moved into the codes' sums, so that neither grows far: they cancel for the most part."""
-        top, total, out, zeros = state
-        per_group = self.v_group // TILE
-        for n in range(self.columns):
-            for c in range(self.tiles):
-                zero = zeros[n][c // per_group]
-                out[n][c] = [x + zero[i] * self.v_power(c, i) for i, x in enumerate(out[n][c])]
-            zeros[n] = [[Float32(0.0)] * 4 for _ in zeros[n]]
-        return State(top, total, out, zeros)
-
     def finished(self, state: State) -> State:
         """``out`` as O^T itself, after the last block."""
-        top, total, out, zeros = self.folded(state)
-        for n in range(self.columns):
-            out[n] = [[x * (1.0 / self.v_power(c, i)) for i, x in enumerate(out[n][c])] for c in range(self.tiles)]
-        return State(top, total, out, zeros)
+        out = [
+            [[x * (1.0 / self.v_power(c, i)) for i, x in enumerate(tile)] for c, tile in enumerate(o)]
+            for o in state.out
+        ]
+        return state._replace(out=out)
 
     # -- 16-bit tokens -----------------------------------------------------------------------------------------
 
@@ -442,8 +422,11 @@ class Attention:
                 scores = self.soft_capped(scores, p.softcap)
             scores = self.visible(scores, position + token, position + held - (lane >> 2), query)
             probabilities, state = self.softmax(scores, state)
-            top, total, out, zeros = state
+            top, total, out = state
             operand = [self.transposed(tiles[0]) for tiles in probabilities]
+            for n in range_constexpr(self.columns):
+                weight = row_sums([operand[n]])
+                total[n] = [total[n][j] + weight[j] for j in range(2)]
             # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)
             values = [channel_pair(v + rows[i >> 1 & 1], i // 4, i & 1) for i in range(4 * self.tiles)]
             values = self.halves(p, values)
@@ -451,7 +434,7 @@ class Attention:
                 a = [ptx.transpose8x8(x) for x in values[4 * c : 4 * c + 4]]
                 for n in range_constexpr(self.columns):
                     out[n][c] = ptx.mma(out[n][c], a, operand[n])
-            state = State(top, total, out, zeros)
+            state = State(top, total, out)
         return state
 
 
@@ -467,3 +450,11 @@ def saturated(x: Float32) -> Float32:
 def rows_of(pair: list) -> list:
     """The A tile whose 16 rows are all the same 16 values, given as B-order half2 (columns 2q.., 2q + 8..)."""
     return [pair[0], pair[0], pair[1], pair[1]]
+
+
+def row_sums(operand: list) -> list:
+    """Sums of B operands over their k tiles, exactly as the MMAs see them, for columns 2q and 2q + 1."""
+    total = [Float32(0.0)] * 4
+    for tile in operand:
+        total = ptx.mma(total, [Int32(HALF2_ONES)] * 4, tile)
+    return total[:2]

@@ -209,19 +209,20 @@ class KernelConfig(Object):
         q_tile = min(-(-columns // MMA_COLUMNS) * MMA_COLUMNS, MAX_Q_TILE)
         if arch is None:
             arch = device_arch(0)
-        for num_warps, warps_per_block, stages in TILINGS:
-            config = cls(
-                arch=arch,
-                head_dim=head_dim,
-                quant=quant.for_kernel(),
-                q_tile=q_tile,
-                copy="bulk" if arch in BULK_COPY_ARCHS else "cp_async",
-                num_warps=num_warps,
-                warps_per_block=warps_per_block,
-                stages=stages,
-            )
-            if _registers(config) <= MAX_REGISTERS[config.copy][num_warps] and _fits(config):
-                break
+        for columns in (q_tile, MMA_COLUMNS):
+            for num_warps, warps_per_block, stages in TILINGS:
+                config = cls(
+                    arch=arch,
+                    head_dim=head_dim,
+                    quant=quant.for_kernel(),
+                    q_tile=columns,
+                    copy="bulk" if arch in BULK_COPY_ARCHS else "cp_async",
+                    num_warps=num_warps,
+                    warps_per_block=warps_per_block,
+                    stages=stages,
+                )
+                if _registers(config) <= MAX_REGISTERS[config.copy][num_warps] and _fits(config):
+                    return config
         config.validate()
         return config
 
@@ -236,6 +237,8 @@ def _registers(config: KernelConfig) -> int:
         queries += head_dim // 8  # scaled
         if quant.k_group < BLOCK_TOKENS // config.warps_per_block:
             queries += head_dim // 16  # the next group's
+        if quant.k_bits == 2:
+            queries += 4 * config.q_tile // MMA_COLUMNS  # two token tiles to a word
     scores = 32 // config.warps_per_block
     out = head_dim // 4
     zeros = 6 * head_dim // quant.v_group  # with their parameters

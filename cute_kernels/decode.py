@@ -164,8 +164,6 @@ class DecodeKernel:
                 cute.arch.sync_warp()
                 if lane == 0:
                     ptx.mbarrier_arrive(smem + plan.empty_at + stage * BARRIER_BYTES)
-                if block // plan.block_groups % plan.fold_blocks == plan.fold_blocks - 1:
-                    state = self.attention.folded(state)
                 block += plan.block_groups
                 stage += plan.block_groups
                 if stage >= plan.stages:

@@ -18,9 +18,10 @@ extracts a register's pair of codes as two fp16 denormals.
                                            the two never share an accumulator
 Words of a lane are grouped to 16-byte vectors (8-byte for 2 bit at head_dim 96), vectors are lane-major.
 A *slice* is 32 tokens (two token tiles); no vector crosses it, so a warp may own any number of slices.
-Which tiles share a vector: K channel tiles {2j, 2j+1} x token tiles {2i, 2i+1}; V channel tiles
-{c, c + head_dim/32} x token tiles {2i, 2i+1}: whole vectors for a warp of the mma.sync path (all
-channels of its slice) and of the wgmma path (K: token tiles 2w, 2w+1; V: channel tiles w, w+4).
+Which tiles share a vector at 4 bit: K channel tiles {2j, 2j+1} x token tiles {2i, 2i+1}; V channel tiles
+{c, c + head_dim/32} x token tiles {2i, 2i+1}; at 8 bit it is half of that, at 2 bit twice. So a warp of the
+mma.sync path (all channels of its slice) and one of the wgmma path (K: token tiles 2w, 2w+1; V: channel
+tiles w, w+4) read whole vectors, but for 2-bit V on the wgmma path: half vectors.
 
 Values are ``scale * (code + zero)``; scale and zero are fp16, in the order of the MMA operand they meet.
 Layout codomains: bits for codes, fp16 elements for parameters, both relative to their section.

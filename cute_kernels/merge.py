@@ -97,11 +97,8 @@ class Merge:
                         ptx.store_shared_floats(
                             row + (lane >> 2) * 4, 4 * (TILE * c + 8 * r), [state.out[n][c][2 * r + j]]
                         )
-                weight = state.total[n][j]
-                for i in range_constexpr(3):
-                    weight += ptx.shuffle_xor(weight, 4 << i)
                 if lane < 4:
-                    ptx.store_shared_floats(row, 4 * self.plan.head_dim, [state.top[n][j], weight])
+                    ptx.store_shared_floats(row, 4 * self.plan.head_dim, [state.top[n][j], state.total[n][j]])
 
     @cute.jit
     def arrives_last(self, p: Params, smem: Int32, warp: Int32, lane: Int32, part: Part, others: Int32):

@@ -2,11 +2,10 @@
 
 from functools import cached_property
 
-from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES, TILE, block_format
+from .layouts import LANES, NUM_SLICES, TILE, block_format
 
 COLUMNS = 8  # query columns of one MMA
 ROW_PAD = 4  # floats behind a row of the merge scratch: spreads the rows over banks, holds maximum and sum
-FOLD_TOKENS = 1024  # a warp folds the zeros' sums into the codes' sums this often: the MMA truncates its sums
 SMEM_ALIGN = 128
 BARRIER_BYTES = 8
 FLAG_BYTES = 16
@@ -36,7 +35,6 @@ class Plan:
         self.slices = NUM_SLICES // self.warps_per_block  # of a block, per warp
         self.chunk = TILE * self.warps_per_block  # tokens of a 16-bit unit
         self.threads = LANES * (self.warps + 1)  # and the producer
-        self.fold_blocks = FOLD_TOKENS * self.warps_per_block // BLOCK_TOKENS
 
     # shared memory: ring | merge scratch | full barriers | empty barriers | last-arriver flag
 

@@ -144,7 +144,7 @@ def test_bad_input_raises_before_the_launch() -> None:
     out = torch.full_like(q, 7.0)
     for bad, word in (
         (dict(q=q.float()), "q"),
-        (dict(q=q[..., :64].contiguous()), "pages"),
+        (dict(q=q[..., :64].contiguous()), "head_dim"),
         (dict(q=q, window=0), "window"),
         (dict(q=q, packed_lens=case.packed_lens.cpu()), "packed_lens"),
         (dict(q=q, tail_v=None), "tail"),
