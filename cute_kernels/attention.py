@@ -146,11 +146,12 @@ class Attention:
 
     @cute.jit
     def attend_block(
-        self, p: Params, at: Addresses, position: Int32, end: Int32, lane: Int32, query: Query, state: State, masked
+        self, p: Params, at: Addresses, position: Int32, end: Int32, lane: Int32, query: Query, state: State, general
     ):
         """Attend to the warp's slices; ``position`` of their first token, ``end`` of the packed tokens.
 
-        masked (trace time): some of the tokens are invisible to a query or beyond ``end``.
+        general (trace time): with a soft cap, or where tokens are invisible to a query or beyond ``end``; apart from
+        the common case, which so has no branch between the scores and their maximum.
         """
         mean = self.mean_scores(at.k_quad, query)
         scaled, bias = [], []
@@ -165,12 +166,12 @@ class Attention:
                 tiles = self.token_scores(vectors, at.rows, i, mean, query)
             for n in range_constexpr(self.columns):
                 scores[n] += tiles[n]
-        if p.softcap > 0.0:
-            scores = self.soft_capped(scores, p.softcap)
-        if cutlass.const_expr(masked):
+        if cutlass.const_expr(general):
+            if p.softcap > 0.0:
+                scores = self.soft_capped(scores, p.softcap)
             scores = self.visible(scores, position, end - (lane >> 2), query)
         probabilities, state = self.softmax(scores, state)
-        return self.accumulate(at, probabilities, state, position + (lane & 3) * 2, end, masked)
+        return self.accumulate(at, probabilities, state, position + (lane & 3) * 2, end, general)
 
     def code_vectors(self, lane_base: Int32, section: Section, slice_: int, vector_words: int) -> list:
         """All code vectors of a slice; lane_base = stage + the lane's place in a vector."""

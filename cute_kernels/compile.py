@@ -126,7 +126,7 @@ def manifest(arch: str) -> list[KernelConfig]:
                 KernelConfig.for_problem(head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch)
                 for spec in specs
             ]
-    return configs
+    return list(dict.fromkeys(configs))  # 16 columns may come down to 8
 
 
 def main(arguments: list[str] | None = None) -> int:

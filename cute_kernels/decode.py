@@ -153,11 +153,13 @@ class DecodeKernel:
             first_position = seq.sinks + (seq.first_block + at.unit - ring) * BLOCK_TOKENS
             while block < ring_end:
                 position = first_position + block * BLOCK_TOKENS
-                partial = (position + BLOCK_TOKENS > seen_by_all) | (position < seq.length - p.window)
+                general = (
+                    (position + BLOCK_TOKENS > seen_by_all) | (position < seq.length - p.window) | (p.softcap > 0.0)
+                )
                 addresses = self.attention.addresses(smem + stage * plan.fmt.block_bytes, member, lane)
                 position += member * (BLOCK_TOKENS // plan.warps_per_block)
                 ptx.mbarrier_wait(smem + plan.full_at + stage * BARRIER_BYTES, parity, plan.wait)
-                if partial:
+                if general:
                     state = self.attention.attend_block(p, addresses, position, packed_end, lane, query, state, True)
                 else:
                     state = self.attention.attend_block(p, addresses, position, packed_end, lane, query, state, False)

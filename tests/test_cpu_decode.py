@@ -58,6 +58,7 @@ def problem(
     dtype: torch.dtype = torch.float16,
     tail_capacity: int = 160,
     seed: int = 0,
+    offset: float = 3.0,
 ) -> Problem:
     """A cache of sequences of (packed, tail) tokens behind up to num_sink sinks, with poison wherever it may lie."""
     generator = torch.Generator().manual_seed(seed)
@@ -75,13 +76,13 @@ def problem(
     for b, (packed, in_tail) in enumerate(lengths):
         used = [free.pop() for _ in range(blocks[b])]
         block_table[b, : len(used)] = torch.tensor(used, dtype=torch.int32)
-        packed_kv = random_kv(packed, heads, head_dim, seed + 3 * b, dtype)
+        packed_kv = random_kv(packed, heads, head_dim, seed + 3 * b, dtype, offset)
         pages[used] = bd.quantize(*packed_kv, spec)
         stored = [x[:packed] for x in bd.dequantize(pages[used], head_dim, spec, torch.float32)]
-        tail_kv = random_kv(in_tail, heads, head_dim, seed + 3 * b + 1, dtype)
+        tail_kv = random_kv(in_tail, heads, head_dim, seed + 3 * b + 1, dtype, offset)
         # a sequence with anything behind its sinks has all of them
         sinks = num_sink if packed or in_tail else min(num_sink, b)
-        sink_kv = random_kv(sinks, heads, head_dim, seed + 3 * b + 2, dtype)
+        sink_kv = random_kv(sinks, heads, head_dim, seed + 3 * b + 2, dtype, offset)
         for i in range(2):
             tail[i][b, :in_tail] = tail_kv[i]
             sink[i][b, :sinks] = sink_kv[i]

@@ -53,10 +53,12 @@ def spec_for(name: str, head_dim: int) -> bd.QuantSpec:
     return bd.QuantSpec(**fields)
 
 
-def random_kv(tokens: int, heads: int, head_dim: int, seed: int = 0, dtype: torch.dtype = torch.float16):
+def random_kv(
+    tokens: int, heads: int, head_dim: int, seed: int = 0, dtype: torch.dtype = torch.float16, offset: float = 3.0
+):
     generator = torch.Generator().manual_seed(seed)
     k, v = torch.randn(2, tokens, heads, head_dim, generator=generator)
-    k += 3 * torch.randn(heads, head_dim, generator=generator)  # channels with offsets, as keys have them
+    k += offset * torch.randn(heads, head_dim, generator=generator)  # channels with offsets, as keys have them
     return k.to(dtype), v.to(dtype)
 
 
