@@ -201,3 +201,17 @@ def test_any_grid_gives_the_same_attention(grid: int) -> None:
     config, made = kernel("sm90a", spec, 64, 4)
     case = problem([(1300, 0), (0, 0), (5, 0), (128, 100)], spec, heads=2, head_dim=64)
     check(config, made, case, random_q(4, 1, 8, 64), grid=grid)
+
+
+def test_a_kernel_that_no_pack_holds_is_compiled_once(tmp_path, monkeypatch) -> None:
+    """What decode does on a GPU for an unusual format: compile, keep, register. Loading needs no GPU."""
+    from bitdecoding import cuda
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    spec = bd.QuantSpec(k_bits=8, v_bits=2, k_axis="token", k_group=32, v_group=32, k_mean="block")
+    config = bd.KernelConfig.for_problem(head_dim=96, quant=spec, num_q_heads=3, num_kv_heads=1, arch="sm90a")
+    handle = cuda.kernel_handle(config)
+    assert handle >= 0
+    assert cuda.kernel_handle(config) == handle
+    (pack,) = tmp_path.rglob("*.bdpack")
+    assert config.name() in pack.name
