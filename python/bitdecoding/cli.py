@@ -12,7 +12,8 @@ from .cute_kernels.errors import BitDecodingError
 # name -> (module, what it does); a module is imported when its command is used
 COMMANDS = {
     "info": ("info", "what is installed, and what this machine's GPU needs"),
-    "demo": ("demo", "generate text with a small model on a quantised cache"),
+    "demo": ("demo", "a real model on a real text with 16-bit and low-bit caches"),
+    "bench": ("bench", "times decode against torch SDPA and the read bandwidth"),
 }
 USAGE_ERROR = 2
 
