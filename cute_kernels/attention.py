@@ -12,7 +12,7 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from .fragments import extract, fragments, half2_constant, power
-from .layouts import NUM_SLICES, SLICE_TOKENS, TILE, Section, symmetric_zero
+from .layouts import NUM_SLICES, SLICE_TOKENS, TILE, Section, b_order, symmetric_zero
 from .plan import COLUMNS, Plan
 from .schedule import Params, Sequence
 
@@ -132,17 +132,21 @@ class Attention:
 
     def addresses(self, stage: Int32, member: Int32, lane: Int32) -> Addresses:
         """For warp ``member`` of those that share the block in ``stage``."""
-        fmt = self.fmt
+        k_codes, v_codes = self.fmt.k_codes.layout, self.fmt.v_codes.layout  # (token, channel) -> bit
+        k_scale, v_scale = self.fmt.k_scale.layout, self.fmt.v_scale.layout  # -> fp16 element, as are the zeros
         first = member * self.plan.slices
-        quad = (lane & 3) * 16
-        group_row = first * SLICE_TOKENS // self.k_group * (2 * self.plan.head_dim) if self.k_per_channel else 0
-        return Addresses(
-            stage + first * (fmt.k_codes.nbytes // NUM_SLICES) + lane * (4 * fmt.k_vector_words),
-            stage + first * (fmt.v_codes.nbytes // NUM_SLICES) + lane * (4 * fmt.v_vector_words),
-            stage + quad + group_row,
-            stage + quad + first * (2 * SLICE_TOKENS),
-            stage + (lane >> 2) * (8 * self.plan.k_groups) + first * (2 * SLICE_TOKENS * self.plan.k_groups),
-        )
+        group, quad = lane >> 2, lane & 3
+        # a lane holds two adjacent columns of A, or rows of B, so index 2 is the next lane's
+        k_lane = stage + first * (k_codes(SLICE_TOKENS, 0) // 8) + lane * (k_codes(0, 2) // 8)
+        v_lane = stage + first * (v_codes(SLICE_TOKENS, 0) // 8) + lane * (v_codes(2, 0) // 8)
+        v_quad = stage + quad * (2 * v_scale(0, 2)) + first * (2 * v_scale(0, SLICE_TOKENS))
+        if self.k_per_channel:
+            token_group = first * SLICE_TOKENS // self.k_group
+            k_quad, rows = stage + quad * (2 * k_scale(0, 2)) + token_group * (2 * k_scale[0].stride), stage
+        else:
+            k_quad = stage + quad * (2 * b_order(self.plan.head_dim)(2))  # of the mean
+            rows = stage + group * (2 * k_scale(1, 0)) + first * (2 * k_scale(SLICE_TOKENS, 0))
+        return Addresses(k_lane, v_lane, k_quad, v_quad, rows)
 
     @cute.jit
     def attend_block(

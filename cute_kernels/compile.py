@@ -13,19 +13,19 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 from .config import KernelConfig, QuantSpec
 from .cubin import read_cubin
 from .errors import UnsupportedConfig
-from .pack import CompiledKernel, write_pack
+from .pack import DSL, CompiledKernel, write_pack
 from .plan import Plan
 
-DSL = "nvidia-cutlass-dsl"
 # "a": instructions of this architecture only; "f": runs on its family (sm_100 and 103, sm_120 and 121)
 GPU_ARCHS = {"sm80": "sm_80", "sm89": "sm_89", "sm90a": "sm_90a", "sm100": "sm_100f", "sm120": "sm_120f"}
 MANIFEST_HEAD_DIMS = (64, 128)
@@ -140,23 +140,28 @@ def main(arguments: list[str] | None = None) -> int:
     if args.dsl_version not in (None, version):
         parser.error(f"--dsl-version {args.dsl_version}: {DSL} {version} is installed")
     configs = [KernelConfig.from_name(name) for name in args.name] if args.name else manifest(args.arch)
-    kernels = compile_kernels(configs)
+    kernels = compile_all(configs)
     write_pack(args.out, kernels, {"arch": args.arch, "dsl": version})
     return 0
 
 
-def compile_kernels(configs: list[KernelConfig]) -> list[CompiledKernel]:
-    """Compile several kernels, in parallel where that pays; progress goes to standard error."""
+Made = TypeVar("Made")
+
+
+def compile_all(
+    configs: list[KernelConfig], compile_one: Callable[[KernelConfig], Made] = compile_kernel
+) -> list[Made]:
+    """``compile_one`` of several configs, in parallel where that pays; progress goes to standard error."""
     workers = min(os.cpu_count() or 1, MAX_WORKERS, len(configs))
     if workers == 1:
-        return [compile_kernel(config) for config in configs]
-    kernels = []
+        return [compile_one(config) for config in configs]
+    all_made = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for done, kernel in enumerate(pool.map(compile_kernel, configs), 1):
-            kernels.append(kernel)
-            print(f"[{done}/{len(configs)}] {kernel.name}", file=sys.stderr, flush=True)
-    return kernels
+        for config, made in zip(configs, pool.map(compile_one, configs), strict=True):
+            all_made.append(made)
+            print(f"[{len(all_made)}/{len(configs)}] {config.name()}", file=sys.stderr, flush=True)
+    return all_made
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ TILINGS = (
 # copy -> num_warps -> estimated registers of a lane (see _registers) that ptxas can hold without spilling. With the
 # producer, 9 warps put three on one scheduler (168 registers each), 5 warps two (255); cp.async takes more of them.
 MAX_REGISTERS = {"bulk": {8: 102, 4: 190, 2: 190, 1: 190}, "cp_async": {8: 0, 4: 190, 2: 190, 1: 190}}
-BULK_COPY_ARCHS = ("sm90a", "sm100", "sm120")
+HOPPER_ARCHS = ("sm90a", "sm100", "sm120")  # and later: bulk copies, mbarrier.try_wait
 
 _quant_validate = native.function("quant_validate")
 _quant_name = native.function("quant_name")
@@ -216,7 +216,7 @@ class KernelConfig(Object):
                     head_dim=head_dim,
                     quant=quant.for_kernel(),
                     q_tile=columns,
-                    copy="bulk" if arch in BULK_COPY_ARCHS else "cp_async",
+                    copy="bulk" if arch in HOPPER_ARCHS else "cp_async",
                     num_warps=num_warps,
                     warps_per_block=warps_per_block,
                     stages=stages,

@@ -17,6 +17,7 @@ import tvm_ffi
 from . import errors
 
 _LIBRARY = "libbitdecoding_ffi.so"
+NO_WINDOW = 2**31 - 1  # the window of a decode without one, see DecodeParams
 
 
 def _find_library() -> Path:

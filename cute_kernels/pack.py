@@ -22,6 +22,7 @@ from .layouts import FORMAT_VERSION
 
 MAGIC = b"BDPACK 1\n"
 IMAGE_ALIGN = 16
+DSL = "nvidia-cutlass-dsl"  # the distribution that compiles kernels
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from functools import cached_property
 
+from .config import HOPPER_ARCHS
 from .layouts import LANES, NUM_SLICES, TILE, block_format
 
 COLUMNS = 8  # query columns of one MMA
@@ -9,7 +10,6 @@ ROW_PAD = 4  # floats behind a row of the merge scratch: spreads the rows over b
 SMEM_ALIGN = 128
 BARRIER_BYTES = 8
 FLAG_BYTES = 16
-TRY_WAIT_ARCHS = ("sm90a", "sm100", "sm120")  # mbarrier.try_wait suspends the warp; before, test_wait polls
 
 
 class Plan:
@@ -27,7 +27,8 @@ class Plan:
         self.k_groups = config.head_dim // quant.k_group if quant.k_axis == "token" else 1  # along channels
         self.v_groups = config.head_dim // quant.v_group
         self.bulk = config.copy == "bulk"
-        self.wait = "try_wait" if config.arch in TRY_WAIT_ARCHS else "test_wait"
+        # try_wait suspends the warp; before Hopper test_wait polls
+        self.wait = "try_wait" if config.arch in HOPPER_ARCHS else "test_wait"
         self.stages = config.stages
         self.warps = config.num_warps
         self.warps_per_block = config.warps_per_block

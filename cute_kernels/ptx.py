@@ -11,7 +11,6 @@ from cutlass._mlir.dialects import llvm, nvvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 asm = cute.arch.inline_ptx
-MIN_SM_BULK = 90  # cp.async.bulk and mbarrier.try_wait
 
 
 @dsl_user_op

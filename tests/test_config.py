@@ -8,10 +8,11 @@ import pickle
 import pytest
 from bitdecoding.cute_kernels import config as config_module
 from bitdecoding.cute_kernels import native
+from bitdecoding.cute_kernels.compile import MANIFEST_HEAD_DIMS, preset_specs
 from bitdecoding.cute_kernels.layouts import FORMAT_VERSION, GROUPS, block_format
 from bitdecoding.cute_kernels.plan import Plan
 
-from bitdecoding import InvalidArgument, KernelConfig, QuantSpec, UnsupportedConfig
+from bitdecoding import PRESETS, InvalidArgument, KernelConfig, QuantSpec, UnsupportedConfig, preset
 
 NON_DEFAULT_SPEC = {
     "k_bits": 2,
@@ -279,3 +280,9 @@ def test_unsupported_device_is_a_typed_error(monkeypatch):
     monkeypatch.setattr(config_module, "_device_info", lambda index: old)
     with pytest.raises(UnsupportedConfig, match=r"Tesla T4.*7\.5"):
         config_module.device_arch(0)
+
+
+@pytest.mark.parametrize("head_dim", MANIFEST_HEAD_DIMS)
+def test_a_build_compiles_the_formats_of_the_presets(head_dim):
+    """The manifest lists them by itself, since kernels do not know the Python package."""
+    assert {preset(name, head_dim)[0].for_kernel() for name in PRESETS} == set(preset_specs(head_dim))

@@ -5,9 +5,6 @@ instructions checked, their PTX executed by the interpreter and compared with fp
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -39,8 +36,7 @@ BULK_ARCHS = ("sm90a", "sm120")
 def compiled(arch: str) -> dict[bd.KernelConfig, compiler.Compiled]:
     """The manifest of an architecture."""
     configs = compiler.manifest(arch)
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        return dict(zip(configs, pool.map(compiler.compile_config, configs), strict=True))
+    return dict(zip(configs, compiler.compile_all(configs, compiler.compile_config), strict=True))
 
 
 def kernel(arch: str, spec: bd.QuantSpec, head_dim: int, group: int, q_len: int = 1):

@@ -26,7 +26,7 @@ namespace {
 namespace ffi = tvm::ffi;
 namespace refl = tvm::ffi::reflection;
 
-// Python's exception classes are registered under these kinds (cute_kernels/config.py).
+// Python's exception classes are registered under these kinds (cute_kernels/native.py).
 void raise_unless_ok(Status status) {
   switch (status) {
     case Status::ok:

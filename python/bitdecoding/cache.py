@@ -148,6 +148,11 @@ class KVCache:
         )  # fmt: skip
         self._lens, self._packed = lens, packed
 
+    def packs(self, new_tokens: int) -> bool:
+        """Whether appending this many tokens to every sequence would fill a block of any."""
+        books = zip(self._lens, self._packed, strict=True)
+        return any(self.policy.packed_len(n + new_tokens, packed) > packed for n, packed in books)
+
     def decode(self, q: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of q [batch_size, q_len, num_q_heads, head_dim] over the cache; options: see bitdecoding.decode."""
         return ops.decode(

@@ -21,10 +21,8 @@ from torch import Tensor
 from .cute_kernels import native
 from .cute_kernels.config import KernelConfig, QuantSpec, device_arch
 from .cute_kernels.errors import CacheFormatError, InvalidArgument, KernelNotFound
-from .cute_kernels.pack import CompiledKernel, write_pack
+from .cute_kernels.pack import DSL, CompiledKernel, write_pack
 
-NO_WINDOW = 2**31 - 1
-DSL = "nvidia-cutlass-dsl"
 MAX_PLANS = 4096  # a bound for callers that make a new QuantSpec for every call
 
 _decode = native.function("decode")
@@ -97,7 +95,7 @@ def decode(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
     _decode(
         plan.handle, q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits, target,
-        lse, workspace, NO_WINDOW if window is None else window,
+        lse, workspace, native.NO_WINDOW if window is None else window,
         plan.softmax_scale if softmax_scale is None else softmax_scale, softcap or 0.0,
     )  # fmt: skip
     if spec.rotate_v:

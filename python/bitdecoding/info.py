@@ -7,11 +7,11 @@ import json
 from importlib import metadata
 from typing import Any
 
-from .cuda import DSL, cache_dir, install_command
+from .cuda import cache_dir, install_command
 from .cute_kernels import native
 from .cute_kernels.errors import CudaError
 from .cute_kernels.layouts import FORMAT_VERSION
-from .cute_kernels.pack import read_pack
+from .cute_kernels.pack import DSL, read_pack
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

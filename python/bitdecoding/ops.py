@@ -18,7 +18,6 @@ from .quantization import CachePolicy
 if TYPE_CHECKING:
     from .cute_kernels.config import KernelConfig
 
-NO_WINDOW = 2**31 - 1
 REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _check_decode = native.function("check_decode")  # shapes, dtypes, strides and devices, as for the kernels
@@ -119,7 +118,7 @@ def decode(
         out = torch.empty_like(q)
     _check_decode(
         q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits, out, None, spec,
-        NO_WINDOW if window is None else window, 1.0 if softmax_scale is None else softmax_scale, softcap or 0.0,
+        native.NO_WINDOW if window is None else window, 1.0 if softmax_scale is None else softmax_scale, softcap or 0.0,
     )  # fmt: skip
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5

@@ -111,7 +111,7 @@ class BitDecodingLayer(CacheLayerMixin):
         if padding is not None:
             k16, v16, lengths = _to_front(k16, padding), _to_front(v16, padding), padding.sum(1, dtype=torch.int32)
 
-        if self.length > new_tokens and not self._packs(new_tokens):
+        if self.length > new_tokens and not kv.packs(new_tokens):
             kv.append(k16, v16, lengths)
             return kv.decode(q16, **options).to(q.dtype)
         if self.length == new_tokens:
@@ -120,11 +120,6 @@ class BitDecodingLayer(CacheLayerMixin):
             out = _decode_with(kv, q16, k16, v16, lengths, **options).to(q.dtype)
         kv.append(k16, v16, lengths)
         return out
-
-    def _packs(self, new_tokens: int) -> bool:
-        """Whether appending this many tokens to each sequence would fill a block."""
-        lengths = zip(self.kv._lens, self.kv._packed, strict=True)
-        return any(self.kv.policy.packed_len(n + new_tokens, packed) > packed for n, packed in lengths)
 
     def get_seq_length(self) -> int:
         return self.length
