@@ -13,15 +13,14 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 from . import ptx
 from .fragments import extract, fragments, half2_constant, power
 from .layouts import NUM_SLICES, SLICE_TOKENS, TILE, Section, b_order, symmetric_zero
-from .plan import COLUMNS, Plan
-from .schedule import Params, Sequence
+from .plan import Plan
+from .queries import LOG2E, read_slot
+from .schedule import Params, Piece
 
-LOG2E = 1.4426950408889634
 FIRST_MAX = -1.0e30  # running maximum before the first key: finite, so that masked scores give exp2(-inf) = 0
 RESCALE_ABOVE = 1.0  # log2; P <= 2 keeps P * scale within fp16 for every scale of the quantiser
 HALF_MAX = 65504.0
 HALF2_ONES = 0x3C003C00
-EXPONENT = 0x7F800000  # of fp32
 
 
 class Query(NamedTuple):
@@ -67,51 +66,16 @@ class Attention:
 
     # -- queries -----------------------------------------------------------------------------------------------
 
-    @cute.jit
-    def load_queries(self, p: Params, lane: Int32, b: Int32, head: Int32, first_row: Int32, seq: Sequence):
-        """The Query of rows first_row.. of a KV head; row = query token * group + head of the group."""
-        group = p.num_q_heads // p.num_kv_heads
-        tiles, powers, sums, bounds = [], [], [], []
-        for n in range_constexpr(self.columns):
-            row = first_row + n * COLUMNS + (lane >> 2)
-            valid = row < group * p.q_len
-            row = cutlass.select_(valid, row, Int32(0))
-            token = row // group
-            at = Int64(b * p.q_len + token) * p.num_q_heads + head * group + row - token * group
-            at = p.q.toint() + at * (2 * self.plan.head_dim) + Int64(lane & 3) * 4
-            scale = cutlass.select_(valid, p.softmax_scale_log2, Float32(0.0))
-            registers = [ptx.load_global(at, offset=16 * i)[0] for i in range(2 * self.tiles)]
-            values = [(low * scale, high * scale) for low, high in self.floats(p, registers)]
-            largest = Float32(0.0)
-            for i in range_constexpr(2 * self.tiles):
-                largest = ptx.fmax(largest, ptx.fmax(ptx.fabs(values[i][0]), ptx.fabs(values[i][1])))
-            for i in range_constexpr(2):
-                largest = ptx.fmax(largest, ptx.shuffle_xor(largest, 1 << i))
-            exponent = ptx.bits(largest) & EXPONENT
-            inverse = ptx.from_bits(0x7F000000 - exponent)  # 1 / 2^e
-            halves = [ptx.to_half2(low * inverse, high * inverse) for low, high in values]
-            tiles.append([halves[2 * c : 2 * c + 2] for c in range(self.tiles)])
-            # lane 4 g holds column g: fetch those of columns 2q, 2q + 1
-            powers.append([ptx.from_bits(ptx.shuffle(exponent, (lane & 3) * 8 + 4 * j)) for j in range(2)])
-            sums.append([] if self.k_per_channel else self.group_sums(tiles[n]))
-            highs = [
-                seq.length - p.q_len + (first_row + n * COLUMNS + (lane & 3) * 2 + j) // group + 1 - (lane >> 2)
-                for j in range(2)
-            ]
-            bounds.append([(high - p.window, high) for high in highs])
+    def read_queries(self, p: Params, slot: Int32, lane: Int32) -> Query:
+        """The Query that a merge warp prepared in ``slot`` (queries.py)."""
+        tiles, powers, highs = read_slot(self.plan, slot, lane)
+        bounds = [[(high - (lane >> 2) - p.window, high - (lane >> 2)) for high in column] for column in highs]
+        sums = [[] if self.k_per_channel else self.group_sums(t) for t in tiles]
         return Query(tiles, powers, sums, bounds)
 
     def group_sums(self, tiles: list) -> list:
         per_group = self.k_group // TILE
         return [row_sums(tiles[j * per_group : (j + 1) * per_group]) for j in range(self.plan.k_groups)]
-
-    @cute.jit
-    def floats(self, p: Params, registers: list):
-        """Registers of two 16-bit values of the model's dtype as pairs of fp32."""
-        pairs = [ptx.half2_floats(register) for register in registers]
-        if p.bfloat16 == 1:
-            pairs = [ptx.bfloat2_floats(register) for register in registers]
-        return pairs
 
     @cute.jit
     def halves(self, p: Params, registers: list):
@@ -390,32 +354,23 @@ class Attention:
 
     @cute.jit
     def attend_chunk(
-        self,
-        p: Params,
-        seq: Sequence,
-        chunk: Int32,
-        member: Int32,
-        lane: Int32,
-        b: Int32,
-        head: Int32,
-        query: Query,
-        state: State,
+        self, p: Params, piece: Piece, chunk: Int32, member: Int32, lane: Int32, query: Query, state: State
     ):
         """A warp's 16 tokens of a 16-bit unit, read from global memory; sinks come first, then the tail."""
         k, v, capacity = p.sink_k.toint(), p.sink_v.toint(), p.num_sink
-        token, held, position = chunk * self.plan.chunk, seq.sinks, Int32(0)
-        if chunk >= seq.sink_units:
+        token, held, position = chunk * self.plan.chunk, piece.sinks, Int32(0)
+        if chunk >= piece.sink_chunks:
             k, v, capacity = p.tail_k.toint(), p.tail_v.toint(), p.tail_capacity
-            token = (chunk - seq.sink_units) * self.plan.chunk
-            held = seq.tail
-            position = seq.sinks + seq.packed
+            token = (chunk - piece.sink_chunks) * self.plan.chunk
+            held = piece.tail
+            position = piece.packed_end
         token += member * TILE
         if token < held:
             # byte offsets of the lane's rows g and g + 8; rows beyond the last are read as the last, and masked
             rows = []
             for r in range_constexpr(2):
                 row = cutlass.min(token + (lane >> 2) + 8 * r, held - 1)
-                at = (Int64(b * capacity + row) * p.num_kv_heads + head) * (2 * self.plan.head_dim)
+                at = (Int64(piece.b * capacity + row) * p.num_kv_heads + piece.head) * (2 * self.plan.head_dim)
                 rows.append(at + Int64(lane & 3) * 4)
             scores = [[[Float32(0.0)] * 4] for _ in range(self.columns)]
             keys = self.halves(p, [channel_pair(k + rows[i & 1], i // 4, i >> 1 & 1) for i in range(4 * self.tiles)])

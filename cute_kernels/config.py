@@ -25,7 +25,8 @@ TILINGS = (
     (4, 2, 8), (4, 4, 8), (4, 2, 4), (4, 4, 4), (4, 2, 2), (4, 4, 2), (4, 4, 1), (2, 2, 1), (1, 1, 1),
 )  # fmt: skip
 # copy -> num_warps -> estimated registers of a lane (see _registers) that ptxas can hold without spilling. With the
-# producer, 9 warps put three on one scheduler (168 registers each), 5 warps two (255); cp.async takes more of them.
+# producer and three merge warps, 12 warps put three on a scheduler (168 registers each), 8 warps two (255); cp.async
+# takes more of them.
 MAX_REGISTERS = {"bulk": {8: 102, 4: 190, 2: 190, 1: 190}, "cp_async": {8: 0, 4: 190, 2: 190, 1: 190}}
 HOPPER_ARCHS = ("sm90a", "sm100", "sm120")  # and later: bulk copies, mbarrier.try_wait
 

@@ -11,7 +11,9 @@ consumer warps  in groups of ``warps_per_block``; a group takes every n-th block
     P = exp2(S - maximum)         rescaled only when the maximum grows by more than a factor of 2
     O^T += codes_v (P * scale_v)  P transposed by movmatrix; the zeros again by MMAs
 16-bit tokens   sinks and tail: the same MMAs with K and V from global memory
-end of a piece  warps merge through shared memory, CTAs through the workspace, by the last arriver (merge.py)
+merge warps     find out the next piece and prepare its queries (queries.py); merge the consumers' results of a piece
+                from shared memory, and those of CTAs from the workspace, by the last arriver (merge.py), while the
+                consumers are at the next piece; the consumers themselves merge the CTA's last
 """
 
 import cutlass
@@ -21,9 +23,9 @@ from cutlass.cute.runtime import make_ptr
 from . import ptx
 from .attention import Attention
 from .layouts import BLOCK_TOKENS, LANES
-from .merge import Merge, Part
-from .plan import BARRIER_BYTES, Plan
-from .schedule import Params, Place, Schedule, Shares
+from .merge import Merge
+from .plan import BARRIER_BYTES, MERGE_WARPS, SLOTS, Plan
+from .schedule import Params, Place, Schedule, Shares, load_piece
 
 COPY_BYTES = 16  # of one cp.async
 MAX_WINDOW = 1 << 30  # more than any length; positions minus a window stay within 32 bits
@@ -58,22 +60,33 @@ class DecodeKernel:
             for stage in range_constexpr(self.plan.stages):
                 ptx.mbarrier_init(smem + (self.plan.full_at + BARRIER_BYTES * stage), 1 if self.plan.bulk else LANES)
                 ptx.mbarrier_init(smem + (self.plan.empty_at + BARRIER_BYTES * stage), self.plan.warps_per_block)
+            ptx.mbarrier_init(smem + self.plan.merge_full_at, self.plan.warps)
+            ptx.mbarrier_init(smem + self.plan.merge_empty_at, MERGE_WARPS)
+            for slot in range_constexpr(SLOTS):
+                ptx.mbarrier_init(smem + (self.plan.slot_full_at + BARRIER_BYTES * slot), MERGE_WARPS)
             if cutlass.const_expr(self.plan.bulk):
                 ptx.fence_mbarrier_init()
-        cute.arch.sync_threads()
+        if cutlass.const_expr(self.plan.programmatic):
+            ptx.wait_for_previous_kernel()
 
+        self.schedule.prefetch_table(p)
         p = p._replace(window=cutlass.min(p.window, MAX_WINDOW))
-        units = self.schedule.total_units(p, lane) * (p.num_kv_heads * self.schedule.q_tiles(p))
+        units = self.schedule.total_units(p, lane) * (p.num_kv_heads * p.q_tiles)
         ctas = cute.arch.grid_dim()[0]
-        shares = Shares(units // ctas, units % ctas)
+        base = units // ctas
+        shares = Shares(base, units - base * ctas)
         cta = cute.arch.block_idx()[0]
         x, end = shares.start(cta), shares.start(cta + 1)
+        cute.arch.sync_threads()  # the barriers are initialised
         if x < end:
-            at = self.schedule.locate(p, x, lane)
-            if warp == self.plan.warps:
-                self.produce(p, smem, lane, at, end)
+            if warp < self.plan.warps:
+                self.consume(p, smem, warp, lane)
             else:
-                self.consume(p, smem, warp, lane, at, end, shares)
+                at = self.schedule.locate(p, x, lane)
+                if warp == self.plan.warps:
+                    self.produce(p, smem, lane, at, end)
+                else:
+                    self.merge.merge_pieces(p, smem, warp - (self.plan.warps + 1), lane, at, end, shares)
 
     # -- producer ----------------------------------------------------------------------------------------------
 
@@ -85,15 +98,16 @@ class DecodeKernel:
         while at.x < end:
             seq = self.schedule.sequence(p, at.b)
             count = cutlass.min(end - at.x, seq.units - at.unit)
+            head, _ = self.schedule.tile(p, at)
             blocks = cutlass.min(at.unit + count, seq.blocks) - at.unit
-            head = p.pages.toint() + cutlass.Int64(at.piece // self.schedule.q_tiles(p)) * p.head_stride
+            pages = p.pages.toint() + cutlass.Int64(head) * p.head_stride
             table = p.block_table.toint() + (cutlass.Int64(at.b) * p.max_pages + seq.first_block + at.unit) * 4
             page = Int32(0)
             i = Int32(0)
             while i < blocks:
                 if i % LANES == 0:  # the next table entries, one per lane
                     page = ptx.load_global(table + cutlass.Int64(cutlass.min(i + lane, blocks - 1)) * 4)[0]
-                source = head + cutlass.Int64(ptx.shuffle(page, i % LANES)) * p.page_stride
+                source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES)) * p.page_stride
                 self.copy_block(smem, source, stage, parity, lane)
                 stage += 1
                 if stage == self.plan.stages:
@@ -128,41 +142,39 @@ class DecodeKernel:
     # -- consumers ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def consume(self, p: Params, smem: Int32, warp: Int32, lane: Int32, at: Place, end: Int32, shares: Shares):
-        """Attend over units [at.x, end): blocks from the ring, 16-bit units from global memory; merge each piece."""
+    def consume(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
+        """Attend over the CTA's share: blocks from the ring, 16-bit units from global memory."""
         plan = self.plan
-        x0 = at.x
         group = warp // plan.warps_per_block
         member = warp % plan.warps_per_block
         block = group  # the group's next block, counted over the share; its stage and the parity of its round
         stage = group
         parity = Int32(0)
         ring = Int32(0)  # blocks of the share before this piece
-        while at.x < end:
-            seq = self.schedule.sequence(p, at.b)
-            count = cutlass.min(end - at.x, seq.units - at.unit)
-            q_tiles = self.schedule.q_tiles(p)
-            head = at.piece // q_tiles
-            first_row = (at.piece - head * q_tiles) * plan.q_tile
-            query = self.attention.load_queries(p, lane, at.b, head, first_row, seq)
+        done = Int32(0)  # pieces
+        is_last = Int32(0)
+        while is_last == 0:
+            slot = smem + plan.slots_at + done % SLOTS * plan.slot_bytes
+            ptx.mbarrier_wait(smem + plan.slot_full_at + done % SLOTS * BARRIER_BYTES, done // SLOTS % 2, plan.wait)
+            piece = load_piece(slot + plan.piece_offset)
+            query = self.attention.read_queries(p, slot, lane)
             state = self.attention.first_state()
 
-            ring_end = ring + cutlass.max(cutlass.min(at.unit + count, seq.blocks) - at.unit, 0)
-            packed_end = seq.sinks + seq.packed
-            seen_by_all = cutlass.min(packed_end, seq.length - p.q_len + 1)  # the positions below it
-            first_position = seq.sinks + (seq.first_block + at.unit - ring) * BLOCK_TOKENS
-            while block < ring_end:
+            first_position = piece.first_position - ring * BLOCK_TOKENS
+            ring += piece.blocks
+            while block < ring:
                 position = first_position + block * BLOCK_TOKENS
                 general = (
-                    (position + BLOCK_TOKENS > seen_by_all) | (position < seq.length - p.window) | (p.softcap > 0.0)
+                    (position + BLOCK_TOKENS > piece.seen_by_all) | (position < piece.window_start) | (p.softcap > 0.0)
                 )
                 addresses = self.attention.addresses(smem + stage * plan.fmt.block_bytes, member, lane)
                 position += member * (BLOCK_TOKENS // plan.warps_per_block)
+                end = piece.packed_end
                 ptx.mbarrier_wait(smem + plan.full_at + stage * BARRIER_BYTES, parity, plan.wait)
                 if general:
-                    state = self.attention.attend_block(p, addresses, position, packed_end, lane, query, state, True)
+                    state = self.attention.attend_block(p, addresses, position, end, lane, query, state, True)
                 else:
-                    state = self.attention.attend_block(p, addresses, position, packed_end, lane, query, state, False)
+                    state = self.attention.attend_block(p, addresses, position, end, lane, query, state, False)
                 cute.arch.sync_warp()
                 if lane == 0:
                     ptx.mbarrier_arrive(smem + plan.empty_at + stage * BARRIER_BYTES)
@@ -172,14 +184,21 @@ class DecodeKernel:
                     stage -= plan.stages
                     parity = parity ^ 1
             state = self.attention.finished(state)
-            chunk = cutlass.max(at.unit - seq.blocks, 0) + group
-            while chunk < at.unit + count - seq.blocks:
-                state = self.attention.attend_chunk(p, seq, chunk, member, lane, at.b, head, query, state)
+            piece = load_piece(slot + plan.piece_offset)  # again, rather than in registers all the while
+            chunk = piece.first_chunk + group
+            while chunk < piece.end_chunk:
+                state = self.attention.attend_chunk(p, piece, chunk, member, lane, query, state)
                 chunk += plan.block_groups
-            part = Part(at, count, seq.units, head, first_row)
-            self.merge.merge(p, smem, warp, lane, part, x0, shares, state)
-            ring = ring_end
-            at = self.schedule.next_piece(p, at, seq.units, count)
+            ptx.mbarrier_wait(smem + plan.merge_empty_at, (done + 1) % 2, plan.wait)  # the first finds it empty
+            self.merge.store_state(smem, warp, lane, state)
+            if piece.is_last == 1:
+                self.merge.merge_last(p, smem, warp, lane, piece)
+            else:
+                cute.arch.sync_warp()
+                if lane == 0:
+                    ptx.mbarrier_arrive(smem + plan.merge_full_at)
+            is_last = piece.is_last
+            done += 1
 
 
 def example_params() -> Params:

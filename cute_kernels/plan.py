@@ -10,6 +10,12 @@ ROW_PAD = 4  # floats behind a row of the merge scratch: spreads the rows over b
 SMEM_ALIGN = 128
 BARRIER_BYTES = 8
 FLAG_BYTES = 16
+QUERY_VECTOR = 16  # bytes
+SLOTS = 2  # the next piece is prepared while the consumers are at a piece
+PIECE_WORDS = 20  # of a Piece (schedule.py)
+# warps that merge: with producer and up to 8 consumers a scheduler holds three warps, as without them, so they cost no
+# registers
+MERGE_WARPS = 3
 
 
 class Plan:
@@ -22,6 +28,7 @@ class Plan:
         self.fmt = block_format(config.head_dim, quant)
         self.head_dim = config.head_dim
         self.tiles = config.head_dim // TILE
+        self.hadamard = config.head_dim & -config.head_dim  # size of the transform
         self.q_tile = config.q_tile
         self.column_tiles = config.q_tile // COLUMNS
         self.k_groups = config.head_dim // quant.k_group if quant.k_axis == "token" else 1  # along channels
@@ -29,15 +36,17 @@ class Plan:
         self.bulk = config.copy == "bulk"
         # try_wait suspends the warp; before Hopper test_wait polls
         self.wait = "try_wait" if config.arch in HOPPER_ARCHS else "test_wait"
+        self.programmatic = config.arch in HOPPER_ARCHS  # may start before the previous kernel of the stream ends
         self.stages = config.stages
         self.warps = config.num_warps
         self.warps_per_block = config.warps_per_block
         self.block_groups = self.warps // self.warps_per_block  # blocks in work at once
         self.slices = NUM_SLICES // self.warps_per_block  # of a block, per warp
         self.chunk = TILE * self.warps_per_block  # tokens of a 16-bit unit
-        self.threads = LANES * (self.warps + 1)  # and the producer
+        self.threads = LANES * (self.warps + 1 + MERGE_WARPS)  # consumers, producer, mergers
 
-    # shared memory: ring | merge scratch | full barriers | empty barriers | last-arriver flag
+    # shared memory: ring | merge scratch | piece slots | barriers of the ring and of the scratch: full, empty
+    # | barriers of the piece slots: full | last-arriver flags, of consumers and of merge warps
 
     @cached_property
     def row_bytes(self) -> int:
@@ -49,22 +58,61 @@ class Plan:
         return self.stages * self.fmt.block_bytes
 
     @cached_property
-    def full_at(self) -> int:
+    def slots_at(self) -> int:
         return self.scratch_at + self.warps * self.q_tile * self.row_bytes
+
+    @cached_property
+    def query_vectors(self) -> int:
+        """A lane's vectors of a column tile: half of its channels' halves."""
+        return self.head_dim * COLUMNS * 2 // LANES // QUERY_VECTOR
+
+    @cached_property
+    def powers_offset(self) -> int:
+        """In a slot, behind the B operands."""
+        return self.q_tile * self.head_dim * 2
+
+    @cached_property
+    def highs_offset(self) -> int:
+        return self.powers_offset + self.q_tile * 4
+
+    @cached_property
+    def piece_offset(self) -> int:
+        return self.highs_offset + self.q_tile * 4
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """What the consumers are told of a piece: its queries, and the Piece."""
+        return self.piece_offset + PIECE_WORDS * 4
+
+    @cached_property
+    def full_at(self) -> int:
+        return self.slots_at + SLOTS * self.slot_bytes
 
     @cached_property
     def empty_at(self) -> int:
         return self.full_at + self.stages * BARRIER_BYTES
 
     @cached_property
-    def flag_at(self) -> int:
+    def merge_full_at(self) -> int:
         return self.empty_at + self.stages * BARRIER_BYTES
+
+    @cached_property
+    def merge_empty_at(self) -> int:
+        return self.merge_full_at + BARRIER_BYTES
+
+    @cached_property
+    def slot_full_at(self) -> int:
+        return self.merge_empty_at + BARRIER_BYTES
+
+    @cached_property
+    def flag_at(self) -> int:
+        return self.slot_full_at + SLOTS * BARRIER_BYTES
 
     @cached_property
     def smem_bytes(self) -> int:
         return -(-(self.flag_at + FLAG_BYTES) // SMEM_ALIGN) * SMEM_ALIGN
 
     @cached_property
-    def slot_bytes(self) -> int:
+    def partial_bytes(self) -> int:
         """A partial result in the workspace: O [q_tile, head_dim], then (maximum, sum) [q_tile], fp32."""
         return self.q_tile * (self.head_dim + 2) * 4

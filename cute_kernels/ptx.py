@@ -152,10 +152,12 @@ def load_shared_floats(address: Int32, offset: int, count: int) -> list:
     return [from_bits(x) for x in load_shared(address, offset, count)]
 
 
-def store_shared_floats(address: Int32, offset: int, values: list) -> None:
+def store_shared(address: Int32, offset: int, values: list) -> None:
+    """4, 8 or 16 bytes of Int32 or Float32 registers."""
+    kind = "f32" if isinstance(values[0], Float32) else "b32"
     regs = ",".join(f"{{$r{i + 1}}}" for i in range(len(values)))
     vector, operand = (f".v{len(values)}", "{" + regs + "}") if len(values) > 1 else ("", regs)
-    asm(f"st.shared{vector}.f32 [{{$r0}}+{offset}], {operand};", read_only_args=[address, *values])
+    asm(f"st.shared{vector}.{kind} [{{$r0}}+{offset}], {operand};", read_only_args=[address, *values])
 
 
 def load_global(address: Int64, words: int = 1, offset: int = 0, cache: str = "nc") -> list:
@@ -185,6 +187,20 @@ def atomic_add(address: Int64, value: Int32) -> Int32:
         write_only_types=[Int32],
         read_only_args=[address, value],
     )
+
+
+def prefetch(address: Int64) -> None:
+    """Bring the line of an address into L2."""
+    asm("prefetch.global.L2 [{$r0}];", read_only_args=[address])
+
+
+# -- kernels of a stream ---------------------------------------------------------------------------------------
+
+
+def wait_for_previous_kernel() -> None:
+    """With programmatic launch: until the previous kernel's writes are visible; then the next one may be scheduled."""
+    asm("griddepcontrol.wait;")
+    asm("griddepcontrol.launch_dependents;")
 
 
 # -- barriers and asynchronous copies --------------------------------------------------------------------------

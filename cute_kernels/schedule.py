@@ -15,6 +15,7 @@ from .layouts import BLOCK_TOKENS, LANES
 from .plan import Plan
 
 BLOCK_SHIFT = BLOCK_TOKENS.bit_length() - 1
+TABLE_LINE = 32  # entries of the block table in a line of 128 bytes
 
 
 class Params(NamedTuple):
@@ -46,6 +47,10 @@ class Params(NamedTuple):
     softmax_scale_log2: Float32
     softcap: Float32  # 0: none
     bfloat16: Int32  # 1: q, out, tail and sinks are bf16; 0: fp16
+    rotate_q: Int32  # 1: q goes through a Hadamard transform (the cache's keys did)
+    rotate_out: Int32  # 1: the output goes through a Hadamard transform (the cache's values did)
+    group: Int32  # num_q_heads / num_kv_heads
+    q_tiles: Int32  # tiles of query columns of a KV head
 
 
 class Sequence(NamedTuple):
@@ -87,6 +92,43 @@ class Place(NamedTuple):
     unit: Int32
 
 
+class Piece(NamedTuple):
+    """What a CTA does of a piece. The merge warps find it out; consumers read it from shared memory, field by field
+    when they need it, and so hold few registers.
+    """
+
+    blocks: Int32  # to take from the ring
+    first_position: Int32  # of their first token
+    packed_end: Int32  # position behind the sequence's packed tokens
+    seen_by_all: Int32  # positions below it are visible to every query, up to ..
+    window_start: Int32  # .. the window of the newest one
+    b: Int32
+    head: Int32  # KV head
+    first_row: Int32  # of the query tile
+    first_chunk: Int32  # 16-bit chunks first_chunk .. end_chunk - 1; sinks come first
+    end_chunk: Int32
+    sink_chunks: Int32
+    sinks: Int32  # tokens
+    tail: Int32  # tokens
+    x: Int32  # place of the first unit in the list, and within the piece
+    unit: Int32
+    count: Int32  # units of this CTA
+    units: Int32  # of the piece
+    is_last: Int32  # 1: the CTA's last
+    base: Int32  # Shares
+    extra: Int32
+
+
+def store_piece(address: Int32, piece: Piece) -> None:
+    """Write a Piece to shared memory."""
+    for i in range(0, len(piece), 4):
+        ptx.store_shared(address, 4 * i, list(piece[i : i + 4]))
+
+
+def load_piece(address: Int32) -> Piece:
+    return Piece(*[word for i in range(0, len(Piece._fields), 4) for word in ptx.load_shared(address, 4 * i, 4)])
+
+
 class Schedule:
     """Walks the list of units of one kernel."""
 
@@ -94,9 +136,12 @@ class Schedule:
         self.chunk = plan.chunk
         self.q_tile = plan.q_tile
 
-    def q_tiles(self, p: Params) -> Int32:
-        rows = p.num_q_heads // p.num_kv_heads * p.q_len
-        return (rows + self.q_tile - 1) // self.q_tile
+    @cute.jit
+    def prefetch_table(self, p: Params):
+        """Start fetching the block table, a line per thread of the grid, while the lengths are on their way."""
+        thread = cute.arch.block_idx()[0] * cute.arch.block_dim()[0] + cute.arch.thread_idx()[0]
+        if thread * TABLE_LINE < p.batch * p.max_pages:
+            ptx.prefetch(p.block_table.toint() + Int64(thread) * (4 * TABLE_LINE))
 
     @cute.jit
     def sequence(self, p: Params, b: Int32):
@@ -143,7 +188,7 @@ class Schedule:
     @cute.jit
     def locate(self, p: Params, x: Int32, lane: Int32):
         """The Place of unit x."""
-        pieces = p.num_kv_heads * self.q_tiles(p)  # of a sequence
+        pieces = p.num_kv_heads * p.q_tiles  # of a sequence
         found = Int32(-1)
         start = Int32(0)
         before = Int32(0)  # units of one piece of all earlier sequences
@@ -165,12 +210,45 @@ class Schedule:
         piece = (x - start) // per_piece
         return Place(x, found, start, piece, x - start - piece * per_piece)
 
+    def tile(self, p: Params, at: Place) -> tuple:
+        """KV head of a piece, and the first row of its query tile."""
+        head = at.piece // p.q_tiles
+        return head, (at.piece - head * p.q_tiles) * self.q_tile
+
+    def piece(self, p: Params, at: Place, end: Int32, seq: Sequence, shares: Shares) -> Piece:
+        """The part of a piece from Place ``at`` on, within the CTA's ``end``."""
+        head, first_row = self.tile(p, at)
+        count = cutlass.min(end - at.x, seq.units - at.unit)
+        packed_end = seq.sinks + seq.packed
+        return Piece(
+            blocks=cutlass.max(cutlass.min(at.unit + count, seq.blocks) - at.unit, 0),
+            first_position=seq.sinks + (seq.first_block + at.unit) * BLOCK_TOKENS,
+            packed_end=packed_end,
+            seen_by_all=cutlass.min(packed_end, seq.length - p.q_len + 1),
+            window_start=seq.length - p.window,
+            b=at.b,
+            head=head,
+            first_row=first_row,
+            first_chunk=cutlass.max(at.unit - seq.blocks, 0),
+            end_chunk=at.unit + count - seq.blocks,
+            sink_chunks=seq.sink_units,
+            sinks=seq.sinks,
+            tail=seq.tail,
+            x=at.x,
+            unit=at.unit,
+            count=count,
+            units=seq.units,
+            is_last=cutlass.select_(at.x + count == end, Int32(1), Int32(0)),
+            base=shares.base,
+            extra=shares.extra,
+        )
+
     @cute.jit
     def next_piece(self, p: Params, at: Place, units: Int32, count: Int32):
         """The Place after ``count`` units, the rest of this piece; ``units``: of a piece of this sequence."""
         piece = at.piece + 1
         b, start = at.b, at.start
-        pieces = p.num_kv_heads * self.q_tiles(p)
+        pieces = p.num_kv_heads * p.q_tiles
         if piece == pieces:
             piece = Int32(0)
             start += pieces * units

@@ -101,8 +101,9 @@ def execute(config: bd.KernelConfig, made: compiler.Compiled, case: Problem, q: 
         array = x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
         return memory.add(array, writable=False)
 
-    columns = num_q_heads // num_kv_heads * q_len
-    counters = batch * num_kv_heads * -(-columns // config.q_tile)
+    group = num_q_heads // num_kv_heads
+    q_tiles = -(-group * q_len // config.q_tile)
+    counters = batch * num_kv_heads * q_tiles
     counters = -(-counters // 32) * 32  # of 4 bytes, to a multiple of 128
     slots = grid * 2 * Plan(config).slot_bytes
     workspace = np.concatenate((np.zeros(counters * 4, np.uint8), np.full(slots, 0xFF, np.uint8)))
@@ -137,6 +138,10 @@ def execute(config: bd.KernelConfig, made: compiler.Compiled, case: Problem, q: 
         "softmax_scale_log2": head_dim**-0.5 * math.log2(math.e),
         "softcap": options.get("softcap") or 0.0,
         "bfloat16": int(q.dtype == torch.bfloat16),
+        "rotate_q": int(options.get("rotate", False)),
+        "rotate_out": int(options.get("rotate", False)),
+        "group": group,
+        "q_tiles": q_tiles,
     }
     plan = Plan(config)
     run(
@@ -189,6 +194,19 @@ def test_query_tiles(group: int, q_len: int) -> None:
     config, made = kernel("sm90a", spec, 64, group, q_len)
     case = problem([(256, 40), (0, 2)], spec, heads=1, head_dim=64)
     check(config, made, case, random_q(2, q_len, group, 64), window=100 if q_len > 1 else None)
+
+
+@pytest.mark.parametrize(("head_dim", "heads", "dtype"), [(64, 3, torch.float16), (128, 4, torch.bfloat16)])
+@pytest.mark.parametrize("grid", [1, 5])
+def test_rotation_of_queries_and_outputs(head_dim: int, heads: int, dtype: torch.dtype, grid: int) -> None:
+    spec = bd.preset("kv4", head_dim)[0].for_kernel()
+    config, made = kernel("sm90a", spec, head_dim, heads)
+    case = problem([(300, 20), (0, 0)], spec, heads=1, head_dim=head_dim, dtype=dtype)
+    q = random_q(2, 1, heads, head_dim, dtype)
+    out, _ = execute(config, made, case, q, grid, rotate=True)
+    for b, (k, v) in enumerate(case.values):
+        want = bd.hadamard(attention(bd.hadamard(q[b]), k, v)[0].float())
+        assert relative_error(out[b], want) < (1e-3 if dtype == torch.float16 else 4e-3)
 
 
 @pytest.mark.parametrize("grid", [1, 2, 7, 40])

@@ -119,6 +119,7 @@ INTEGER = {
     "rem.u32 {d}, {0}, {1};": lambda a, b, c: a % b if b else a,
     "rem.s32 {d}, {0}, {1};": lambda a, b, c: s32(a) - div_trunc(s32(a), s32(b)) * s32(b) if s32(b) else a,
     "min.s32 {d}, {0}, {1};": lambda a, b, c: min(s32(a), s32(b)),
+    "min.relu.s32 {d}, {0}, {1};": lambda a, b, c: max(min(s32(a), s32(b)), 0),
     "max.u32 {d}, {0}, {1};": lambda a, b, c: max(a, b),
     "neg.s32 {d}, {0};": lambda a, b, c: -a,
     "abs.s32 {d}, {0};": lambda a, b, c: abs(s32(a)),

@@ -182,13 +182,13 @@ def tree_sum(data: cute.Pointer, n: Int32):
     thread = cute.arch.thread_idx()[0]
     smem = cute.arch.get_dyn_smem(Uint8, alignment=128).toint()
     value = ptx.load_global(data.toint() + Int64(thread) * 4, cache="cg")[0]
-    ptx.store_shared_floats(smem + thread * 4, 0, [ptx.from_bits(value)])
+    ptx.store_shared(smem + thread * 4, 0, [ptx.from_bits(value)])
     width = Int32(64)
     while width > 0:
         cute.arch.sync_threads()
         if thread < width:
             total = ptx.load_shared(smem + thread * 4, 0, 1)[0] + ptx.load_shared(smem + (thread + width) * 4, 0, 1)[0]
-            ptx.store_shared_floats(smem + thread * 4, 0, [ptx.from_bits(total)])
+            ptx.store_shared(smem + thread * 4, 0, [ptx.from_bits(total)])
         width = width // 2
     if thread == 0:
         ptx.store_global(data.toint(), [ptx.load_shared(smem, 0, 1)[0]])

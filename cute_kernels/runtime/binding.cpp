@@ -239,7 +239,8 @@ void check_decode_py(DLTensor* q, DLTensor* pages, DLTensor* block_table, DLTens
 void decode_py(int64_t handle, DLTensor* q, DLTensor* pages, DLTensor* block_table, DLTensor* seqlens,
                OptionalTensor packed_lens, OptionalTensor tail_k, OptionalTensor tail_v, OptionalTensor sink_k,
                OptionalTensor sink_v, OptionalTensor sink_logits, DLTensor* out, OptionalTensor lse,
-               DLTensor* workspace, int64_t window, double softmax_scale, double softcap) {
+               DLTensor* workspace, int64_t window, double softmax_scale, double softcap, bool rotate_q,
+               bool rotate_out) {
   const DecodeTensors tensors{q,           pages,       block_table, seqlens,     get(packed_lens),
                               get(tail_k), get(tail_v), get(sink_k), get(sink_v), get(sink_logits),
                               out,         get(lse)};
@@ -249,7 +250,10 @@ void decode_py(int64_t handle, DLTensor* q, DLTensor* pages, DLTensor* block_tab
   raise_unless_ok(kernel_config(kernel, &config));
   raise_unless_ok(check_decode_for_kernel(tensors, *config, *workspace, window, softmax_scale, softcap, &params));
   if (params.batch == 0) return;
+  params.rotate_q = rotate_q;
+  params.rotate_out = rotate_out;
   LaunchOptions options;
+  options.programmatic = true;
   options.device = q->device.device_id;
   options.stream = TVMFFIEnvGetStream(kDLCUDA, options.device);
   raise_unless_ok(decode(kernel, params, workspace->shape[0], options));

@@ -183,13 +183,17 @@ Status KernelConfig::parse(const std::string& name, KernelConfig* out) noexcept 
 }
 
 std::int64_t KernelConfig::smem_bytes() const noexcept {
-  // as in cute_kernels/plan.py: ring, merge scratch, barriers, flag
+  // as in cute_kernels/plan.py: ring, merge scratch, slots of pieces, barriers, flags
   constexpr std::int64_t kRowPad = 4;
-  constexpr std::int64_t kBarrierBytes = 16;  // a full and an empty mbarrier per stage
+  constexpr std::int64_t kBarrierBytes = 16;  // two mbarriers: per stage, of the scratch, of the slots
+  constexpr std::int64_t kSlots = 2;
+  constexpr std::int64_t kPieceBytes = 80;
   constexpr std::int64_t kFlagBytes = 16;
   const std::int64_t ring = stages * block_bytes(head_dim, quant);
   const std::int64_t scratch = num_warps * q_tile * (head_dim + kRowPad) * static_cast<std::int64_t>(sizeof(float));
-  return round_up(ring + scratch + kBarrierBytes * stages + kFlagBytes, kSmemAlign);
+  // 16-bit queries, a power and a position of each, the piece
+  const std::int64_t slots = kSlots * (q_tile * (2 * head_dim + 8) + kPieceBytes);
+  return round_up(ring + scratch + slots + kBarrierBytes * (stages + 2) + kFlagBytes, kSmemAlign);
 }
 
 std::int64_t smem_limit(const std::string& arch) noexcept {

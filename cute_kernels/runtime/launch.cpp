@@ -114,10 +114,14 @@ Status make_ready(const cuda::Driver& driver, int device, Registered* r) {
   return status;
 }
 
-// What the kernel takes for its counters, one per (sequence, KV head, tile of query columns).
-std::int64_t counter_bytes(const KernelConfig& config, const DecodeParams& p) {
+// Tiles of query columns of a KV head.
+std::int64_t q_tiles_of(const KernelConfig& config, const DecodeParams& p) {
   const std::int64_t columns = std::int64_t{p.num_q_heads} / p.num_kv_heads * p.q_len;
-  const std::int64_t q_tiles = (columns + config.q_tile - 1) / config.q_tile;
+  return (columns + config.q_tile - 1) / config.q_tile;
+}
+
+// What the kernel takes for its counters, one per (sequence, KV head, tile of query columns).
+std::int64_t counter_bytes(const DecodeParams& p, std::int64_t q_tiles) {
   const std::int64_t bytes = p.batch * p.num_kv_heads * q_tiles * static_cast<std::int64_t>(sizeof(std::int32_t));
   return (bytes + kCounterAlign - 1) / kCounterAlign * kCounterAlign;
 }
@@ -213,7 +217,8 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
                 info->arch.empty() ? "no supported arch" : info->arch);
   }
   const int num_ctas = info->num_sms * r->kernel.ctas_per_sm;
-  const std::int64_t counters = counter_bytes(r->config, params);
+  const std::int64_t q_tiles = q_tiles_of(r->config, params);
+  const std::int64_t counters = counter_bytes(params, q_tiles);
   if (counters > kCounterBytes) {
     return fail(Status::unsupported_config, "batch=", params.batch, ": with q_len=", params.q_len,
                 " and num_kv_heads=", params.num_kv_heads, " one launch would need ", counters, " bytes of counters, ",
@@ -232,6 +237,8 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
   // The kernel expects the partial results right behind its counters: put these at the end of their space, so that
   // no call's partial results lie where another's counters are.
   p.workspace = static_cast<char*>(params.workspace) + (kCounterBytes - counters);
+  std::int32_t group = p.num_q_heads / p.num_kv_heads;
+  std::int32_t tiles = static_cast<std::int32_t>(q_tiles);
   void* arguments[] = {&p.q,
                        &p.pages,
                        &p.block_table,
@@ -257,7 +264,11 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
                        &p.window,
                        &p.softmax_scale_log2,
                        &p.softcap,
-                       &p.bfloat16};
+                       &p.bfloat16,
+                       &p.rotate_q,
+                       &p.rotate_out,
+                       &group,
+                       &tiles};
   cuda::LaunchAttribute programmatic;
   programmatic.id = cuda::LaunchAttribute::kProgrammaticStreamSerialization;
   programmatic.value.flag = 1;
@@ -267,7 +278,7 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
   launch.smem = static_cast<unsigned>(r->kernel.smem);
   launch.stream = static_cast<cuda::Stream>(options.stream);
   launch.attributes = &programmatic;
-  launch.num_attributes = options.programmatic ? 1 : 0;
+  launch.num_attributes = options.programmatic && info->major >= 9 ? 1 : 0;
   return cuda::check(*driver, driver->launch(&launch, r->loaded, arguments, nullptr), r->kernel.name.c_str());
 }
 

@@ -84,6 +84,8 @@ struct DecodeParams {
   float softmax_scale_log2 = 0.0f;  // softmax scale * log2(e)
   float softcap = 0.0f;             // 0: none
   std::int32_t bfloat16 = 0;        // 1: q, tail, sinks and out are bfloat16; 0: float16
+  std::int32_t rotate_q = 0;        // 1: q goes through a Hadamard transform over head_dim, as the keys did
+  std::int32_t rotate_out = 0;      // 1: out goes through a Hadamard transform, as the values did
 };
 
 // A workspace begins with counters, zeroed once when it is allocated; kernels leave them zero. Their space has a fixed

@@ -86,20 +86,17 @@ def decode(
         workspace = found
 
     if spec.rotate_k:
-        q, tail_k, sink_k = _rotated(q), _rotated(tail_k), _rotated(sink_k)
+        tail_k, sink_k = _rotated(tail_k), _rotated(sink_k)
     if spec.rotate_v:
         tail_v, sink_v = _rotated(tail_v), _rotated(sink_v)
     if out is None:
         out = torch.empty_like(q)
-    target = torch.empty_like(out) if spec.rotate_v else out
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
     _decode(
-        plan.handle, q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits, target,
+        plan.handle, q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits, out,
         lse, workspace, native.NO_WINDOW if window is None else window,
-        plan.softmax_scale if softmax_scale is None else softmax_scale, softcap or 0.0,
+        plan.softmax_scale if softmax_scale is None else softmax_scale, softcap or 0.0, spec.rotate_k, spec.rotate_v,
     )  # fmt: skip
-    if spec.rotate_v:
-        rotate(target, out)
     return out if lse is None else (out, lse)
 
 

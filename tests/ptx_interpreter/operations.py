@@ -416,8 +416,10 @@ def _minmax(d, ins, m):
         else:
             f = np.fmin if m.base == "min" else np.fmax
         return _float_op(d, ins, m, f if len(ins.operands) == 3 else lambda *x: f(f(x[0], x[1]), x[2]))
+    f = np.minimum if m.base == "min" else np.maximum
+    relu = m.flag("relu")  # negative results become 0
     m.type()
-    return _integer_op(d, ins, m, np.minimum if m.base == "min" else np.maximum, kind)
+    return _integer_op(d, ins, m, (lambda a, b: np.maximum(f(a, b), 0)) if relu else f, kind)
 
 
 @builder("neg", "abs")

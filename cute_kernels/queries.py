@@ -1,0 +1,114 @@
+"""Queries on their way into the MMAs, and the Hadamard transform.
+
+A merge warp prepares the query tile of a piece while the consumers are still at the piece before: loads its rows,
+rotates and scales them, divides each by a power of two so that fp16 loses no range, and leaves them in one of two
+slots of shared memory as B operands: [column tile][vector][lane] of 16 bytes, then of each column the power, and the
+position behind the last key that it sees.
+"""
+
+import cutlass
+from cutlass import Float32, Int32, Int64, cute, range_constexpr
+
+from . import ptx
+from .layouts import LANES
+from .plan import COLUMNS, MERGE_WARPS, QUERY_VECTOR, Plan
+from .schedule import Params, Piece
+
+LOG2E = 1.4426950408889634
+EXPONENT = 0x7F800000  # of fp32
+
+
+class Queries:
+    """Prepares the query tiles of one kernel."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+
+    @cute.jit
+    def prepare(self, p: Params, slot: Int32, warp: Int32, lane: Int32, piece: Piece, length: Int32):
+        """Write a piece's queries into a slot; row = query token * group + head of the group.
+
+        Merge warp ``warp`` takes every third column tile. ``length``: tokens of the sequence.
+        """
+        column, quad = lane >> 2, lane & 3
+        for n in range_constexpr(self.plan.column_tiles):
+            if warp == n % MERGE_WARPS:
+                row = piece.first_row + n * COLUMNS + column
+                token = row // p.group
+                inside = token < p.q_len
+                at = Int64(piece.b * p.q_len + token) * p.num_q_heads + piece.head * p.group + row - token * p.group
+                at = cutlass.select_(inside, at, Int64(0))  # any row; it counts as zero
+                at = p.q.toint() + at * (2 * self.plan.head_dim) + Int64(quad) * 4
+                # a lane's pair i holds channels 8 i + 2 quad and the next
+                values = floats(p, [ptx.load_global(at, offset=16 * i)[0] for i in range(2 * self.plan.tiles)])
+                scale = cutlass.select_(inside, p.softmax_scale_log2, Float32(0.0))
+                if p.rotate_q == 1:
+                    values = hadamard_registers(values, 2)
+                    values = hadamard_lanes(values, [1, 2], lane)  # strides 2 and 4
+                    values = hadamard_registers(values, self.plan.hadamard // 4, first=2)
+                    scale = scale * self.plan.hadamard**-0.5
+                values = [x * scale for x in values]
+                largest = Float32(0.0)
+                for i in range_constexpr(len(values)):
+                    largest = ptx.fmax(largest, ptx.fabs(values[i]))
+                for i in range_constexpr(2):
+                    largest = ptx.fmax(largest, ptx.shuffle_xor(largest, 1 << i))
+                exponent = ptx.bits(largest) & EXPONENT
+                inverse = ptx.from_bits(0x7F000000 - exponent)  # 1 / 2^e
+                halves = [ptx.to_half2(values[i] * inverse, values[i + 1] * inverse) for i in range(0, len(values), 2)]
+                for v in range_constexpr(self.plan.query_vectors):
+                    ptx.store_shared(
+                        slot + lane * QUERY_VECTOR, query_offset(self.plan, n, v), halves[4 * v : 4 * v + 4]
+                    )
+                if quad == 0:
+                    column_at = slot + column * 4
+                    ptx.store_shared(column_at, self.plan.powers_offset + 4 * COLUMNS * n, [exponent])
+                    ptx.store_shared(
+                        column_at, self.plan.highs_offset + 4 * COLUMNS * n, [length - p.q_len + token + 1]
+                    )
+
+
+def read_slot(plan: Plan, slot: Int32, lane: Int32) -> tuple:
+    """(B operands [n][c][2] half2, powers [n][2] and last positions + 1 [n][2] of columns 2q and 2q + 1)."""
+    tiles, powers, highs = [], [], []
+    quad = slot + (lane & 3) * 8
+    for n in range(plan.column_tiles):
+        vectors = [
+            ptx.load_shared(slot + lane * QUERY_VECTOR, query_offset(plan, n, v), 4) for v in range(plan.query_vectors)
+        ]
+        halves = [x for vector in vectors for x in vector]
+        tiles.append([halves[i : i + 2] for i in range(0, len(halves), 2)])
+        powers.append(ptx.load_shared_floats(quad, plan.powers_offset + 4 * COLUMNS * n, 2))
+        highs.append(ptx.load_shared(quad, plan.highs_offset + 4 * COLUMNS * n, 2))
+    return tiles, powers, highs
+
+
+def query_offset(plan: Plan, n: int, v: int) -> int:
+    """Of lane 0's vector v of column tile n."""
+    return (n * plan.query_vectors + v) * LANES * QUERY_VECTOR
+
+
+@cute.jit
+def floats(p: Params, registers: list):
+    """Registers of two 16-bit values of the model's dtype as fp32, in order."""
+    values = [x for register in registers for x in ptx.half2_floats(register)]
+    if p.bfloat16 == 1:
+        values = [x for register in registers for x in ptx.bfloat2_floats(register)]
+    return values
+
+
+def hadamard_registers(x: list, size: int, first: int = 1) -> list:
+    """Butterflies of strides first, 2 first, .. below ``size`` over a list."""
+    stride = first
+    while stride < size:
+        x = [x[i] + x[i + stride] if i // stride % 2 == 0 else x[i - stride] - x[i] for i in range(len(x))]
+        stride *= 2
+    return x
+
+
+def hadamard_lanes(x: list, masks: list, lane: Int32) -> list:
+    """Butterflies across lanes: partners differ in the bits of ``masks``, one after another."""
+    for mask in masks:
+        sign = cutlass.select_((lane & mask) == 0, Float32(1.0), Float32(-1.0))
+        x = [v * sign + ptx.shuffle_xor(v, mask) for v in x]
+    return x
