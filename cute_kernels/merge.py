@@ -43,6 +43,7 @@ class Merge:
         while at.x + count < end:
             at = self.schedule.next_piece(p, at, seq.units, count)
             seq = self.schedule.sequence(p, at.b)
+            ptx.barrier(MERGE_BARRIER, MERGE_WARPS * LANES)  # all of them have read the slot's piece
             count = self.prepare(p, smem, slot ^ 1, warp, lane, at, end, seq, shares)
             ptx.mbarrier_wait(smem + self.plan.merge_full_at, parity, self.plan.wait)
             before = load_piece(self.slot(smem, slot) + self.plan.piece_offset)

@@ -79,13 +79,13 @@ def problem(
         packed_kv = random_kv(packed, heads, head_dim, seed + 3 * b, dtype, offset)
         pages[used] = bd.quantize(*packed_kv, spec)
         stored = [x[:packed] for x in bd.dequantize(pages[used], head_dim, spec, torch.float32)]
-        tail_kv = random_kv(in_tail, heads, head_dim, seed + 3 * b + 1, dtype, offset)
+        tail_kv = list(random_kv(in_tail, heads, head_dim, seed + 3 * b + 1, dtype, offset))
         # a sequence with anything behind its sinks has all of them
         sinks = num_sink if packed or in_tail else min(num_sink, b)
-        sink_kv = random_kv(sinks, heads, head_dim, seed + 3 * b + 2, dtype, offset)
-        for i in range(2):
-            tail[i][b, :in_tail] = tail_kv[i]
-            sink[i][b, :sinks] = sink_kv[i]
+        sink_kv = list(random_kv(sinks, heads, head_dim, seed + 3 * b + 2, dtype, offset))
+        for i, rotates in enumerate((spec.rotate_k, spec.rotate_v)):
+            tail[i][b, :in_tail], tail_kv[i] = kept(tail_kv[i], rotates)
+            sink[i][b, :sinks], sink_kv[i] = kept(sink_kv[i], rotates)
         seqlens.append(sinks + packed + in_tail)
         values.append(tuple(torch.cat((sink_kv[i], stored[i], tail_kv[i])) for i in range(2)))
     return Problem(
@@ -98,6 +98,12 @@ def problem(
         sink if num_sink else None,
         values,
     )
+
+
+def kept(x: Tensor, rotates: bool) -> tuple[Tensor, Tensor]:
+    """Tokens as tail and sinks hold them, and the values that these stand for."""
+    held = bd.rotate(x) if rotates else x
+    return held, bd.hadamard(held) if rotates else held
 
 
 def random_q(batch: int, q_len: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -276,12 +282,12 @@ def test_append_packs_what_is_not_recent(steps: list[int], recent: int, num_sink
         assert cache["seqlens"][b] == tokens
         assert cache["packed_lens"][b] == packed
         if num_sink:
-            assert torch.equal(cache["sink_k"][b, :sinks], k[b, :sinks])
+            assert torch.equal(cache["sink_k"][b, :sinks], bd.rotate(k[b, :sinks]))
             assert torch.equal(cache["sink_v"][b, :sinks], v[b, :sinks])
         blocks = cache["pages"][cache["block_table"][b, : packed // 128].long()]
         assert torch.equal(blocks, bd.quantize(k[b, sinks : sinks + packed], v[b, sinks : sinks + packed], APPEND_SPEC))
         tail = tokens - sinks - packed
-        assert torch.equal(cache["tail_k"][b, :tail], k[b, tokens - tail : tokens])
+        assert torch.equal(cache["tail_k"][b, :tail], bd.rotate(k[b, tokens - tail : tokens]))
         assert torch.equal(cache["tail_v"][b, :tail], v[b, tokens - tail : tokens])
     used = {int(p) for b in range(2) for p in cache["block_table"][b, : cache["packed_lens"][b] // 128]}
     assert (cache["pages"][sorted(set(range(9)) - used)] == NAN_BYTES).all()
@@ -297,7 +303,17 @@ def test_rejected_drafts_roll_back_by_lowering_seqlens() -> None:
     assert (cache["packed_lens"] == 128).all()
     blocks = cache["pages"][cache["block_table"][:, 0].long()]
     assert torch.equal(blocks[0], bd.quantize(k[0, :128], v[0, :128], APPEND_SPEC)[0])
-    assert torch.equal(cache["tail_k"][:, :12], k[:, 128:])
+    assert torch.equal(cache["tail_k"][:, :12], bd.rotate(k[:, 128:]))
+
+
+def test_rotated_and_unrotated_caches_attend_alike() -> None:
+    """Up to what 8 bits cost: blocks, tail and sinks all agree about the space they are in."""
+    results = []
+    for rotates in (False, True):
+        spec = bd.QuantSpec(k_bits=8, v_bits=8, k_group=32, v_group=32, rotate_k=rotates, rotate_v=rotates)
+        made = problem([(256, 40), (0, 90)], spec, num_sink=4)
+        results.append(made.decode(random_q(2, 2, 4, 64)))
+    assert relative_error(results[1], results[0].double()) < 5e-3
 
 
 # ---------------------------------------------------------------------------------------------- errors

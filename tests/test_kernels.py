@@ -105,7 +105,7 @@ def execute(config: bd.KernelConfig, made: compiler.Compiled, case: Problem, q: 
     q_tiles = -(-group * q_len // config.q_tile)
     counters = batch * num_kv_heads * q_tiles
     counters = -(-counters // 32) * 32  # of 4 bytes, to a multiple of 128
-    slots = grid * 2 * Plan(config).slot_bytes
+    slots = grid * 2 * Plan(config).partial_bytes
     workspace = np.concatenate((np.zeros(counters * 4, np.uint8), np.full(slots, 0xFF, np.uint8)))
     out = torch.full((batch, q_len, num_q_heads, head_dim), torch.nan).to(q.dtype)
     lse = np.full((batch, q_len, num_q_heads), np.nan, np.float32)

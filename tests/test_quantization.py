@@ -93,7 +93,7 @@ def scalar_group(x: np.ndarray, valid: np.ndarray, bits: int, symmetric: bool, c
         return scale, F(np.float16(lo / scale)) + F(0)
 
     def encode(scale, zero):
-        return np.clip(np.rint(x / scale - zero), F(0), levels)
+        return np.clip(np.rint(x * (F(1) / scale) - zero), F(0), levels)
 
     if clip == "mse":
         candidates = []
@@ -119,8 +119,12 @@ def scalar_hadamard(x: np.ndarray) -> np.ndarray:
     return x * F(1 / np.sqrt(h))
 
 
-def scalar_block(k: np.ndarray, v: np.ndarray, spec: bd.QuantSpec) -> bytes:
-    """k, v fp32 [tokens <= 128, head_dim] of one KV head -> the bytes of its block, one element at a time."""
+def conditioned(x: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(x), F(0), np.clip(x, -LIMIT, LIMIT)).astype(F)
+
+
+def scalar_block(k: torch.Tensor, v: torch.Tensor, spec: bd.QuantSpec) -> bytes:
+    """k, v [tokens <= 128, head_dim] of one KV head -> the bytes of its block, one element at a time."""
     tokens, head_dim = k.shape
     fmt = block_format(head_dim, spec)
     block = bytearray(fmt.block_bytes)
@@ -134,11 +138,12 @@ def scalar_block(k: np.ndarray, v: np.ndarray, spec: bd.QuantSpec) -> bytes:
         block[at : at + 2] = np.float16(value).tobytes()
 
     valid = np.arange(BLOCK_TOKENS) < tokens
-    for name, x in (("k", k), ("v", v)):
+    for name, tokens_of in (("k", k), ("v", v)):
         get = {f: getattr(spec, f"{name}_{f}") for f in ("bits", "group", "symmetric", "clip")}
-        x = np.where(np.isnan(x), F(0), np.clip(x, -LIMIT, LIMIT)).astype(F)
+        x = conditioned(tokens_of.float().numpy())
         if getattr(spec, f"rotate_{name}"):
             x = np.clip(np.stack([scalar_hadamard(row) for row in x]), -LIMIT, LIMIT)
+            x = conditioned(torch.from_numpy(x).to(tokens_of.dtype).float().numpy())
         x = np.concatenate((x, np.zeros((BLOCK_TOKENS - tokens, head_dim), F)))
         if name == "k" and spec.k_mean == "block":
             for c in range(head_dim):
@@ -179,7 +184,7 @@ def test_bytes_equal_the_scalar_model(name: str, head_dim: int, tokens: int) -> 
     k[7] = 0
     v[8] = -0.0
     with np.errstate(invalid="ignore", over="ignore"):
-        expected = scalar_block(k[:, 0].float().numpy(), v[:, 0].float().numpy(), spec)
+        expected = scalar_block(k[:, 0], v[:, 0], spec)
     got = bd.quantize(k, v, spec)
     assert got.shape == (1, 1, bd.block_bytes(head_dim, spec))
     assert got[0, 0].numpy().tobytes() == expected
@@ -191,7 +196,7 @@ def test_the_larger_factor_wins_ties(symmetric: bool) -> None:
     k, v = torch.randint(-3, 4, (2, 128, 1, 256), generator=torch.Generator().manual_seed(0)).float()
     flags = {"k_symmetric": symmetric, "v_symmetric": symmetric}
     spec = bd.QuantSpec(k_bits=2, v_bits=2, k_group=32, v_group=32, k_clip="mse", v_clip="mse", **flags)
-    assert bd.quantize(k, v, spec)[0, 0].numpy().tobytes() == scalar_block(k[:, 0].numpy(), v[:, 0].numpy(), spec)
+    assert bd.quantize(k, v, spec)[0, 0].numpy().tobytes() == scalar_block(k[:, 0], v[:, 0], spec)
 
 
 def test_zero_has_one_sign() -> None:

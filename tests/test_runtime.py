@@ -185,7 +185,7 @@ def test_kernels_reject_cpu_tensors():
     tensors = decode_tensors()
     workspace = torch.zeros(16, dtype=torch.uint8)
     with pytest.raises(InvalidArgument, match="q: is on cpu: kernels need CUDA tensors"):
-        native.function("decode")(handle, *tensors.values(), workspace, NO_WINDOW, 0.1, 0.0)
+        native.function("decode")(handle, *tensors.values(), workspace, NO_WINDOW, 0.1, 0.0, False, False)
 
 
 def test_registry_from_many_threads():
@@ -265,12 +265,6 @@ def test_without_a_compiler_the_error_names_the_remedy(monkeypatch):
         cuda.kernel_handle(KernelConfig(q_tile=56, stages=3))
     assert "BITDECODING_ARCH=sm90a pip install ." in str(caught.value)
     assert "pip install '.[jit]'" in str(caught.value)
-
-
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
-def test_rotation_by_matrix_equals_the_transform(head_dim):
-    x = torch.randn(3, 2, head_dim, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(cuda.rotate(x, torch.empty_like(x)), bd.hadamard(x), rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -369,7 +363,7 @@ def test_launch_passes_every_parameter(report_kernel):
     workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        native.function("decode")(handle, *tensors.values(), workspace, 77, 0.25, 0.0)
+        native.function("decode")(handle, *tensors.values(), workspace, 77, 0.25, 0.0, False, False)
     stream.synchronize()
     report = tensors["out"].view(torch.uint8).flatten()[:176].cpu()
     words = report[:120].view(torch.int64).tolist()
@@ -386,12 +380,12 @@ def test_launch_passes_every_parameter(report_kernel):
     sms = native.function("device_info")(0)["num_sms"]
     assert report[164:].view(torch.int32).tolist() == [2 * sms, 160, smem]
     with pytest.raises(InvalidArgument, match="workspace: has 128 bytes"):
-        native.function("decode")(handle, *tensors.values(), workspace[:128], 77, 0.25, 0.0)
+        native.function("decode")(handle, *tensors.values(), workspace[:128], 77, 0.25, 0.0, False, False)
     on_cpu = tensors | {"seqlens": tensors["seqlens"].cpu()}
     with pytest.raises(InvalidArgument, match="seqlens: is on cpu: q is on cuda:0"):
-        native.function("decode")(handle, *on_cpu.values(), workspace, 77, 0.25, 0.0)
+        native.function("decode")(handle, *on_cpu.values(), workspace, 77, 0.25, 0.0, False, False)
     bf16 = decode_tensors(torch.bfloat16, "cuda")
-    native.function("decode")(handle, *bf16.values(), workspace, 77, 0.25, 30.0)
+    native.function("decode")(handle, *bf16.values(), workspace, 77, 0.25, 30.0, False, False)
     report = bf16["out"].view(torch.uint8).flatten()[156:164].cpu()
     assert report[:4].view(torch.float32).item() == 30.0
     assert report[4:].view(torch.int32).item() == 1
@@ -439,4 +433,4 @@ def test_wrong_arch_is_a_typed_error():
     tensors = decode_tensors(device="cuda")
     workspace = torch.zeros(1 << 23, dtype=torch.uint8, device="cuda")
     with pytest.raises(bd.UnsupportedConfig, match=f"arch={arch}"):
-        native.function("decode")(handle, *tensors.values(), workspace, NO_WINDOW, 0.25, 0.0)
+        native.function("decode")(handle, *tensors.values(), workspace, NO_WINDOW, 0.25, 0.0, False, False)

@@ -14,7 +14,7 @@ from .cute_kernels.errors import (
     OutOfPages,
     UnsupportedConfig,
 )
-from .ops import append, block_bytes, decode, dequantize, merge, quantize
+from .ops import append, block_bytes, decode, dequantize, merge, quantize, rotate
 from .quantization import PRESETS, CachePolicy, hadamard, preset
 
 __all__ = [
@@ -38,4 +38,5 @@ __all__ = [
     "merge",
     "preset",
     "quantize",
+    "rotate",
 ]

@@ -184,13 +184,11 @@ def ours(
     q = torch.randn(q_shape, device=device, generator=generator).to(dtype)
     out = torch.empty_like(q)
 
-    # the kernel is what is timed: rotating q and out is a matrix product of its own before and after it
-    plain = spec.for_kernel()
     short = seqlens.clamp(max=CHECKED_TOKENS)
-    decode(q, pages[0], table, short, plain, out=out)
+    decode(q, pages[0], table, short, spec, out=out)
     got = out[0, 0].float().view(shape.num_kv_heads, -1, head_dim)
     held = pages[0][table[0, : -(-int(short[0]) // BLOCK_TOKENS)].long()].cpu()
-    k, v = (x[: int(short[0])].transpose(0, 1).to(device) for x in dequantize(held, head_dim, plain, torch.float32))
+    k, v = (x[: int(short[0])].transpose(0, 1).to(device) for x in dequantize(held, head_dim, spec, torch.float32))
     scores = q[0, 0].float().view_as(got) @ k.transpose(1, 2) * head_dim**-0.5
     want = scores.softmax(-1) @ v
     error = ((got - want).norm() / want.norm()).item()
@@ -198,7 +196,7 @@ def ours(
         raise BitDecodingError(f"{name} on {shape}: relative error {error:.1e} against fp32 attention, not timed")
 
     def call(i: int) -> object:
-        return decode(q, pages[i % copies], table, seqlens, plain, out=out)
+        return decode(q, pages[i % copies], table, seqlens, spec, out=out)
 
     return Candidate(name, call, copies, cache_bytes), error
 
@@ -248,7 +246,7 @@ def measure(
                 errors.append(None)
             except RuntimeError as reason:  # this backend cannot, or memory is short
                 print(f"{shape}: {name} left out: {str(reason).splitlines()[0]}", file=sys.stderr)
-    times = (graph_times if cuda else plain_times)(candidates, rounds)
+    times = (graph_times if cuda else spec_times)(candidates, rounds)
     host = [host_time(c) if cuda else None for c in candidates]
     best = min((us for us, c in zip(times, candidates, strict=True) if c.name.startswith("sdpa")), default=None)
     rows = []
@@ -288,7 +286,7 @@ def graph_times(candidates: list[Candidate], rounds: int) -> list[float]:
 
 
 def host_time(candidate: Candidate, calls: int = 200) -> float:
-    """Microseconds of the caller per plain call, few enough of them that the launch queue does not fill."""
+    """Microseconds of the caller per spec call, few enough of them that the launch queue does not fill."""
     for i in range(calls):
         candidate.call(i)
     torch.cuda.synchronize()
@@ -300,7 +298,7 @@ def host_time(candidate: Candidate, calls: int = 200) -> float:
     return taken / calls * 1e6
 
 
-def plain_times(candidates: list[Candidate], rounds: int) -> list[float]:
+def spec_times(candidates: list[Candidate], rounds: int) -> list[float]:
     """Microseconds per call on the CPU."""
     times: list[list[float]] = [[] for _ in candidates]
     for candidate in candidates:
@@ -314,7 +312,7 @@ def plain_times(candidates: list[Candidate], rounds: int) -> list[float]:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """GB/s of torch.sum over a large buffer, the best of several; a plain read kernel may be a little faster."""
+    """GB/s of torch.sum over a large buffer, the best of several; a spec read kernel may be a little faster."""
     buffer = torch.ones(READ_BYTES // 4, device=device)
     candidate = Candidate("read", lambda _: buffer.sum(), 1, READ_BYTES)
     return READ_BYTES / min(graph_times([candidate], 5)) / 1e3

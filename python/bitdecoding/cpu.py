@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .cute_kernels.config import QuantSpec
 from .cute_kernels.layouts import BLOCK_TOKENS
-from .quantization import CHUNK_VALUES, Codec, codec, hadamard
+from .quantization import CHUNK_VALUES, Codec, codec, hadamard, rotated
 
 Chunk = tuple[int, Tensor, Tensor]  # position of the first key; k, v fp32 [num_kv_heads, tokens, head_dim]
 
@@ -52,7 +52,7 @@ def decode(
     for b, (seqlen, packed_len) in enumerate(zip(seqlens, packed_lens, strict=True)):
         # rows of a KV head: (query head of its group, query)
         queries = q[b].float().unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
-        queries = queries * softmax_scale
+        queries = (hadamard(queries) if spec.rotate_k else queries) * softmax_scale
         newest = torch.arange(seqlen - q_len, seqlen).repeat(group)  # the last position that a row sees
         oldest = newest - window + 1 if window else torch.zeros_like(newest)
 
@@ -66,15 +66,13 @@ def decode(
         first_block = max(0, int(oldest[0]) - sinks) // BLOCK_TOKENS if q_len else 0
         packed = _unpack(blocks_of, pages, block_table[b], sinks, packed_len, first_block, blocks_at_once)
 
-        rotated = hadamard(queries) if spec.rotate_k else queries
-        packed_out, packed_lse = _attend(rotated, packed, oldest, newest, softcap)
-        if spec.rotate_v:
-            packed_out = hadamard(packed_out)
-        parts = [(packed_out, packed_lse), _attend(queries, unpacked, oldest, newest, softcap)]
+        parts = [_attend(queries, chunks, oldest, newest, softcap) for chunks in (packed, unpacked)]
         if sink_logits is not None:  # a key with this score and a value of zero
             logits = sink_logits.float().view(num_kv_heads, group, 1).expand(-1, -1, q_len).flatten(1)
-            parts.append((torch.zeros_like(packed_out), logits))
+            parts.append((torch.zeros_like(parts[0][0]), logits))
         merged_out, merged_lse = merge(*(torch.stack(x) for x in zip(*parts, strict=True)))
+        if spec.rotate_v:
+            merged_out = hadamard(merged_out)
 
         out[b] = merged_out.view(num_q_heads, q_len, head_dim).transpose(0, 1)
         lse[b] = merged_lse.view(num_q_heads, q_len).T
@@ -163,6 +161,7 @@ def append(
 
     Runs on any device, in step with the host.
     """
+    k_new, v_new = rotated(k_new, v_new, spec)
     num_sink = 0 if sink_k is None else sink_k.shape[1]
     due_pages: list[int] = []
     due_k: list[Tensor] = []  # [num_kv_heads, 128, head_dim] each

@@ -85,10 +85,6 @@ def decode(
             found = _workspaces[device, stream] = _new_workspace(device, plan.workspace_bytes)
         workspace = found
 
-    if spec.rotate_k:
-        tail_k, sink_k = _rotated(tail_k), _rotated(sink_k)
-    if spec.rotate_v:
-        tail_v, sink_v = _rotated(tail_v), _rotated(sink_v)
     if out is None:
         out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
@@ -98,32 +94,6 @@ def decode(
         plan.softmax_scale if softmax_scale is None else softmax_scale, softcap or 0.0, spec.rotate_k, spec.rotate_v,
     )  # fmt: skip
     return out if lse is None else (out, lse)
-
-
-# ---------------------------------------------------------------------------------------------- rotation
-
-
-@lru_cache(maxsize=None)
-def _signs(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Sylvester's Walsh-Hadamard matrix as +-1, block diagonal where head_dim is no power of two."""
-    size = head_dim & -head_dim
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < size:
-        matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
-    return torch.block_diag(*[matrix] * (head_dim // size)).to(dtype).to(device)
-
-
-def rotate(x: Tensor, out: Tensor) -> Tensor:
-    """:func:`bitdecoding.quantization.hadamard` in one launch: the sum is fp32, scaled there, and rounded once."""
-    head_dim = x.shape[-1]
-    signs = _signs(head_dim, x.dtype, x.device)
-    rows = out.view(-1, head_dim)
-    torch.addmm(rows, x.reshape(-1, head_dim), signs, beta=0, alpha=(head_dim & -head_dim) ** -0.5, out=rows)
-    return out
-
-
-def _rotated(x: Tensor | None) -> Tensor | None:
-    return None if x is None else rotate(x, torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
 # ---------------------------------------------------------------------------------------------- workspaces

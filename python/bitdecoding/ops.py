@@ -46,6 +46,16 @@ def quantize(k: Tensor, v: Tensor, spec: QuantSpec) -> Tensor:
 
 
 @torch.no_grad()
+def rotate(x: Tensor) -> Tensor:
+    """Tokens [.., head_dim] as tail and sinks hold them where a spec rotates: the normalised Walsh-Hadamard transform
+    over head_dim, in x's dtype (fp16, bf16 or fp32). NaN counts as 0, values beyond +-32768 as +-32768.
+    """
+    if not isinstance(x, Tensor) or x.dtype not in REAL_DTYPES or x.dim() < 1:
+        raise InvalidArgument(f"x: allowed is a tensor [.., head_dim] of {_names(REAL_DTYPES)}")
+    return quantization.rotate(x)
+
+
+@torch.no_grad()
 def dequantize(
     blocks: Tensor, head_dim: int, spec: QuantSpec, dtype: torch.dtype = torch.float16
 ) -> tuple[Tensor, Tensor]:
@@ -101,7 +111,8 @@ def decode(
     out: written and returned, like q, which it must not overlap.
     config: the kernel to use on CUDA; CPU tensors need none.
     All tensors contiguous and 16-byte aligned but pages, of which only the blocks must be. CPU tensors may be fp32.
-    q, tail, sinks and out are in the original space whether or not the spec rotates.
+    Where the spec rotates, tail and sinks hold rotated tokens, as :func:`append` writes them (:func:`rotate` for those
+    who write them on their own); q and out are in the original space.
     -> out; with return_lse also lse fp32 [batch, q_len, num_q_heads], the natural logarithm of the softmax's
     denominator (sink_logits included). A query that sees no key gives zeros, and -inf or its sink logit.
     """
@@ -167,11 +178,12 @@ def append(
     ``recent + 127`` tokens always suffices, whatever the number of new tokens, and at least ``recent`` tokens can be
     rolled back exactly (by lowering seqlens) after any append.
 
-    k_new, v_new: [batch, new_tokens, num_kv_heads, head_dim], fp16, bf16 or fp32.
+    k_new, v_new: [batch, new_tokens, num_kv_heads, head_dim], fp16, bf16 or fp32, in the original space.
     pages: uint8 [num_pages, num_kv_heads, block_bytes]. block_table: int32 [batch, max_pages]; the entries of blocks
         that get full must name pages that no other sequence uses.
     seqlens, packed_lens: int32 [batch] as for :func:`decode`, packed_lens multiples of 128; both are advanced.
-    tail_k, tail_v: [batch, tail_capacity >= recent + 127, num_kv_heads, head_dim], like k_new.
+    tail_k, tail_v: [batch, tail_capacity >= recent + 127, num_kv_heads, head_dim], like k_new; here and in the sinks
+        tokens are rotated where the spec rotates.
     sink_k, sink_v: [batch, num_sink, num_kv_heads, head_dim], like k_new.
     lengths: int32 [batch], how many of the new tokens count for each sequence; default: all.
     Raises OutOfPages where a row of the table has no entry left for a full block. Errors leave everything as it was.

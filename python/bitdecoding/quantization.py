@@ -4,11 +4,12 @@ A value is stored as ``x = scale * (code + zero)``, ``code`` in 0 .. 2**bits - 1
 group. Every step below is fp32, rounded to nearest even, with no fused multiply-add, so that a GPU kernel which
 follows it writes the same bytes:
 
-1. *Condition*: convert to fp32, NaN -> 0, clamp to +-32768.
-2. *Rotate* (``rotate_k`` / ``rotate_v``): :func:`hadamard` over the head dimension, clamp to +-32768 again.
+1. *Rotate* (``rotate_k`` / ``rotate_v``): :func:`rotate`, rounded to the dtype of the input, so that a rotated token
+   has one form, in which a cache also keeps its 16-bit tokens.
+2. *Condition*: convert to fp32, NaN -> 0, clamp to +-32768.
 3. *Centre* (``k_mean="block"``): subtract the block's channel mean, itself rounded to fp16.
 4. *Range* of each group over its valid tokens, *scale* and *zero* from it: :func:`_parameters`.
-5. ``code = clamp(rint(x / scale - zero), 0, levels)``.
+5. ``code = clamp(rint(x * inverse - zero), 0, levels)`` with ``inverse = 1 / scale``.
 
 Groups: K with ``k_axis="channel"`` has ``k_group`` tokens of one channel, K with ``k_axis="token"`` and V have
 ``k_group`` / ``v_group`` channels of one token. Tokens beyond the valid ones have code 0, parameters of groups
@@ -124,13 +125,15 @@ def hadamard(x: Tensor) -> Tensor:
     return y.reshape(x.shape) * h**-0.5
 
 
-def _condition(x: Tensor, rotate: bool) -> Tensor:
-    """Steps 1 and 2: finite fp32 values, rotated if asked for."""
+def _condition(x: Tensor) -> Tensor:
+    """Step 2: finite fp32 values."""
     x = x.to(torch.float32, copy=True).nan_to_num_(nan=0.0, posinf=VALUE_LIMIT, neginf=-VALUE_LIMIT)
-    x = x.clamp_(-VALUE_LIMIT, VALUE_LIMIT)
-    if rotate:
-        x = hadamard(x).clamp_(-VALUE_LIMIT, VALUE_LIMIT)
-    return x
+    return x.clamp_(-VALUE_LIMIT, VALUE_LIMIT)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Step 1: conditioned, through :func:`hadamard`, clamped, in x's dtype."""
+    return hadamard(_condition(x)).clamp_(-VALUE_LIMIT, VALUE_LIMIT).to(x.dtype)
 
 
 def _halving_sum(x: Tensor, dim: int) -> Tensor:
@@ -153,7 +156,7 @@ def _parameters(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> tuple[Ten
 
 def _encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Codes as fp32."""
-    return (x / scale).sub_(zero).round_().clamp_(0, (1 << bits) - 1)
+    return (x * (1.0 / scale)).sub_(zero).round_().clamp_(0, (1 << bits) - 1)
 
 
 def _quantise_groups(
@@ -273,7 +276,6 @@ class _Operand:
     symmetric: bool
     clip: str | float
     mean: bool
-    rotate: bool
 
     @property
     def group_dim(self) -> int:
@@ -311,8 +313,8 @@ class Codec:
         per_channel = spec.k_axis == "channel"
         mean = spec.k_mean == "block"
         s = spec
-        self.k = _Operand("k", s.k_bits, s.k_group, per_channel, s.k_symmetric, s.k_clip, mean, s.rotate_k)
-        self.v = _Operand("v", s.v_bits, s.v_group, False, s.v_symmetric, s.v_clip, False, s.rotate_v)
+        self.k = _Operand("k", s.k_bits, s.k_group, per_channel, s.k_symmetric, s.k_clip, mean)
+        self.v = _Operand("v", s.v_bits, s.v_group, False, s.v_symmetric, s.v_clip, False)
         bits = {"k_codes": s.k_bits, "v_codes": s.v_bits}
         self._packers = {
             name: _Codes(section, bits[name], device) if name in bits else _Params(section, device)
@@ -320,14 +322,14 @@ class Codec:
         }
 
     def encode(self, k: Tensor, v: Tensor, count: Tensor | None = None) -> Tensor:
-        """k, v [.., 128, head_dim] fp16, bf16 or fp32 -> uint8 [.., block_bytes].
+        """k, v [.., 128, head_dim] fp16, bf16 or fp32, rotated where the spec rotates -> uint8 [.., block_bytes].
 
         count: int, broadcastable to [.., 1, 1], valid tokens of each block, at least 1; None: all 128.
         """
         blocks = torch.zeros(*k.shape[:-2], self.format.block_bytes, dtype=torch.uint8, device=k.device)
         valid = None if count is None else torch.arange(BLOCK_TOKENS, device=k.device)[:, None] < count
         for op, x in ((self.k, k), (self.v, v)):
-            x = _condition(x, op.rotate)
+            x = _condition(x)
             if op.mean:
                 total = _halving_sum(x if valid is None else x.masked_fill(~valid, 0.0), -2)
                 inverse = 1.0 / (x.new_tensor(BLOCK_TOKENS) if count is None else count).float()
@@ -379,6 +381,11 @@ def codec(head_dim: int, spec: QuantSpec, device: torch.device = CPU) -> Codec:
     return Codec(head_dim, spec, device)
 
 
+def rotated(k: Tensor, v: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """k and v as a cache holds them."""
+    return rotate(k) if spec.rotate_k else k, rotate(v) if spec.rotate_v else v
+
+
 def quantise(k: Tensor, v: Tensor, spec: QuantSpec) -> Tensor:
     """k, v [num_tokens, num_kv_heads, head_dim] -> uint8 [ceil(num_tokens / 128), num_kv_heads, block_bytes]."""
     num_tokens, num_kv_heads, head_dim = k.shape
@@ -389,6 +396,7 @@ def quantise(k: Tensor, v: Tensor, spec: QuantSpec) -> Tensor:
     for start in range(0, num_tokens, step):
         # blocks [n, num_kv_heads, 128, head_dim] of this chunk; only the very last one may be partial
         chunk_k, chunk_v = (x[start : start + step] for x in (k, v))
+        chunk_k, chunk_v = rotated(chunk_k, chunk_v, spec)
         tokens = chunk_k.shape[0]
         padding = -tokens % BLOCK_TOKENS
         count = None

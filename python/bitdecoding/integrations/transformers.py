@@ -37,7 +37,7 @@ from .. import ops
 from ..cache import KVCache
 from ..cute_kernels.config import QuantSpec
 from ..cute_kernels.errors import InvalidArgument, UnsupportedConfig
-from ..quantization import CachePolicy, preset
+from ..quantization import CachePolicy, preset, rotated
 
 NAME = "bitdecoding"  # of the attention and of the mask function
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -373,6 +373,7 @@ def _decode_with(kv: KVCache, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor |
     lengths: int32 [batch], how many of the new tokens count; the others come last. Otherwise as for `bd.decode`.
     """
     batch, new_tokens = k.shape[:2]
+    k, v = rotated(k, v, kv.quant)
     if lengths is None:
         lengths = torch.full_like(kv.seqlens, new_tokens)
     row = torch.arange(batch, device=k.device)[:, None].expand(batch, new_tokens)
