@@ -246,7 +246,7 @@ def measure(
                 errors.append(None)
             except RuntimeError as reason:  # this backend cannot, or memory is short
                 print(f"{shape}: {name} left out: {str(reason).splitlines()[0]}", file=sys.stderr)
-    times = (graph_times if cuda else spec_times)(candidates, rounds)
+    times = (graph_times if cuda else plain_times)(candidates, rounds)
     host = [host_time(c) if cuda else None for c in candidates]
     best = min((us for us, c in zip(times, candidates, strict=True) if c.name.startswith("sdpa")), default=None)
     rows = []
@@ -286,7 +286,7 @@ def graph_times(candidates: list[Candidate], rounds: int) -> list[float]:
 
 
 def host_time(candidate: Candidate, calls: int = 200) -> float:
-    """Microseconds of the caller per spec call, few enough of them that the launch queue does not fill."""
+    """Microseconds of the caller per plain call, few enough of them that the launch queue does not fill."""
     for i in range(calls):
         candidate.call(i)
     torch.cuda.synchronize()
@@ -298,7 +298,7 @@ def host_time(candidate: Candidate, calls: int = 200) -> float:
     return taken / calls * 1e6
 
 
-def spec_times(candidates: list[Candidate], rounds: int) -> list[float]:
+def plain_times(candidates: list[Candidate], rounds: int) -> list[float]:
     """Microseconds per call on the CPU."""
     times: list[list[float]] = [[] for _ in candidates]
     for candidate in candidates:
@@ -312,7 +312,7 @@ def spec_times(candidates: list[Candidate], rounds: int) -> list[float]:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """GB/s of torch.sum over a large buffer, the best of several; a spec read kernel may be a little faster."""
+    """GB/s of torch.sum over a large buffer, the best of several; a plain read kernel may be a little faster."""
     buffer = torch.ones(READ_BYTES // 4, device=device)
     candidate = Candidate("read", lambda _: buffer.sum(), 1, READ_BYTES)
     return READ_BYTES / min(graph_times([candidate], 5)) / 1e3
