@@ -1,48 +1,216 @@
-"""`bitdecoding bench` on the CPU: small shapes, the table, the JSON, the errors."""
+"""`bitdecoding bench` on the CPU: small shapes, suites, the table, the JSON, the plots, the rivals, the errors."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
+import types
 
 import pytest
 import torch
+from attention_reference import attention
 
 import bitdecoding as bd
-from bitdecoding import bench
+from bitdecoding import bench, candidates
+from bitdecoding.candidates import LowBitCache, Rivals, Shape
 from bitdecoding.cli import main
+
+CPU = torch.device("cpu")
+SMALL = ["bench", "--device", "cpu", "--rounds", "2", "--head-dim", "64", "--ceiling", "10"]
 
 
 def test_the_table_and_the_json(tmp_path, capsys) -> None:
     out = tmp_path / "bench.json"
-    shapes = "1,8,2,300;2,4,4,256"
-    assert (
-        main(["bench", "--device", "cpu", "--shapes", shapes, "--rounds", "2", "--head-dim", "64", "--out", str(out)])
-        == 0
-    )
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 2 * 3
+    assert main([*SMALL, "--shapes", "1,8,2,300;2,4,4,256", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert lines[0] == "cpu, read bandwidth 10.0 GB/s"
+    assert "vs sdpa" in lines[1]
+    assert len(lines) == 2 + 2 * 3 + 2
+    assert lines[-1].startswith("kc2 against sdpa: ")
     report = json.loads(out.read_text())
+    assert report["head_dim"] == 64
+    assert report["left_out"] == {}
     rows = report["rows"]
-    assert [row["candidate"] for row in rows[:3]] == ["kc4", "kc2", "sdpa"]
-    assert all(row["us"] > 0 and row["gb_per_s"] > 0 for row in rows)
+    assert [row["candidate"] for row in rows] == ["kc4", "kc2", "sdpa"] * 2
     for row in rows:
-        assert (row["error"] is None) == (row["candidate"] == "sdpa")
-        assert (row["speedup"] is None) == (row["candidate"] == "sdpa")
-        if row["error"] is not None:
-            assert 0 < row["error"] < 1e-3
-    assert rows[0]["shape"] == "1, 8/2, 300"
+        assert row["us"] == row["plain_us"] > 0
+        assert row["host_us"] is None
+        assert row["gb_per_s"] == pytest.approx(row["cache_bytes"] / row["us"] / 1e3)
+        assert row["percent_of_read"] == pytest.approx(10 * row["gb_per_s"])
+    for ours, rival in ((rows[0], rows[2]), (rows[1], rows[2]), (rows[3], rows[5])):
+        assert 0 < ours["error"] < 1e-3
+        assert ours["ratios"] == {"sdpa": rival["us"] / ours["us"]}
+        assert rival["error"] is None
+        assert rival["ratios"] == {}
+    assert [rows[0][key] for key in ("shape", "batch", "tokens")] == ["1, 8/2, 300", 1, 300]
+
+    assert main(["bench", "--load", str(out)]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_a_report_is_written_after_every_shape(tmp_path, monkeypatch) -> None:
+    out = tmp_path / "bench.json"
+    measure = bench.measure
+
+    def fails_at_the_second(found, *args):
+        if found[0].cache_bytes > 100_000:
+            raise KeyboardInterrupt
+        return measure(found, *args)
+
+    monkeypatch.setattr(bench, "measure", fails_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        main([*SMALL, "--shapes", "1,2,2,100;1,2,2,2000", "--out", str(out)])
+    assert {row["tokens"] for row in json.loads(out.read_text())["rows"]} == {100}
+
+
+def test_suites() -> None:
+    for suite in bench.SUITES:
+        for cuda in (False, True):
+            shapes = bench.shapes_of(suite, cuda)
+            assert len(set(shapes)) == len(shapes)
+            assert cuda or max(sum(shape.lengths) for shape in shapes) <= bench.MAX_CPU_TOKENS
+    lengths = bench.shapes_of("length", True)
+    batches = bench.shapes_of("batch", True)
+    for heads in ((32, 8), (32, 32)):
+        assert [s.tokens for s in lengths if s[1:] == heads] == [1, 16, 128, 512, *(1024 << i for i in range(8))]
+        assert [s.batch for s in batches if s[1:] == heads and s.tokens == 8192] == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_sweeps_are_drawn(tmp_path, capsys, monkeypatch) -> None:
+    out = tmp_path / "a.json"
+    monkeypatch.setattr(bench, "LENGTHS", (1, 130, 300))
+    monkeypatch.setattr(bench, "BATCHES", (1, 2, 4))
+    monkeypatch.setattr(bench, "BATCH_TOKENS", {False: (40,)})
+    monkeypatch.setattr(bench, "HEADS", ((4, 2), (2, 2)))
+    assert main([*SMALL, "--suite", "length", "batch", "--out", str(out), "--plot"]) == 0
+    for name in ("a-length.png", "a-batch.png"):
+        assert f"wrote {tmp_path / name}" in capsys.readouterr().out or name == "a-batch.png"
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    report = bench.Report.from_json(out.read_text())
+    panels = bench.sweeps(report.rows, "tokens")
+    assert list(panels) == ["4/2 heads, batch 1", "2/2 heads, batch 1"]
+    assert {row.tokens for row in panels["2/2 heads, batch 1"]} == {1, 40, 130, 300}
+    panels = bench.sweeps(report.rows, "batch")
+    assert list(panels) == ["4/2 heads, 40 tokens", "2/2 heads, 40 tokens"]
+    (tmp_path / "a-length.png").unlink()
+    assert main(["bench", "--load", str(out), "--plot"]) == 0
+    assert (tmp_path / "a-length.png").is_file()
+
+
+def test_a_plot_needs_a_place_and_matplotlib(monkeypatch, capsys, tmp_path) -> None:
+    assert main(["bench", "--plot"]) == 2
+    assert "--out FILE" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench", "--plot", "--out", str(tmp_path / "a.json")]) == 2
+    assert "pip install '.[bench]'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [1]}', '{"rows": [], "x": 1}', "\0"])
+def test_what_is_no_report_is_not_loaded(text: str, tmp_path, capsys) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    assert main(["bench", "--load", str(path)]) == 2
+    assert "not a report" in capsys.readouterr().err
+    assert main(["bench", "--load", str(tmp_path / "none.json")]) == 2
+    assert "No such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["kc4", "kc2", "kv8", "kv2"])
 def test_random_pages_hold_values_of_unit_size(name: str) -> None:
     spec = bd.preset(name, head_dim=64)[0].for_kernel()
-    pages = bench.random_pages(spec, 64, 3, 2, torch.Generator().manual_seed(0))
+    pages = candidates.random_pages(spec, 64, 3, 2, torch.Generator().manual_seed(0))
     for x in bd.dequantize(pages, 64, spec, torch.float32):
         assert x.isfinite().all()
         assert 0.5 < x.std() < 2
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 128, 259, 260, 261, 400, 5000])
+@pytest.mark.parametrize("name", ["kc4", "kv4", "kv2"])
+def test_the_cache_is_split_as_kvcache_splits_it(name: str, tokens: int) -> None:
+    cache = LowBitCache(name, Shape((tokens, 7), 4, 2), 64, torch.float16, CPU)
+    spec, policy = bd.preset(name, 64)
+    kept = bd.KVCache(
+        batch_size=1, max_tokens=tokens, num_kv_heads=2, head_dim=64, quant=spec, **vars(policy), dtype=torch.float16,
+        device="cpu",
+    )  # fmt: skip
+    kept.append(*torch.randn(2, 1, tokens, 2, 64, dtype=torch.float16))
+    assert cache.packed[0] == kept.packed_lens[0]
+    assert cache.sinks[0] + cache.packed[0] + cache.tails[0] == tokens
+    used = kept.used_nbytes + 7 * 2 * 2 * 64 * 2
+    assert cache.cache_bytes == used
+    assert cache.error() < 1e-3
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(LowBitCache, "error", lambda self: float("nan"))
+    assert main([*SMALL, "--shapes", "1,2,2,100"]) == 2
+    assert "relative error nan" in capsys.readouterr().err
+
+
+class FakeFlashInfer:
+    """What the benchmark uses of FlashInfer, by its documentation, over the tests' reference."""
+
+    def __init__(self, workspace, kv_layout, use_tensor_cores):
+        assert kv_layout == "NHD"
+
+    def plan(
+        self, indptr, indices, last_page_len, q_heads, kv_heads, head_dim, page_size, *, q_data_type, kv_data_type
+    ):
+        self.tables = [indices[a:b].tolist() for a, b in itertools.pairwise(indptr)]
+        self.lengths = [(len(t) - 1) * page_size + n for t, n in zip(self.tables, last_page_len.tolist(), strict=True)]
+
+    def run(self, q, kv):
+        self.seen = [
+            kv[table].transpose(0, 1).flatten(1, 2)[:, :n] for table, n in zip(self.tables, self.lengths, strict=True)
+        ]
+        return torch.stack([attention(q[b : b + 1], *seen)[0][0] for b, seen in enumerate(self.seen)])
+
+
+def test_flashinfer_sees_every_token(monkeypatch) -> None:
+    made = []
+    fake = types.SimpleNamespace(
+        BatchDecodeWithPagedKVCacheWrapper=lambda *args, **options: (
+            made.append(FakeFlashInfer(*args, **options)) or made[0]
+        )
+    )
+    monkeypatch.setitem(sys.modules, "flashinfer", fake)
+    monkeypatch.setattr(candidates, "FLASHINFER_WORKSPACE", 1024)
+    shape = Shape((1, 16, 17, 100), 4, 2)
+    candidate = Rivals(shape, 64, torch.float32, CPU).candidate("flashinfer")
+    assert candidate.call(5).shape == (4, 4, 64)
+    assert candidate.cache_bytes == 2 * 134 * 2 * 64 * 4
+    assert [seen.shape for seen in made[0].seen] == [(2, n, 2, 64) for n in shape.lengths]
+    assert made[0].tables == [[0], [1], [2, 3], [*range(4, 11)]]
+
+
+def test_rivals_that_cannot_are_named(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    monkeypatch.setattr(Rivals, "names", ("sdpa", "flashinfer"))
+    out = tmp_path / "a.json"
+    assert main([*SMALL, "--shapes", "1,2,2,100", "--out", str(out)]) == 0
+    assert "left out: flashinfer on 1, 2/2, 100: " in capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert list(report["left_out"]) == ["flashinfer on 1, 2/2, 100"]
+    assert [row["candidate"] for row in report["rows"]] == ["kc4", "kc2", "sdpa"]
 
 
 @pytest.mark.parametrize("shapes", ["1,8", "1,8,3,100", "0,8,2,100", "1,8,2,x"])
 def test_shapes_that_make_no_sense(shapes: str, capsys) -> None:
     assert main(["bench", "--device", "cpu", "--shapes", shapes]) == 2
     assert shapes in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path) -> None:
+    out = tmp_path / "a.json"
+    shapes = "1,8,2,1;1,8,2,1000;2,4,4,4096"
+    assert main(["bench", "--shapes", shapes, "--presets", "kc4", "kv4", "--rounds", "2", "--out", str(out)]) == 0
+    rows = bench.Report.from_json(out.read_text()).rows
+    assert {"sdpa flash"} <= {row.candidate for row in rows}
+    for row in rows:
+        assert 0 < row.us < row.plain_us
+        assert row.host_us > 0
+        assert row.cold == (row.cache_bytes >= 300 << 20 >> 11)

@@ -30,7 +30,7 @@ FORBIDDEN = {
     "bitdecoding": {"cutlass", "cuda"},
 }
 NO_COMPILER = {"errors", "layouts", "native", "config", "pack", "__init__"}
-OPTIONAL = {"transformers", "gguf", "matplotlib"}  # of extras: below the integrations nothing may need them
+OPTIONAL = {"transformers", "gguf", "matplotlib", "flashinfer"}  # of extras: below the integrations nothing may need them
 
 
 def layer(module):

@@ -1,333 +1,330 @@
-"""`bitdecoding bench`: decode attention over a low-bit cache against torch SDPA on a 16-bit one, in one process.
+"""`bitdecoding bench`: decode attention over a low-bit cache against rivals on a 16-bit one, in one process.
 
-On a GPU a time is the median of CUDA-graph replays, taken in turn over all candidates; a graph holds one call per copy
-of the cache, and the copies together exceed the L2 cache. On a CPU it is the median of plain calls.
+The rivals are torch SDPA and, where it is installed, FlashInfer. How times are taken is in :mod:`bitdecoding.timing`;
+a report (JSON) holds everything that the table and the plots show.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from .cute_kernels.config import QuantSpec
+from .candidates import LowBitCache, Rivals, Shape, parse_shapes
 from .cute_kernels.errors import BitDecodingError, InvalidArgument
-from .cute_kernels.layouts import BLOCK_TOKENS, block_format, symmetric_zero
-from .ops import block_bytes, decode, dequantize
-from .quantization import preset
+from .timing import measure, read_bandwidth
 
-SHAPES_CUDA = "1,32,8,1024;1,32,8,8192;1,32,8,131072;8,32,8,32768;1,32,32,131072;64,32,8,8192;ragged"
-SHAPES_CPU = "1,32,8,4096;1,32,8,16384"
-RAGGED = tuple(1024 * n for n in (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128))
-COLD_BYTES = 300 << 20  # of cache copies in rotation: six times the L2 cache of an H100
-MIN_CALLS = 8  # per graph
-MAX_COPIES = 64
-READ_BYTES = 2 << 30  # of the buffer whose sum stands for the read bandwidth
-CHECKED_TOKENS = 4096  # of a sequence that is compared with fp32 attention
+MAIN_CUDA = "1,32,8,1024;1,32,8,8192;1,32,8,131072;8,32,8,32768;1,32,32,131072;64,32,8,8192;ragged"
+MAIN_CPU = "1,32,8,4096;1,32,8,16384"
+HEADS = ((32, 8), (32, 32))  # of the sweeps: GQA and MHA
+LENGTHS = (1, 16, 128, 512, *(1024 << i for i in range(8)))  # to 128K
+BATCHES = tuple(1 << i for i in range(7))  # to 64
+BATCH_TOKENS = {True: (1024, 8192), False: (256,)}  # of each sequence in the batch sweep, on a GPU or not
+MAX_CPU_TOKENS = 16384  # of a sweep on a CPU
+SUITES = ("main", "length", "batch")
+MIN_POINTS = 3  # of a plot
 MAX_ERROR = 1e-2
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Shape(NamedTuple):
-    """A problem: the tokens of each sequence, and the heads."""
-
-    lengths: tuple[int, ...]
-    num_q_heads: int
-    num_kv_heads: int
-
-    def __str__(self) -> str:
-        tokens = str(self.lengths[0]) if len(set(self.lengths)) == 1 else f"{min(self.lengths)}-{max(self.lengths)}"
-        return f"{len(self.lengths)}, {self.num_q_heads}/{self.num_kv_heads}, {tokens}"
-
-
-@dataclass
-class Candidate:
-    """One way to do a shape: ``call(i)`` works on the i-th copy of the cache."""
-
-    name: str
-    call: Callable[[int], object]
-    copies: int
-    cache_bytes: int
-
-
 @dataclass
 class Row:
-    """A measured candidate. us: time per call; host_us: of the caller, without waiting for the device (GPU only)."""
+    """A measured candidate; times in microseconds, see :class:`bitdecoding.timing.Times`."""
 
     shape: str
+    batch: int
+    num_q_heads: int
+    num_kv_heads: int
+    tokens: int | None  # None: ragged
     candidate: str
     us: float
+    plain_us: float
     host_us: float | None
+    cache_bytes: int
     gb_per_s: float
-    percent_of_read: float | None
-    speedup: float | None  # over the fastest SDPA
-    error: float | None  # relative, of our result against fp32 attention
+    percent_of_read: float
+    cold: bool  # the copies in rotation exceed the L2 cache
+    error: float | None  # relative, of our result against fp32 attention; None: a rival
+    ratios: dict[str, float]  # rival -> its time over ours; empty for a rival
+
+    @property
+    def ours(self) -> bool:
+        return self.error is not None
+
+
+@dataclass
+class Report:
+    """What a run of the command measured, and where."""
+
+    command: str
+    date: str
+    device: str
+    torch: str
+    head_dim: int
+    dtype: str
+    ceiling_gb_per_s: float  # of reading
+    rows: list[Row] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)  # "candidate on shape" -> why
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The inverse of to_json; raises InvalidArgument for anything else."""
+        try:
+            values = json.loads(text)
+            report = cls(**values | {"rows": [Row(**row) for row in values["rows"]]})
+        except (ValueError, TypeError, KeyError) as error:
+            raise InvalidArgument(f"not a report of this version of bitdecoding bench: {error}") from None
+        return report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--shapes", help="batch,num_q_heads,num_kv_heads,tokens;... ('ragged': 16 sequences, 1K to 128K)"
+        "--suite", nargs="+", choices=SUITES, default=["main"],
+        help="main (default); length: 1 token to 128K, batch 1; batch: 1 to 64 sequences; both for GQA and MHA",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shapes",
+        help="instead of a suite: batch,num_q_heads,num_kv_heads,tokens;... ('ragged': 16 sequences, 1K to 128K)",
     )
     parser.add_argument("--presets", nargs="+", default=["kc4", "kc2"], metavar="NAME", help="default: kc4 kc2")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of q, out and the 16-bit cache")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of which the median counts (default: 15)")
-    parser.add_argument("--no-rivals", action="store_true", help="without SDPA")
+    parser.add_argument("--no-rivals", action="store_true", help="without SDPA and FlashInfer")
     parser.add_argument("--ceiling", type=float, metavar="GB/S", help="read bandwidth (default: measured by torch.sum)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the report as JSON, after every shape")
+    parser.add_argument("--load", type=Path, metavar="FILE", help="show such a report again instead of measuring")
+    parser.add_argument("--plot", action="store_true", help="draw the sweeps over length and batch, PNGs next to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cuda = device.type == "cuda"
-    shapes = parse_shapes(args.shapes or (SHAPES_CUDA if cuda else SHAPES_CPU))
-    specs = {name: preset(name, args.head_dim)[0] for name in args.presets}
-    if args.rounds < 1:
-        raise InvalidArgument(f"rounds={args.rounds}: allowed are integers from 1")
-    ceiling = args.ceiling or (read_bandwidth(device) if cuda else None)
-    rows: list[Row] = []
-    for shape in tqdm(shapes, desc="shapes", file=sys.stderr):
-        rows += measure(
-            shape, specs, args.head_dim, DTYPES[args.dtype], device, args.rounds, ceiling, not args.no_rivals
-        )
-    print(format_table(rows, ceiling))
-    if args.out is not None:
-        report = {
-            "command": " ".join(sys.argv),
-            "date": datetime.now().isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-            "torch": torch.__version__,
-            "ceiling_gb_per_s": ceiling,
-            "rows": [asdict(row) for row in rows],
-        }
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    file = args.out or args.load
+    if args.plot and file is None:
+        raise InvalidArgument("--plot: needs --out FILE or --load FILE, next to which the plots are written")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise InvalidArgument("--plot: needs matplotlib; pip install '.[bench]'")
+    report = measure_all(args) if args.load is None else load(args.load)
+    print(format_table(report))
+    if args.plot:
+        for path in plot(report, file):
+            print(f"wrote {path}")
     return 0
 
 
-def parse_shapes(text: str) -> list[Shape]:
-    """ "batch,num_q_heads,num_kv_heads,tokens;..." or "ragged" -> Shapes; raises InvalidArgument."""
-    shapes = []
-    for part in filter(None, text.split(";")):
-        if part == "ragged":
-            shapes.append(Shape(RAGGED, 32, 8))
-            continue
-        try:
-            batch, num_q_heads, num_kv_heads, tokens = map(int, part.split(","))
-        except ValueError:
-            batch = 0
-        if batch < 1 or min(num_q_heads, num_kv_heads, tokens) < 1 or num_q_heads % num_kv_heads:
-            raise InvalidArgument(
-                f"shapes: {part!r}: allowed are 'ragged' and batch,num_q_heads,num_kv_heads,tokens, all positive, "
-                "num_q_heads a multiple of num_kv_heads"
-            )
-        shapes.append(Shape((tokens,) * batch, num_q_heads, num_kv_heads))
-    return shapes
+def load(path: Path) -> Report:
+    try:
+        return Report.from_json(path.read_text())
+    except OSError as error:
+        raise InvalidArgument(f"--load {path}: {error.strerror}") from None
+    except (InvalidArgument, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"--load {path}: {error}") from None
 
 
-# ---------------------------------------------------------------------------------------------- candidates
+# ---------------------------------------------------------------------------------------------- measuring
 
 
-def random_pages(
-    spec: QuantSpec, head_dim: int, num_pages: int, num_kv_heads: int, generator: torch.Generator
-) -> Tensor:
-    """Pages of random codes with parameters that make values of about unit size."""
-    fmt = block_format(head_dim, spec)
-    device = generator.device
-    shape = (num_pages, num_kv_heads, fmt.block_bytes)
-    pages = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
-    for operand, bits in (("k", spec.k_bits), ("v", spec.v_bits)):
-        centre, step = symmetric_zero(bits), 3.5 / ((1 << bits) - 1)
-        for part, low, high in (
-            ("scale", step / 2, 1.5 * step),
-            ("zero", 1.2 * centre, 0.8 * centre),
-            ("mean", -0.5, 0.5),
-        ):
-            section = fmt.sections.get(f"{operand}_{part}")
-            if section is None:
-                continue
-            values = torch.rand((*shape[:2], section.nbytes // 2), device=device, generator=generator)
-            target = pages[..., section.offset : section.offset + section.nbytes]
-            target.copy_((low + (high - low) * values).half().view(torch.uint8))
-    return pages
+def shapes_of(suite: str, cuda: bool) -> list[Shape]:
+    """The problems of a suite on a GPU or a CPU."""
+    if suite == "main":
+        return parse_shapes(MAIN_CUDA if cuda else MAIN_CPU)
+    if suite == "length":
+        lengths = [n for n in LENGTHS if cuda or n <= MAX_CPU_TOKENS]
+        return [Shape((n,), *heads) for heads, n in itertools.product(HEADS, lengths)]
+    return [Shape((n,) * b, *heads) for heads, n, b in itertools.product(HEADS, BATCH_TOKENS[cuda], BATCHES)]
 
 
-def ours(
-    name: str, spec: QuantSpec, shape: Shape, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Candidate, float]:
-    """Our decode with the whole cache in pages, and its relative error on a sequence that was checked."""
-    generator = torch.Generator(device).manual_seed(0)
-    blocks = [-(-n // BLOCK_TOKENS) for n in shape.lengths]
-    cache_bytes = sum(blocks) * shape.num_kv_heads * block_bytes(head_dim, spec)
-    copies = copies_of(cache_bytes, device)
-    pages = [random_pages(spec, head_dim, sum(blocks), shape.num_kv_heads, generator)]
-    pages += [pages[0].clone() for _ in range(copies - 1)]
-    table = torch.zeros(len(blocks), max(blocks), dtype=torch.int32, device=device)
-    used = torch.randperm(sum(blocks), device=device, generator=generator).int().split(blocks)
-    for row, entries in zip(table, used, strict=True):
-        row[: len(entries)] = entries
-    seqlens = torch.tensor(shape.lengths, dtype=torch.int32, device=device)
-    q_shape = (len(blocks), 1, shape.num_q_heads, head_dim)
-    q = torch.randn(q_shape, device=device, generator=generator).to(dtype)
-    out = torch.empty_like(q)
-
-    short = seqlens.clamp(max=CHECKED_TOKENS)
-    decode(q, pages[0], table, short, spec, out=out)
-    got = out[0, 0].float().view(shape.num_kv_heads, -1, head_dim)
-    held = pages[0][table[0, : -(-int(short[0]) // BLOCK_TOKENS)].long()].cpu()
-    k, v = (x[: int(short[0])].transpose(0, 1).to(device) for x in dequantize(held, head_dim, spec, torch.float32))
-    scores = q[0, 0].float().view_as(got) @ k.transpose(1, 2) * head_dim**-0.5
-    want = scores.softmax(-1) @ v
-    error = ((got - want).norm() / want.norm()).item()
-    if not error < MAX_ERROR:
-        raise BitDecodingError(f"{name} on {shape}: relative error {error:.1e} against fp32 attention, not timed")
-
-    def call(i: int) -> object:
-        return decode(q, pages[i % copies], table, seqlens, spec, out=out)
-
-    return Candidate(name, call, copies, cache_bytes), error
-
-
-def sdpa(name: str, backend: SDPBackend | None, shape: Shape, head_dim: int, dtype: torch.dtype, device: torch.device):
-    """torch SDPA on a 16-bit cache, with its own choice of backend for None."""
-    batch, tokens = len(shape.lengths), shape.lengths[0]
-    cache_bytes = 2 * batch * shape.num_kv_heads * tokens * head_dim * dtype.itemsize
-    copies = copies_of(cache_bytes, device)
-    size = (2, batch, shape.num_kv_heads, tokens, head_dim)
-    caches = [torch.randn(size, dtype=dtype, device=device) for _ in range(copies)]
-    q = torch.randn(batch, shape.num_q_heads, 1, head_dim, dtype=dtype, device=device)
-    grouped = shape.num_q_heads != shape.num_kv_heads
-
-    def call(i: int) -> Tensor:
-        k, v = caches[i % copies]
-        if backend is None:
-            return scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
-        with sdpa_kernel(backend):
-            return scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
-
-    call(0)  # raises where the backend cannot
-    return Candidate(name, call, copies, cache_bytes)
-
-
-def copies_of(cache_bytes: int, device: torch.device) -> int:
-    return min(MAX_COPIES, COLD_BYTES // cache_bytes + 1) if device.type == "cuda" else 1
-
-
-# ---------------------------------------------------------------------------------------------- timing
-
-
-def measure(
-    shape: Shape, specs: dict[str, QuantSpec], head_dim: int, dtype: torch.dtype, device: torch.device, rounds: int,
-    ceiling: float | None, rivals: bool,
-) -> list[Row]:  # fmt: skip
-    """All candidates on one shape, taking turns."""
+def measure_all(args: argparse.Namespace) -> Report:
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda = device.type == "cuda"
-    made = [ours(name, spec, shape, head_dim, dtype, device) for name, spec in specs.items()]
-    candidates = [candidate for candidate, _ in made]
-    errors: list[float | None] = [error for _, error in made]
-    if rivals and len(set(shape.lengths)) == 1:
-        flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-        for name, backend in (("sdpa flash", flash), ("sdpa cudnn", cudnn)) if cuda else (("sdpa", None),):
+    if cuda:
+        torch.cuda.set_device(device)
+    if args.rounds < 1:
+        raise InvalidArgument(f"rounds={args.rounds}: allowed are integers from 1")
+    if args.shapes is None:
+        shapes = [shape for suite in args.suite for shape in shapes_of(suite, cuda)]
+    else:
+        shapes = parse_shapes(args.shapes)
+    report = Report(
+        command=" ".join(["bitdecoding", *sys.argv[1:]]),
+        date=datetime.now().isoformat(timespec="seconds"),
+        device=torch.cuda.get_device_name(device) if cuda else "cpu",
+        torch=torch.__version__,
+        head_dim=args.head_dim,
+        dtype=args.dtype,
+        ceiling_gb_per_s=args.ceiling or read_bandwidth(device),
+    )
+    with tqdm(dict.fromkeys(shapes), unit=" shapes", file=sys.stderr) as bar:
+        for shape in bar:
+            bar.set_description(str(shape))
+            measure_shape(report, shape, args.presets, device, args.rounds, not args.no_rivals)
+            if args.out is not None:
+                args.out.write_text(report.to_json())
+            if cuda:
+                torch.cuda.empty_cache()  # the caches of the next shape have other sizes
+    return report
+
+
+def measure_shape(
+    report: Report, shape: Shape, presets: Iterable[str], device: torch.device, rounds: int, with_rivals: bool
+) -> None:
+    """Add the rows of all candidates on one shape, taking turns."""
+    dtype = DTYPES[report.dtype]
+    caches = [LowBitCache(name, shape, report.head_dim, dtype, device) for name in presets]
+    errors: list[float | None] = [cache.error() for cache in caches]
+    for cache, error in zip(caches, errors, strict=True):
+        if not error < MAX_ERROR:
+            raise BitDecodingError(f"{cache.name} on {shape}: relative error {error:.1e} against fp32, not timed")
+    candidates = [cache.candidate() for cache in caches]
+    if with_rivals:
+        rivals = Rivals(shape, report.head_dim, dtype, device)
+        for name in rivals.names:
             try:
-                candidates.append(sdpa(name, backend, shape, head_dim, dtype, device))
+                candidates.append(rivals.candidate(name))
                 errors.append(None)
-            except RuntimeError as reason:  # this backend cannot, or memory is short
-                print(f"{shape}: {name} left out: {str(reason).splitlines()[0]}", file=sys.stderr)
-    times = (graph_times if cuda else plain_times)(candidates, rounds)
-    host = [host_time(c) if cuda else None for c in candidates]
-    best = min((us for us, c in zip(times, candidates, strict=True) if c.name.startswith("sdpa")), default=None)
-    rows = []
-    for candidate, us, host_us, error in zip(candidates, times, host, errors, strict=True):
-        rate = candidate.cache_bytes / us / 1e3
-        speedup = best / us if best and not candidate.name.startswith("sdpa") else None
-        percent = 100 * rate / ceiling if ceiling else None
-        rows.append(Row(str(shape), candidate.name, us, host_us, rate, percent, speedup, error))
-    return rows
+            except Exception as reason:  # whatever keeps another library from it
+                report.left_out[f"{name} on {shape}"] = str(reason).partition("\n")[0] or type(reason).__name__
+    times = measure(candidates, rounds, device)
+    rival_us = {c.name: t.us for c, t, error in zip(candidates, times, errors, strict=True) if error is None}
+    for candidate, taken, error in zip(candidates, times, errors, strict=True):
+        rate = candidate.cache_bytes / taken.us / 1e3
+        report.rows.append(
+            Row(
+                shape=str(shape),
+                batch=shape.batch,
+                num_q_heads=shape.num_q_heads,
+                num_kv_heads=shape.num_kv_heads,
+                tokens=shape.tokens,
+                candidate=candidate.name,
+                **taken._asdict(),
+                cache_bytes=candidate.cache_bytes,
+                gb_per_s=rate,
+                percent_of_read=100 * rate / report.ceiling_gb_per_s,
+                cold=candidate.cold,
+                error=error,
+                ratios={} if error is None else {name: us / taken.us for name, us in rival_us.items()},
+            )
+        )
 
 
-def graph_times(candidates: list[Candidate], rounds: int) -> list[float]:
-    """Microseconds per call."""
-    stream = torch.cuda.Stream()
-    graphs = []
-    with torch.cuda.stream(stream):
-        for candidate in candidates:
-            calls = max(candidate.copies, MIN_CALLS)
-            candidate.call(0)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                for i in range(calls):
-                    candidate.call(i)
-            graph.replay()
-            graphs.append((graph, calls))
-        times: list[list[float]] = [[] for _ in graphs]
-        for _ in range(rounds):
-            for taken, (graph, calls) in zip(times, graphs, strict=True):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record(stream)
-                graph.replay()
-                end.record(stream)
-                end.synchronize()
-                taken.append(start.elapsed_time(end) / calls * 1e3)
-    return [statistics.median(taken) for taken in times]
+# ---------------------------------------------------------------------------------------------- reporting
 
 
-def host_time(candidate: Candidate, calls: int = 200) -> float:
-    """Microseconds of the caller per plain call, few enough of them that the launch queue does not fill."""
-    for i in range(calls):
-        candidate.call(i)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for i in range(calls):
-        candidate.call(i)
-    taken = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return taken / calls * 1e6
+def rivals_of(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.ratios))
 
 
-def plain_times(candidates: list[Candidate], rounds: int) -> list[float]:
-    """Microseconds per call on the CPU."""
-    times: list[list[float]] = [[] for _ in candidates]
-    for candidate in candidates:
-        candidate.call(0)
-    for _ in range(rounds):
-        for taken, candidate in zip(times, candidates, strict=True):
-            start = time.perf_counter()
-            candidate.call(0)
-            taken.append((time.perf_counter() - start) * 1e6)
-    return [statistics.median(taken) for taken in times]
-
-
-def read_bandwidth(device: torch.device) -> float:
-    """GB/s of torch.sum over a large buffer, the best of several; a plain read kernel may be a little faster."""
-    buffer = torch.ones(READ_BYTES // 4, device=device)
-    candidate = Candidate("read", lambda _: buffer.sum(), 1, READ_BYTES)
-    return READ_BYTES / min(graph_times([candidate], 5)) / 1e3
-
-
-def format_table(rows: list[Row], ceiling: float | None) -> str:
-    head = ["batch, q/kv heads, tokens", "candidate", "us", "host us", "GB/s", "% of read", "speedup", "error"]
+def format_table(report: Report) -> str:
+    """The rows as text, then the slowest and fastest shape of each preset against each rival, and who was left out."""
+    rivals = rivals_of(report.rows)
+    head = ["batch, q/kv heads, tokens", "candidate", "us", "plain us", "host us", "GB/s", "% of read"]
+    lines = [[*head, *(f"vs {name}" for name in rivals), "error"]]
 
     def cell(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    lines = [head]
-    for r in rows:
-        numbers = (r.us, ".1f"), (r.host_us, ".1f"), (r.gb_per_s, ".1f"), (r.percent_of_read, ".0f"), (r.speedup, ".2f")
-        lines.append([r.shape, r.candidate, *(cell(*number) for number in numbers), cell(r.error, ".1e")])
+    on_gpu = report.device != "cpu"
+    for r in report.rows:
+        times = [cell(us, ".1f") for us in (r.us, r.plain_us, r.host_us)]
+        times[0] += "*" if on_gpu and not r.cold else ""
+        rates = [cell(r.gb_per_s, ".1f"), cell(r.percent_of_read, ".1f")]
+        ratios = [cell(r.ratios.get(name), ".2f") for name in rivals]
+        lines.append([r.shape, r.candidate, *times, *rates, *ratios, cell(r.error, ".1e")])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
-    return table if ceiling is None else f"read bandwidth {ceiling:.0f} GB/s\n{table}"
+    text = ["  ".join(t.ljust(width) for t, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.insert(0, f"{report.device}, read bandwidth {report.ceiling_gb_per_s:.1f} GB/s")
+    if on_gpu and not all(row.cold for row in report.rows):
+        text.append("* the cache is so small that its copies stay in L2")
+    for name in dict.fromkeys(row.candidate for row in report.rows if row.ours):
+        for rival in rivals:
+            met = [row for row in report.rows if row.candidate == name and rival in row.ratios]
+            if met:
+                low, high = (pick(met, key=lambda row: row.ratios[rival]) for pick in (min, max))
+                lost = sum(row.ratios[rival] < 1 for row in met)
+                text.append(
+                    f"{name} against {rival}: {low.ratios[rival]:.2f} ({low.shape}) to {high.ratios[rival]:.2f} "
+                    f"({high.shape}) times as fast, slower on {lost} of {len(met)} shapes"
+                )
+    text += [f"left out: {what}: {reason}" for what, reason in report.left_out.items()]
+    return "\n".join(text)
+
+
+RIVAL_COLORS = {"sdpa": "#8a8a8a", "sdpa flash": "#8a8a8a", "sdpa cudnn": "#3f3f3f", "flashinfer": "#c77f2a"}
+OUR_COLORS = ("#1f6fb4", "#2a9d6f", "#7a4fa3", "#b8336a", "#4aa3c7", "#6b8e23")
+RIVAL_STYLES = {"sdpa cudnn": "--", "flashinfer": ":"}  # of the ratios
+
+
+def sweeps(rows: Iterable[Row], over: str) -> dict[str, list[Row]]:
+    """The rows of each panel of a plot over "tokens" or "batch": those that differ in nothing else, with its title."""
+    panels: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.tokens is not None:
+            held = row.batch if over == "tokens" else row.tokens
+            panels.setdefault((row.num_q_heads, row.num_kv_heads, held), []).append(row)
+    return {
+        f"{q}/{kv} heads, " + (f"batch {held}" if over == "tokens" else f"{held:,} tokens"): panel
+        for (q, kv, held), panel in panels.items()
+        if len({getattr(row, over) for row in panel}) >= MIN_POINTS
+    }
+
+
+def plot(report: Report, file: Path) -> list[Path]:
+    """Draw times and ratios over length and over batch where the report varies them -> the PNGs written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    def short(count: float, _: object) -> str:
+        return f"{count / 1024:g}K" if count >= 1024 else f"{count:g}"
+
+    names = list(dict.fromkeys(row.candidate for row in report.rows if row.ours))
+    colors = RIVAL_COLORS | dict(zip(names, itertools.cycle(OUR_COLORS), strict=False))
+    written = []
+    for over, label in (("tokens", "length"), ("batch", "batch")):
+        panels = sweeps(report.rows, over)
+        if not panels:
+            continue
+        figure = Figure(figsize=(0.6 + 4.6 * len(panels), 7.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        top, bottom = figure.subplots(2, len(panels), squeeze=False, sharex="col", sharey="row")
+        for upper, lower, (title, rows) in zip(top, bottom, panels.items(), strict=True):
+            rows = sorted(rows, key=lambda row: getattr(row, over))
+            for name in dict.fromkeys(row.candidate for row in rows):
+                own = [row for row in rows if row.candidate == name]
+                marker = "o-" if own[0].ours else "s-"
+                upper.plot([getattr(r, over) for r in own], [r.us for r in own], marker, color=colors[name], label=name)
+                for rival in rivals_of(own):
+                    met = [(getattr(r, over), r.ratios[rival]) for r in own if rival in r.ratios]
+                    style = RIVAL_STYLES.get(rival, "-")
+                    lower.plot(*zip(*met, strict=True), style, color=colors[name], label=f"{name} against {rival}")
+            lower.axhline(1, color="#c0392b", linewidth=1)
+            upper.set_title(title, fontsize=11)
+            lower.set_xlabel({"tokens": "tokens", "batch": "sequences"}[over])
+            for axes in (upper, lower):
+                axes.set_xscale("log", base=2)
+                axes.xaxis.set_major_formatter(short)
+                axes.grid(color="#e4e4e4", linewidth=0.8)
+                axes.spines[["top", "right"]].set_visible(False)
+            upper.set_yscale("log")
+            lower.set_ylim(bottom=0)
+        top[0].set_ylabel("microseconds per call")
+        bottom[0].set_ylabel("times as fast as a 16-bit rival")
+        top[0].legend(frameon=False, fontsize=9)
+        bottom[0].legend(frameon=False, fontsize=9)
+        figure.suptitle(
+            f"Decode over {label}, head_dim {report.head_dim}, {report.dtype}, {report.device}", fontsize=12
+        )
+        written.append(file.with_name(f"{file.stem}-{label}.png"))
+        figure.savefig(written[-1], dpi=140)
+    return written

@@ -13,7 +13,7 @@ from .cute_kernels.errors import BitDecodingError
 COMMANDS = {
     "info": ("info", "what is installed, and what this machine's GPU needs"),
     "demo": ("demo", "a real model on a real text with 16-bit and low-bit caches"),
-    "bench": ("bench", "times decode against torch SDPA and the read bandwidth"),
+    "bench": ("bench", "times decode against torch SDPA, FlashInfer and the read bandwidth"),
 }
 USAGE_ERROR = 2
 
