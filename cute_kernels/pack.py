@@ -11,10 +11,13 @@ The library reads packs itself (runtime/pack.cpp); the reader here serves tools 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 
 from .errors import CacheFormatError, InvalidArgument
@@ -44,6 +47,28 @@ class CompiledKernel:
 
 _TEXT_FIELDS = ("name", "entry")
 _NUMBER_FIELDS = ("threads", "smem", "regs", "ctas_per_sm")
+
+
+def cache_dir() -> Path:
+    """Where kernels compiled at first use are kept: $XDG_CACHE_HOME/bitdecoding or ~/.cache/bitdecoding."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitdecoding"
+
+
+def dsl_version() -> str | None:
+    """Of the installed compiler; None without one."""
+    try:
+        return metadata.version(DSL)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@lru_cache(maxsize=None)
+def source_digest(version: str = "") -> str:
+    """Changes with the sources of the kernels, and with ``version``, such as that of their compiler."""
+    digest = hashlib.sha256(version.encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def write_pack(path: str | os.PathLike, kernels: Iterable[CompiledKernel], header: Mapping[str, object]) -> None:

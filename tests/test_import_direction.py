@@ -17,7 +17,7 @@ LAYERS = [
     {"cute_kernels.config"},
     {"cute_kernels.*"},  # the kernels
     {"cute_kernels.compile"},
-    {"bitdecoding.quantization", "bitdecoding.cpu", "bitdecoding.cuda"},
+    {"bitdecoding.quantization", "bitdecoding.cpu", "bitdecoding.tuned", "bitdecoding.cuda"},
     {"bitdecoding.ops"},
     {"bitdecoding.cache", "bitdecoding"},
     {"bitdecoding.integrations.*"},
@@ -30,7 +30,7 @@ FORBIDDEN = {
     "bitdecoding": {"cutlass", "cuda"},
 }
 NO_COMPILER = {"errors", "layouts", "native", "config", "pack", "__init__"}
-OPTIONAL = {"transformers", "gguf", "matplotlib", "flashinfer"}  # of extras: below the integrations nothing may need them
+OPTIONAL = {"transformers", "gguf", "matplotlib", "flashinfer"}  # below the integrations nothing needs them
 
 
 def layer(module):

@@ -12,7 +12,7 @@ import threading
 import pytest
 import torch
 from bitdecoding.cute_kernels import native
-from bitdecoding.cute_kernels.pack import CompiledKernel, read_pack
+from bitdecoding.cute_kernels.pack import CompiledKernel, read_pack, source_digest
 
 import bitdecoding as bd
 from bitdecoding import CudaError, InvalidArgument, KernelConfig, KernelNotFound, QuantSpec, cli, cuda
@@ -222,7 +222,7 @@ def fake_compiler(monkeypatch, tmp_path, calls):
 
     module.compile_kernel = compile_kernel
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(cuda.metadata, "version", lambda name: "4.8.1")
+    monkeypatch.setattr(cuda, "dsl_version", lambda: "4.8.1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
@@ -242,7 +242,7 @@ def test_a_damaged_cache_file_is_compiled_anew(monkeypatch, tmp_path):
     calls = []
     fake_compiler(monkeypatch, tmp_path, calls)
     config = KernelConfig(q_tile=56, stages=2)
-    path = tmp_path / "bitdecoding" / f"{config.name()}-{cuda._source_digest('4.8.1')}.bdpack"
+    path = tmp_path / "bitdecoding" / f"{config.name()}-{source_digest('4.8.1')}.bdpack"
     path.parent.mkdir()
     path.write_bytes(b"BDPACK 1\n7\n")
     assert cuda.kernel_handle(config) >= 0
@@ -260,7 +260,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
 
 
 def test_without_a_compiler_the_error_names_the_remedy(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitdecoding.cute_kernels.compile", None)  # importing it fails
+    monkeypatch.setattr(cuda, "dsl_version", lambda: None)
     with pytest.raises(KernelNotFound) as caught:
         cuda.kernel_handle(KernelConfig(q_tile=56, stages=3))
     assert "BITDECODING_ARCH=sm90a pip install ." in str(caught.value)

@@ -46,6 +46,7 @@ class Row:
     num_kv_heads: int
     tokens: int | None  # None: ragged
     candidate: str
+    kernel: str | None  # of ours on a GPU
     us: float
     plain_us: float
     host_us: float | None
@@ -188,6 +189,7 @@ def measure_shape(
         if not error < MAX_ERROR:
             raise BitDecodingError(f"{cache.name} on {shape}: relative error {error:.1e} against fp32, not timed")
     candidates = [cache.candidate() for cache in caches]
+    kernels = {cache.name: cache.kernel for cache in caches}
     if with_rivals:
         rivals = Rivals(shape, report.head_dim, dtype, device)
         for name in rivals.names:
@@ -208,6 +210,7 @@ def measure_shape(
                 num_kv_heads=shape.num_kv_heads,
                 tokens=shape.tokens,
                 candidate=candidate.name,
+                kernel=kernels.get(candidate.name),
                 **taken._asdict(),
                 cache_bytes=candidate.cache_bytes,
                 gb_per_s=rate,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from . import cuda
 from .cute_kernels.config import KernelConfig, QuantSpec
 from .cute_kernels.errors import InvalidArgument
 from .cute_kernels.layouts import BLOCK_TOKENS, block_format, symmetric_zero
@@ -132,6 +133,14 @@ class LowBitCache:
             self.in_16_bit = [
                 kept | {"sink_k": k, "sink_v": v} for kept, (k, v) in zip(self.in_16_bit, sinks, strict=True)
             ]
+
+    @property
+    def kernel(self) -> str | None:
+        """The name of the kernel that the library chooses; None on the CPU."""
+        if self.q.device.type != "cuda":
+            return None
+        heads = self.shape.num_q_heads, self.shape.num_kv_heads
+        return cuda.choose(self.q.get_device(), self.q.shape[-1], self.spec, *heads).name()
 
     def candidate(self, config: KernelConfig | None = None) -> Candidate:
         """Decode with the kernel of ``config``, or the one that the library chooses."""

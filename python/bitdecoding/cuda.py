@@ -7,10 +7,8 @@ which checks the tensors and launches on torch's current stream.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
+import warnings
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -18,14 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import tuned
 from .cute_kernels import native
 from .cute_kernels.config import KernelConfig, QuantSpec, device_arch
-from .cute_kernels.errors import CacheFormatError, InvalidArgument, KernelNotFound
-from .cute_kernels.pack import DSL, CompiledKernel, write_pack
+from .cute_kernels.errors import BitDecodingError, CacheFormatError, InvalidArgument, KernelNotFound
+from .cute_kernels.pack import DSL, CompiledKernel, cache_dir, dsl_version, source_digest, write_pack
 
 MAX_PLANS = 4096  # a bound for callers that make a new QuantSpec for every call
 
 _decode = native.function("decode")
+_device_info = native.function("device_info")
 _find_kernel = native.function("find_kernel")
 _add_kernel = native.function("add_kernel")
 _load_pack = native.function("load_pack")
@@ -130,14 +130,7 @@ def _plan(key: tuple, q: Tensor, pages: Tensor, spec: QuantSpec, config: KernelC
     device = q.get_device()
     _, q_len, num_q_heads, head_dim = q.shape
     if config is None:
-        config = KernelConfig.for_problem(
-            head_dim=head_dim,
-            quant=spec,
-            num_q_heads=num_q_heads,
-            num_kv_heads=pages.shape[1],
-            q_len=q_len,
-            arch=device_arch(device),
-        )
+        config = choose(device, head_dim, spec, num_q_heads, pages.shape[1], q_len)
     elif config.quant.for_kernel() != spec.for_kernel():
         raise InvalidArgument(f"config.quant={config.quant.name()}: differs from spec={spec.name()}")
     handle = kernel_handle(config)
@@ -148,25 +141,54 @@ def _plan(key: tuple, q: Tensor, pages: Tensor, spec: QuantSpec, config: KernelC
     return plan
 
 
+def choose(
+    device: int, head_dim: int, spec: QuantSpec, num_q_heads: int, num_kv_heads: int, q_len: int = 1
+) -> KernelConfig:
+    """The kernel for a problem: the one that `bitdecoding tune` found fastest on this device, else the default.
+
+    Warns (TuningWarning) and takes the default where the table of tuned kernels cannot be used.
+    """
+    default = KernelConfig.for_problem(
+        head_dim=head_dim, quant=spec, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, q_len=q_len,
+        arch=device_arch(device),
+    )  # fmt: skip
+    winner = tuned.lookup(_device_info(device)["name"], default, tuned.query_columns(num_q_heads, num_kv_heads, q_len))
+    if winner is None:
+        return default
+    try:
+        kernel_handle(winner)
+    except BitDecodingError as error:
+        warnings.warn(f"the default kernel is used instead of a tuned one: {error}", tuned.TuningWarning, stacklevel=2)
+        return default
+    return winner
+
+
 def kernel_handle(config: KernelConfig) -> int:
-    """The handle of a kernel: from the packs that were built, from the disk cache, or compiled now."""
+    """The handle of a kernel: from the packs that were built or tuned, from the disk cache, or compiled now."""
     name = config.name()
     with _lock:
-        _load_built_pack(config.arch)
+        load_built_pack(config.arch)
+        if _find_kernel(name) < 0:
+            _load_tuned_pack(tuned.pack_path())
         handle = _find_kernel(name)
         return handle if handle >= 0 else _compile(config, name)
 
 
 @lru_cache(maxsize=None)
-def _load_built_pack(arch: str) -> None:
+def load_built_pack(arch: str) -> None:
+    """Register the kernels that were built for an architecture."""
     path = native.PACKS_DIR / f"bitdecoding-{arch}.bdpack"
     if path.is_file():
         _load_pack(str(path))
 
 
-def cache_dir() -> Path:
-    """Where kernels compiled at first use are kept: $XDG_CACHE_HOME/bitdecoding or ~/.cache/bitdecoding."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitdecoding"
+@lru_cache(maxsize=None)
+def _load_tuned_pack(path: Path | None) -> None:
+    if path is not None and path.is_file():
+        try:
+            _load_pack(str(path))
+        except (InvalidArgument, CacheFormatError) as error:
+            warnings.warn(str(error), tuned.TuningWarning, stacklevel=2)
 
 
 def install_command(arch: str) -> str:
@@ -175,16 +197,15 @@ def install_command(arch: str) -> str:
 
 
 def _compile(config: KernelConfig, name: str) -> int:
-    try:
-        from .cute_kernels.compile import compile_kernel
-
-        version = metadata.version(DSL)
-    except (ImportError, metadata.PackageNotFoundError):
+    version = dsl_version()
+    if version is None:
         raise KernelNotFound(
             f"kernel {name} is in no kernel pack, and {DSL} is not installed to compile it; "
             f"install with `{install_command(config.arch)}`, or `pip install '.[jit]'` to compile at first use"
-        ) from None
-    path = cache_dir() / f"{name}-{_source_digest(version)}.bdpack"
+        )
+    from .cute_kernels.compile import compile_kernel
+
+    path = cache_dir() / f"{name}-{source_digest(version)}.bdpack"
     try:
         _load_pack(str(path))
     except (InvalidArgument, CacheFormatError):  # not there yet, or damaged
@@ -195,12 +216,3 @@ def _compile(config: KernelConfig, name: str) -> int:
         with contextlib.suppress(OSError):  # without a place to keep it, the next process compiles it again
             write_pack(path, [kernel], {"arch": config.arch, "dsl": version})
     return _find_kernel(name)
-
-
-@lru_cache(maxsize=None)
-def _source_digest(version: str) -> str:
-    """Changes with the sources of the kernels and with the version of their compiler."""
-    digest = hashlib.sha256(version.encode())
-    for source in sorted(Path(native.__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]

@@ -7,11 +7,12 @@ import json
 from importlib import metadata
 from typing import Any
 
-from .cuda import cache_dir, install_command
+from . import tuned
+from .cuda import install_command
 from .cute_kernels import native
 from .cute_kernels.errors import CudaError
 from .cute_kernels.layouts import FORMAT_VERSION
-from .cute_kernels.pack import DSL, read_pack
+from .cute_kernels.pack import DSL, cache_dir, dsl_version, read_pack
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +36,9 @@ def collect() -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "library": str(native.LIBRARY_PATH),
         "packs": packs,
-        "compiler": _compiler_version(),
+        "compiler": dsl_version(),
         "compiler_cache": str(cache_dir()),
+        "tuned": tuned.facts(),
         "gpus": [],
         "no_gpu_because": None,
         "install": {},
@@ -50,13 +52,6 @@ def collect() -> dict[str, Any]:
     except CudaError as error:
         facts["no_gpu_because"] = str(error)
     return facts
-
-
-def _compiler_version() -> str | None:
-    try:
-        return metadata.version(DSL)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
@@ -73,6 +68,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         lines.append(f"compiler   {DSL} {facts['compiler']}: missing kernels are compiled at first use")
     else:
         lines.append("compiler   none; `pip install '.[jit]'` compiles missing kernels at first use")
+    lines.append(f"tuned      {facts['tuned']['problems']} problems in {facts['tuned']['path']}")
     if facts["no_gpu_because"]:
         lines.append(f"GPU        none: {facts['no_gpu_because']}")
         lines.append("           the CPU backend is used; for a GPU: BITDECODING_ARCH=<arch> pip install .")
