@@ -31,7 +31,7 @@ def test_the_table_and_the_json(tmp_path, capsys) -> None:
     assert lines[-1].startswith("kc2 against sdpa: ")
     report = json.loads(out.read_text())
     assert report["head_dim"] == 64
-    assert report["left_out"] == {}
+    assert report["left_out"] == []
     rows = report["rows"]
     assert [row["candidate"] for row in rows] == ["kc4", "kc2", "sdpa"] * 2
     for row in rows:
@@ -193,8 +193,16 @@ def test_rivals_that_cannot_are_named(monkeypatch, capsys, tmp_path) -> None:
     assert main([*SMALL, "--shapes", "1,2,2,100", "--out", str(out)]) == 0
     assert "left out: flashinfer on 1, 2/2, 100: " in capsys.readouterr().out
     report = json.loads(out.read_text())
-    assert list(report["left_out"]) == ["flashinfer on 1, 2/2, 100"]
+    ((name, shape, reason),) = [one.values() for one in report["left_out"]]
+    assert (name, shape) == ("flashinfer", "1, 2/2, 100")
+    assert "flashinfer" in reason
     assert [row["candidate"] for row in report["rows"]] == ["kc4", "kc2", "sdpa"]
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
+def test_devices_that_cannot_be_used(device: str, capsys) -> None:
+    assert main(["bench", "--device", device]) == 2
+    assert f"device={device}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shapes", ["1,8", "1,8,3,100", "0,8,2,100", "1,8,2,x"])

@@ -63,6 +63,15 @@ class Row:
 
 
 @dataclass
+class LeftOut:
+    """A rival that could not do a shape, and why."""
+
+    candidate: str
+    shape: str
+    reason: str
+
+
+@dataclass
 class Report:
     """What a run of the command measured, and where."""
 
@@ -74,7 +83,7 @@ class Report:
     dtype: str
     ceiling_gb_per_s: float  # of reading
     rows: list[Row] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)  # "candidate on shape" -> why
+    left_out: list[LeftOut] = field(default_factory=list)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -84,7 +93,8 @@ class Report:
         """The inverse of to_json; raises InvalidArgument for anything else."""
         try:
             values = json.loads(text)
-            report = cls(**values | {"rows": [Row(**row) for row in values["rows"]]})
+            rows, left_out = [Row(**row) for row in values["rows"]], [LeftOut(**one) for one in values["left_out"]]
+            report = cls(**values | {"rows": rows, "left_out": left_out})
         except (ValueError, TypeError, KeyError) as error:
             raise InvalidArgument(f"not a report of this version of bitdecoding bench: {error}") from None
         return report
@@ -147,8 +157,20 @@ def shapes_of(suite: str, cuda: bool) -> list[Shape]:
     return [Shape((n,) * b, *heads) for heads, n, b in itertools.product(HEADS, BATCH_TOKENS[cuda], BATCHES)]
 
 
+def device_of(name: str | None) -> torch.device:
+    """A device by its name; None: the GPU if there is one. Raises InvalidArgument for what cannot be used."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidArgument(f"device={name}: {str(error).partition(chr(10))[0]}") from None
+    if device.type not in ("cuda", "cpu"):
+        raise InvalidArgument(f"device={name}: allowed are cuda, cuda:<index> and cpu")
+    return device
+
+
 def measure_all(args: argparse.Namespace) -> Report:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(args.device)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
@@ -197,7 +219,8 @@ def measure_shape(
                 candidates.append(rivals.candidate(name))
                 errors.append(None)
             except Exception as reason:  # whatever keeps another library from it
-                report.left_out[f"{name} on {shape}"] = str(reason).partition("\n")[0] or type(reason).__name__
+                why = str(reason).partition("\n")[0] or type(reason).__name__
+                report.left_out.append(LeftOut(name, str(shape), why))
     times = measure(candidates, rounds, device)
     rival_us = {c.name: t.us for c, t, error in zip(candidates, times, errors, strict=True) if error is None}
     for candidate, taken, error in zip(candidates, times, errors, strict=True):
@@ -260,7 +283,10 @@ def format_table(report: Report) -> str:
                     f"{name} against {rival}: {low.ratios[rival]:.2f} ({low.shape}) to {high.ratios[rival]:.2f} "
                     f"({high.shape}) times as fast, slower on {lost} of {len(met)} shapes"
                 )
-    text += [f"left out: {what}: {reason}" for what, reason in report.left_out.items()]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for one in report.left_out:
+        reasons.setdefault((one.candidate, one.reason), []).append(one.shape)
+    text += [f"left out: {name} on {'; '.join(shapes)}: {reason}" for (name, reason), shapes in reasons.items()]
     return "\n".join(text)
 
 

@@ -68,7 +68,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         lines.append(f"compiler   {DSL} {facts['compiler']}: missing kernels are compiled at first use")
     else:
         lines.append("compiler   none; `pip install '.[jit]'` compiles missing kernels at first use")
-    lines.append(f"tuned      {facts['tuned']['problems']} problems in {facts['tuned']['path']}")
+    lines.append(f"tuned      {facts['tuned']['problems']} problem(s) in {facts['tuned']['path'] or 'no table'}")
     if facts["no_gpu_because"]:
         lines.append(f"GPU        none: {facts['no_gpu_because']}")
         lines.append("           the CPU backend is used; for a GPU: BITDECODING_ARCH=<arch> pip install .")

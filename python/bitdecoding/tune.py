@@ -159,6 +159,8 @@ def compile_missing(problems: list[Problem], pack: Path) -> None:
     """Compile the kernels that no pack has and add them to ``pack``; without a compiler they stay missing."""
     missing = [config for problem in problems for config in problem.configs if _find_kernel(config.name()) < 0]
     version = dsl_version()
+    if missing and version is None:
+        print(f"{len(missing)} kernels are missing and left out; pip install '.[jit]' compiles them", file=sys.stderr)
     if not missing or version is None:
         return
     from .cute_kernels.compile import compile_all
