@@ -375,3 +375,14 @@ def test_the_whole_command(table, monkeypatch, capsys) -> None:
         assert key in out
         assert bd.KernelConfig.from_name(found.kernel).head_dim == 64
         assert set(found.us) == ({"1, 12/1, 40"} if key.endswith("q16") else {"1, 8/2, 300", "2, 4/4, 256"})
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(table, monkeypatch, capsys) -> None:
+    """The default and, with a compiler, a second kernel."""
+    every = tune.kernels_for
+    monkeypatch.setattr(tune, "kernels_for", lambda default, columns: list(every(default, columns))[:2])
+    assert main(["tune", "--presets", "kc4", "--shapes", "1,8,2,300;3,8,8,1000", "--rounds", "2"]) == 0
+    (found,) = tuned.read(table)[torch.cuda.get_device_name(0)].values()
+    assert len(found.us) == len(found.default_us) == 2
+    assert cuda.choose(0, 128, bd.preset("kc4")[0], 8, 2).name() == found.kernel

@@ -247,7 +247,7 @@ class Rivals:
         def int32(values: Iterable[int]) -> Tensor:
             return torch.tensor(list(values), dtype=torch.int32, device=self.device)
 
-        workspace = torch.empty(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=self.device)
+        workspace = torch.zeros(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=self.device)
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, kv_layout="NHD", use_tensor_cores=True)
         wrapper.plan(
             int32(first_page), int32(range(sum(pages))), int32(last_page_len), shape.num_q_heads, shape.num_kv_heads,
