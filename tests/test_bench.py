@@ -51,7 +51,7 @@ def test_the_table_and_the_json(tmp_path, capsys) -> None:
 
 
 def test_a_report_is_written_after_every_shape(tmp_path, monkeypatch) -> None:
-    out = tmp_path / "bench.json"
+    out = tmp_path / "folder" / "bench.json"
     measure = bench.measure
 
     def fails_at_the_second(found, *args):
@@ -63,6 +63,14 @@ def test_a_report_is_written_after_every_shape(tmp_path, monkeypatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         main([*SMALL, "--shapes", "1,2,2,100;1,2,2,2000", "--out", str(out)])
     assert {row["tokens"] for row in json.loads(out.read_text())["rows"]} == {100}
+
+
+def test_a_report_that_cannot_be_written_is_known_before_measuring(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.delattr(bench, "measure_shape")
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "a.json"):
+        assert main([*SMALL, "--shapes", "1,2,2,100", "--out", str(out)]) == 2
+        assert f"--out {out}" in capsys.readouterr().err
 
 
 def test_suites() -> None:

@@ -135,6 +135,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def write(report: Report, path: Path | None) -> None:
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(report.to_json())
+        except OSError as error:
+            raise InvalidArgument(f"--out {path}: {error.strerror}") from None
+
+
 def load(path: Path) -> Report:
     try:
         return Report.from_json(path.read_text())
@@ -189,12 +198,12 @@ def measure_all(args: argparse.Namespace) -> Report:
         dtype=args.dtype,
         ceiling_gb_per_s=args.ceiling or read_bandwidth(device),
     )
+    write(report, args.out)  # a file that cannot be written is known now
     with tqdm(dict.fromkeys(shapes), unit=" shapes", file=sys.stderr) as bar:
         for shape in bar:
             bar.set_description(str(shape))
             measure_shape(report, shape, args.presets, device, args.rounds, not args.no_rivals)
-            if args.out is not None:
-                args.out.write_text(report.to_json())
+            write(report, args.out)
             if cuda:
                 torch.cuda.empty_cache()  # the caches of the next shape have other sizes
     return report
