@@ -10,20 +10,25 @@ from bitdecoding.cute_kernels import native
 
 from bitdecoding import KernelConfig, QuantSpec
 
-SOURCE = Path(__file__).parent / "cpp" / "consumer.cpp"
+SOURCES = Path(__file__).parent / "cpp"
+SOURCE = SOURCES / "consumer.cpp"
 LIB_DIR = native.LIBRARY_PATH.parent
+
+
+def build(source, folder):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    program = folder / source.stem
+    include = LIB_DIR.parent / "include"
+    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Werror", f"-I{include}", source]
+    subprocess.run([*command, f"-L{LIB_DIR}", "-lbitdecoding", f"-Wl,-rpath,{LIB_DIR}", "-o", program], check=True)
+    return program
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is not installed")
-    program = tmp_path_factory.mktemp("consumer") / "consumer"
-    include = LIB_DIR.parent / "include"
-    command = [compiler, "-std=c++17", "-Wall", "-Werror", f"-I{include}", SOURCE, f"-L{LIB_DIR}", "-lbitdecoding"]
-    subprocess.run([*command, f"-Wl,-rpath,{LIB_DIR}", "-o", program], check=True)
-    return program
+    return build(SOURCE, tmp_path_factory.mktemp("consumer"))
 
 
 def test_a_program_that_knows_no_python(program):
@@ -44,6 +49,16 @@ def test_the_core_needs_neither_python_nor_cuda(program):
     assert libraries <= {"linux-vdso", "libstdc++", "libm", "libgcc_s", "libc", "libdl", "libpthread"} | {
         name for name in libraries if os.path.basename(name).startswith("ld-linux")
     }
+
+
+def test_decode_on_the_cpu_equals_attention_over_the_bytes_on_every_instruction_set(tmp_path):
+    program = build(SOURCES / "decode_cpu.cpp", tmp_path)
+    for environment, allowed in (({}, {"avx2", "baseline"}), ({"BITDECODING_CPU": "baseline"}, {"baseline"})):
+        result = subprocess.run([program], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stdout
+        instruction_set, error = result.stdout.split()
+        assert instruction_set in allowed
+        assert 0 < float(error) < 2e-5
 
 
 def test_find_package(program, tmp_path):

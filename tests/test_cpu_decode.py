@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from dataclasses import dataclass, replace
 
 import pytest
@@ -212,6 +215,38 @@ def test_pages_may_be_a_slice_of_a_larger_pool() -> None:
     pool = torch.full((len(made.pages), 5, made.pages.shape[2] + 64), NAN_BYTES, dtype=torch.uint8)
     pool[:, 1:3, : made.pages.shape[2]] = made.pages
     assert torch.equal(replace(made, pages=pool[:, 1:3, : made.pages.shape[2]]).decode(q), made.decode(q))
+
+
+def test_threads_do_not_change_the_result() -> None:
+    made = problem([(5000, 0), (2500, 37)], bd.QuantSpec(v_group=64), num_sink=4)
+    q = random_q(2, 2, 4, 64)
+    want, want_lse = made.decode(q, return_lse=True)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3, 8):
+            torch.set_num_threads(count)
+            out, lse = made.decode(q, return_lse=True)
+            assert torch.equal(out, want)
+            assert torch.equal(lse, want_lse)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_decode_works_in_a_forked_process() -> None:
+    """Threads do not survive a fork; waiting for them would never end."""
+    made = problem([(5000, 0)], bd.QuantSpec(v_group=64))
+    q = random_q(1, 1, 2, 64)
+    want = made.decode(q)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(made.decode(q), want) else 1)
+    deadline = time.monotonic() + 60
+    while not (done := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if not done[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert done == (child, 0)
 
 
 # ---------------------------------------------------------------------------------------------- merge

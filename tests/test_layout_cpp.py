@@ -80,9 +80,10 @@ def expected_tables(head_dim):
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_cute_layouts_equal_the_python_layouts(printed, head_dim):
+def test_cpp_layouts_equal_the_python_layouts(printed, head_dim):
     tables, _ = printed
     expected = dict(expected_tables(head_dim))
+    expected |= {(f"plain_{name}", *numbers): table for (name, *numbers), table in expected.items()}
     assert {key for key in tables if key[1] == head_dim} == set(expected)
     for key, table in expected.items():
         np.testing.assert_array_equal(tables[key], table, err_msg=str(key))

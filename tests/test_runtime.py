@@ -17,7 +17,7 @@ from bitdecoding.cute_kernels.pack import CompiledKernel, read_pack, source_dige
 import bitdecoding as bd
 from bitdecoding import CudaError, InvalidArgument, KernelConfig, KernelNotFound, QuantSpec, cli, cuda
 
-check_decode = native.function("check_decode")
+decode_cpu = native.function("decode_cpu")  # checks its tensors as the launch does
 NO_WINDOW = 2**31 - 1
 SPEC = QuantSpec()
 NAMES = ["q", "pages", "block_table", "seqlens", "packed_lens", "tail_k", "tail_v", "sink_k", "sink_v", "sink_logits"]
@@ -46,7 +46,7 @@ def decode_tensors(dtype=torch.float16, device="cpu"):
 
 
 def check(tensors, spec=SPEC, window=NO_WINDOW, softmax_scale=0.1, softcap=0.0):
-    check_decode(*(tensors[name] for name in NAMES), spec, window, softmax_scale, softcap)
+    decode_cpu(*(tensors[name] for name in NAMES), spec, window, softmax_scale, softcap, 1)
 
 
 # ---------------------------------------------------------------------------------------------- the validator
@@ -55,7 +55,7 @@ def check(tensors, spec=SPEC, window=NO_WINDOW, softmax_scale=0.1, softcap=0.0):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_sound_tensors_pass(dtype):
     check(decode_tensors(dtype))
-    required = decode_tensors(dtype) | dict.fromkeys(NAMES[4:])
+    required = decode_tensors(dtype) | dict.fromkeys([*NAMES[4:10], "lse"])
     check(required)
     check(required, window=1, softmax_scale=2.0, softcap=50.0)
 

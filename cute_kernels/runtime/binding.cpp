@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "bitdecoding/block_format.hpp"
+#include "bitdecoding/cpu.hpp"
 #include "bitdecoding/runtime.hpp"
 #include "check.hpp"
 #include "error.hpp"
@@ -45,6 +46,9 @@ void raise_unless_ok(Status status) {
       break;
     case Status::format_error:
       TVM_FFI_THROW(CacheFormatError) << last_error();
+      break;
+    case Status::out_of_memory:
+      TVM_FFI_THROW(MemoryError) << last_error();
       break;
   }
 }
@@ -226,16 +230,6 @@ using OptionalTensor = ffi::Optional<DLTensor*>;
 
 Tensor get(const OptionalTensor& tensor) { return tensor.has_value() ? tensor.value() : nullptr; }
 
-void check_decode_py(DLTensor* q, DLTensor* pages, DLTensor* block_table, DLTensor* seqlens, OptionalTensor packed_lens,
-                     OptionalTensor tail_k, OptionalTensor tail_v, OptionalTensor sink_k, OptionalTensor sink_v,
-                     OptionalTensor sink_logits, OptionalTensor out, OptionalTensor lse, const QuantSpecRef& quant,
-                     int64_t window, double softmax_scale, double softcap) {
-  const DecodeTensors tensors{q,           pages,       block_table, seqlens,          get(packed_lens), get(tail_k),
-                              get(tail_v), get(sink_k), get(sink_v), get(sink_logits), get(out),         get(lse)};
-  DecodeParams params;
-  raise_unless_ok(check_decode(tensors, quant->to_core(), window, softmax_scale, softcap, &params));
-}
-
 void decode_py(int64_t handle, DLTensor* q, DLTensor* pages, DLTensor* block_table, DLTensor* seqlens,
                OptionalTensor packed_lens, OptionalTensor tail_k, OptionalTensor tail_v, OptionalTensor sink_k,
                OptionalTensor sink_v, OptionalTensor sink_logits, DLTensor* out, OptionalTensor lse,
@@ -257,6 +251,27 @@ void decode_py(int64_t handle, DLTensor* q, DLTensor* pages, DLTensor* block_tab
   options.device = q->device.device_id;
   options.stream = TVMFFIEnvGetStream(kDLCUDA, options.device);
   raise_unless_ok(decode(kernel, params, workspace->shape[0], options));
+}
+
+void decode_cpu_py(DLTensor* q, DLTensor* pages, DLTensor* block_table, DLTensor* seqlens, OptionalTensor packed_lens,
+                   OptionalTensor tail_k, OptionalTensor tail_v, OptionalTensor sink_k, OptionalTensor sink_v,
+                   OptionalTensor sink_logits, DLTensor* out, OptionalTensor lse, const QuantSpecRef& quant,
+                   int64_t window, double softmax_scale, double softcap, int64_t num_threads) {
+  const DecodeTensors tensors{q,           pages,       block_table, seqlens,     get(packed_lens),
+                              get(tail_k), get(tail_v), get(sink_k), get(sink_v), get(sink_logits),
+                              out,         get(lse)};
+  DecodeParams params;
+  CpuDecodeOptions options;
+  options.quant = quant->to_core();
+  raise_unless_ok(check_decode_for_cpu(tensors, options.quant, window, softmax_scale, softcap, &params));
+  if (params.batch == 0) return;
+  params.rotate_q = options.quant.rotate_k;
+  params.rotate_out = options.quant.rotate_v;
+  options.head_dim = q->shape[3];
+  options.num_pages = pages->shape[0];
+  options.float32 = q->dtype.bits == 32;
+  options.num_threads = static_cast<int>(num_threads);
+  raise_unless_ok(decode_cpu(params, options));
 }
 
 int64_t workspace_bytes_py(int64_t handle, int64_t device) {
@@ -317,8 +332,9 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("bitdecoding.counter_bytes", []() { return kCounterBytes; })
       .def("bitdecoding.workspace_bytes", workspace_bytes_py)
       .def("bitdecoding.capture_id", capture_id_py)
-      .def("bitdecoding.check_decode", check_decode_py)
-      .def("bitdecoding.decode", decode_py);
+      .def("bitdecoding.decode", decode_py)
+      .def("bitdecoding.decode_cpu", decode_cpu_py)
+      .def("bitdecoding.cpu_instruction_set", []() { return ffi::String(cpu_instruction_set()); });
 }
 
 }  // namespace

@@ -257,6 +257,14 @@ Status check_decode(const DecodeTensors& t, const QuantSpec& quant, std::int64_t
   return Status::ok;
 }
 
+Status check_decode_for_cpu(const DecodeTensors& tensors, const QuantSpec& quant, std::int64_t window,
+                            double softmax_scale, double softcap, DecodeParams* out) {
+  if (tensors.q->device.device_type != kDLCPU) {
+    return fail(Status::invalid_argument, "q: is on ", device_name(tensors.q->device), ": allowed is cpu");
+  }
+  return check_decode(tensors, quant, window, softmax_scale, softcap, out);
+}
+
 Status check_decode_for_kernel(const DecodeTensors& tensors, const KernelConfig& config, const DLTensor& workspace,
                                std::int64_t window, double softmax_scale, double softcap, DecodeParams* out) {
   const DLTensor& q = *tensors.q;

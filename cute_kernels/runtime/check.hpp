@@ -27,6 +27,10 @@ struct DecodeTensors {
 Status check_decode(const DecodeTensors& tensors, const QuantSpec& quant, std::int64_t window, double softmax_scale,
                     double softcap, DecodeParams* out);
 
+// The same for host tensors.
+Status check_decode_for_cpu(const DecodeTensors& tensors, const QuantSpec& quant, std::int64_t window,
+                            double softmax_scale, double softcap, DecodeParams* out);
+
 // The same for a given kernel, whose head_dim must be that of q; also checks the workspace.
 Status check_decode_for_kernel(const DecodeTensors& tensors, const KernelConfig& config, const DLTensor& workspace,
                                std::int64_t window, double softmax_scale, double softcap, DecodeParams* out);

@@ -7,6 +7,7 @@
 
 #include "bitdecoding/block_format.hpp"
 #include "error.hpp"
+#include "params.hpp"
 
 namespace bitdecoding {
 namespace {
@@ -211,7 +212,7 @@ const char* arch_of(int major, int minor) noexcept {
   return "";
 }
 
-std::int64_t block_bytes(std::int64_t head_dim, const QuantSpec& q) noexcept {
+BlockSpec block_spec(std::int64_t head_dim, const QuantSpec& q) {
   BlockSpec spec;
   spec.head_dim = static_cast<int>(head_dim);
   spec.k_bits = static_cast<int>(q.k_bits);
@@ -222,7 +223,11 @@ std::int64_t block_bytes(std::int64_t head_dim, const QuantSpec& q) noexcept {
   spec.k_symmetric = q.k_symmetric;
   spec.v_symmetric = q.v_symmetric;
   spec.k_mean = q.k_mean == "block";
-  return block_sections(spec).block_bytes;
+  return spec;
+}
+
+std::int64_t block_bytes(std::int64_t head_dim, const QuantSpec& q) noexcept {
+  return block_sections(block_spec(head_dim, q)).block_bytes;
 }
 
 }  // namespace bitdecoding

@@ -15,6 +15,7 @@
 #include "driver.hpp"
 #include "error.hpp"
 #include "pack.hpp"
+#include "params.hpp"
 
 namespace bitdecoding {
 namespace {
@@ -126,6 +127,8 @@ std::int64_t counter_bytes(const DecodeParams& p, std::int64_t q_tiles) {
   return (bytes + kCounterAlign - 1) / kCounterAlign * kCounterAlign;
 }
 
+}  // namespace
+
 Status validate_params(const DecodeParams& p) {
   auto positive = [](const char* name, std::int64_t value) {
     return value > 0 ? Status::ok : fail(Status::invalid_argument, name, "=", value, ": must be positive");
@@ -148,7 +151,6 @@ Status validate_params(const DecodeParams& p) {
   BITDECODING_TRY(present("q", p.q));
   BITDECODING_TRY(present("out", p.out));
   BITDECODING_TRY(present("seqlens", p.seqlens));
-  BITDECODING_TRY(present("workspace", p.workspace));
   if (p.tail_capacity > 0) {
     BITDECODING_TRY(present("tail_k", p.tail_k));
     BITDECODING_TRY(present("tail_v", p.tail_v));
@@ -159,8 +161,6 @@ Status validate_params(const DecodeParams& p) {
   }
   return Status::ok;
 }
-
-}  // namespace
 
 Status load_pack(const std::string& path, int* kernels_in_pack) noexcept {
   std::vector<Kernel> kernels;
@@ -209,6 +209,7 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
   const DeviceInfo* info = nullptr;
   BITDECODING_TRY(registry().get(handle, &r));
   BITDECODING_TRY(validate_params(params));
+  if (params.workspace == nullptr) return fail(Status::invalid_argument, "workspace: is null");
   BITDECODING_TRY(cuda::get_driver(&driver));
   BITDECODING_TRY(cuda::find_device(*driver, options.device, &info));
   if (r->config.arch != info->arch) {

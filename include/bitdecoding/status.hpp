@@ -10,6 +10,7 @@ enum class Status {
   kernel_not_found,    // no kernel of that name or handle is registered
   cuda_error,          // the CUDA driver is missing or returned an error
   format_error,        // a kernel pack is damaged, hostile or of another version
+  out_of_memory,       // the host has no memory left
 };
 
 // The message of this thread's last function that did not return Status::ok: argument, value, what is allowed.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_check_decode = native.function("check_decode")  # shapes, dtypes, strides and devices, as for the kernels
+_decode_cpu = native.function("decode_cpu")
 
 
 def block_bytes(head_dim: int, spec: QuantSpec) -> int:
@@ -127,30 +127,13 @@ def decode(
 
     if out is None:
         out = torch.empty_like(q)
-    _check_decode(
-        q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits, out, None, spec,
-        native.NO_WINDOW if window is None else window, 1.0 if softmax_scale is None else softmax_scale, softcap or 0.0,
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32) if return_lse else None
+    _decode_cpu(
+        q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits, out, lse, spec,
+        native.NO_WINDOW if window is None else window, q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        softcap or 0.0, torch.get_num_threads(),
     )  # fmt: skip
-    if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
-    num_sink = 0 if sink_k is None else sink_k.shape[1]
-    tail_capacity = 0 if tail_k is None else tail_k.shape[1]
-    lens = seqlens.tolist()
-    if packed_lens is not None:
-        packed = packed_lens.tolist()
-    else:
-        packed = [max(0, n - num_sink) for n in lens]
-        if tail_k is not None:
-            packed = [n - n % BLOCK_TOKENS for n in packed]
-    _check_lengths(lens, packed, num_sink, tail_capacity)
-    for b, packed_len in enumerate(packed):
-        _check_table(block_table, b, range(-(-packed_len // BLOCK_TOKENS)), pages.shape[0])
-
-    lse = cpu.decode(
-        q, pages, block_table, lens, packed, spec, tail_k=tail_k, tail_v=tail_v, sink_k=sink_k, sink_v=sink_v,
-        softmax_scale=softmax_scale, window=window, softcap=softcap, sink_logits=sink_logits, out=out,
-    )  # fmt: skip
-    return (out, lse) if return_lse else out
+    return out if lse is None else (out, lse)
 
 
 @torch.no_grad()

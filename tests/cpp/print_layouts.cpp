@@ -1,6 +1,7 @@
 // Prints what include/bitdecoding says about the block format, for tests/test_layout_cpp.py.
-// A table: "<name> <head_dim> <bits or group> <rows> <columns>\n", then rows * columns int32.
-// Sections: "sections <the spec's 9 fields> <7 x offset and bytes> <block_bytes>\n".
+// A table: "<name> <head_dim> <bits or group> <rows> <columns>\n", then rows * columns int32; once from the CuTe types
+// of layout.hpp, once ("plain_<name>") from the functions of block_format.hpp. Sections: "sections <the spec's 9
+// fields> <7 x offset and bytes> <block_bytes>\n".
 #include <cstdint>
 #include <cstdio>
 #include <vector>
@@ -11,15 +12,38 @@
 namespace bd = bitdecoding;
 
 template <typename Layout>
-void print_table(const char* name, int head_dim, int parameter) {
-  const Layout layout;
-  const int rows = cute::size<0>(layout), columns = cute::size<1>(layout);
+void print_table(const char* name, int head_dim, int parameter, int rows, int columns, const Layout& layout) {
   std::vector<std::int32_t> table;
   for (int row = 0; row < rows; ++row) {
     for (int column = 0; column < columns; ++column) table.push_back(static_cast<std::int32_t>(layout(row, column)));
   }
   std::printf("%s %d %d %d %d\n", name, head_dim, parameter, rows, columns);
   std::fwrite(table.data(), sizeof(std::int32_t), table.size(), stdout);
+}
+
+template <typename Layout>
+void print_table(const char* name, int head_dim, int parameter) {
+  const Layout layout;
+  print_table(name, head_dim, parameter, cute::size<0>(layout), cute::size<1>(layout), layout);
+}
+
+void print_plain(int head_dim) {
+  for (int bits : {8, 4, 2}) {
+    for (const bd::Operand operand : {bd::Operand::k, bd::Operand::v}) {
+      const char* name = operand == bd::Operand::k ? "plain_k_codes" : "plain_v_codes";
+      print_table(name, head_dim, bits, bd::kBlockTokens, head_dim, bd::CodeLayout{operand, head_dim, bits});
+    }
+  }
+  const auto runs_of = [](int extent) { return [=](int run, int k) { return run * extent + bd::b_order(k); }; };
+  for (int group : {32, 64, 128}) {
+    print_table("plain_k_params_channel", head_dim, group, bd::kBlockTokens / group, head_dim, runs_of(head_dim));
+    if (head_dim % group != 0) continue;
+    const int groups = head_dim / group;
+    const auto rows = [=](int token, int index) { return bd::row_order(groups, token, index); };
+    print_table("plain_k_params_token", head_dim, group, bd::kBlockTokens, groups, rows);
+    print_table("plain_v_params", head_dim, group, groups, bd::kBlockTokens, runs_of(bd::kBlockTokens));
+  }
+  print_table("plain_k_mean", head_dim, 0, 1, head_dim, runs_of(head_dim));
 }
 
 template <int kHeadDim, int kBits>
@@ -47,6 +71,7 @@ void print_head_dim() {
   print_params<kHeadDim, 128>();
   print_table<decltype(cute::make_layout(cute::Layout<cute::_1, cute::_0>{}, bd::KMean<kHeadDim>{}))>("k_mean",
                                                                                                       kHeadDim, 0);
+  print_plain(kHeadDim);
 }
 
 void print_sections(const bd::BlockSpec& s) {

@@ -1,0 +1,15 @@
+// What kernels and the CPU ask of a decode's parameters alike.
+#pragma once
+
+#include "bitdecoding/block_format.hpp"
+#include "bitdecoding/runtime.hpp"
+
+namespace bitdecoding {
+
+// The part of a valid QuantSpec that decides the layout.
+BlockSpec block_spec(std::int64_t head_dim, const QuantSpec& quant);
+
+// Null pointers and impossible sizes; the workspace is not looked at.
+Status validate_params(const DecodeParams& params);
+
+}  // namespace bitdecoding

@@ -1,0 +1,29 @@
+// Decode on the CPU, from the same blocks and with the same parameters as the kernels. Needs no kernel pack.
+#pragma once
+
+#include <cstdint>
+
+#include "bitdecoding/config.hpp"
+#include "bitdecoding/runtime.hpp"
+#include "bitdecoding/status.hpp"
+
+namespace bitdecoding {
+
+struct CpuDecodeOptions {
+  QuantSpec quant;              // the blocks' format; whether to rotate is in DecodeParams
+  std::int64_t head_dim = 128;  // 64, 96, 128 or 256
+  std::int64_t num_pages = 0;   // extent of DecodeParams::pages; entries of the block table are checked against it
+  bool float32 = false;         // q, tail, sinks and out are fp32; DecodeParams::bfloat16 then does not matter
+  int num_threads = 0;          // at most so many; 0: one per core that this process may use
+};
+
+// Attention of the newest tokens of each sequence over its cache, done when it returns: fp32 throughout, the result
+// does not depend on the number of threads. Pointers of `params` are host pointers, `workspace` is not used. Lengths
+// and block table are checked before anything is written: Status::invalid_argument names the first wrong one.
+Status decode_cpu(const DecodeParams& params, const CpuDecodeOptions& options) noexcept;
+
+// The instruction set that decode_cpu uses on this machine: "avx2", or "baseline" where there is none or where the
+// environment variable BITDECODING_CPU is "baseline".
+const char* cpu_instruction_set() noexcept;
+
+}  // namespace bitdecoding
