@@ -102,6 +102,14 @@ def test_sweeps_are_drawn(tmp_path, capsys, monkeypatch) -> None:
     assert {row.tokens for row in panels["2/2 heads, batch 1"]} == {1, 40, 130, 300}
     panels = bench.sweeps(report.rows, "batch")
     assert list(panels) == ["4/2 heads, 40 tokens", "2/2 heads, 40 tokens"]
+    # none of it beyond an axis, wherever in the row the extremes are
+    for row in report.rows:
+        row.ratios = dict.fromkeys(row.ratios, 8 * row.batch / row.num_q_heads)
+    for axes in bench.draw(panels, "batch").axes:
+        low, high = axes.get_ylim()
+        points = [y for line in axes.lines for y in line.get_ydata()]
+        assert low <= min(points) <= max(points) <= high
+        assert len(points) > 2
     (tmp_path / "a-length.png").unlink()
     assert main(["bench", "--load", str(out), "--plot"]) == 0
     assert (tmp_path / "a-length.png").is_file()

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -22,6 +23,9 @@ from tqdm import tqdm
 from .candidates import LowBitCache, Rivals, Shape, parse_shapes
 from .cute_kernels.errors import BitDecodingError, InvalidArgument
 from .timing import measure, read_bandwidth
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAIN_CUDA = "1,32,8,1024;1,32,8,8192;1,32,8,131072;8,32,8,32768;1,32,32,131072;64,32,8,8192;ragged"
 MAIN_CPU = "1,32,8,4096;1,32,8,16384"
@@ -320,49 +324,52 @@ def sweeps(rows: Iterable[Row], over: str) -> dict[str, list[Row]]:
 
 def plot(report: Report, file: Path) -> list[Path]:
     """Draw times and ratios over length and over batch where the report varies them -> the PNGs written."""
+    written = []
+    for over, label in (("tokens", "length"), ("batch", "batch")):
+        if panels := sweeps(report.rows, over):
+            figure = draw(panels, over)
+            about = f"head_dim {report.head_dim}, {report.dtype}, {report.device}"
+            figure.suptitle(f"Decode over {label}, {about}", fontsize=12)
+            written.append(file.with_name(f"{file.stem}-{label}.png"))
+            figure.savefig(written[-1], dpi=140)
+    return written
+
+
+def draw(panels: dict[str, list[Row]], over: str) -> Figure:
+    """A column per panel: times above, ratios to the rivals below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     def short(count: float, _: object) -> str:
         return f"{count / 1024:g}K" if count >= 1024 else f"{count:g}"
 
-    names = list(dict.fromkeys(row.candidate for row in report.rows if row.ours))
+    names = list(dict.fromkeys(row.candidate for rows in panels.values() for row in rows if row.ours))
     colors = RIVAL_COLORS | dict(zip(names, itertools.cycle(OUR_COLORS), strict=False))
-    written = []
-    for over, label in (("tokens", "length"), ("batch", "batch")):
-        panels = sweeps(report.rows, over)
-        if not panels:
-            continue
-        figure = Figure(figsize=(0.6 + 4.6 * len(panels), 7.2), layout="constrained")
-        FigureCanvasAgg(figure)
-        top, bottom = figure.subplots(2, len(panels), squeeze=False, sharex="col", sharey="row")
-        for upper, lower, (title, rows) in zip(top, bottom, panels.items(), strict=True):
-            rows = sorted(rows, key=lambda row: getattr(row, over))
-            for name in dict.fromkeys(row.candidate for row in rows):
-                own = [row for row in rows if row.candidate == name]
-                marker = "o-" if own[0].ours else "s-"
-                upper.plot([getattr(r, over) for r in own], [r.us for r in own], marker, color=colors[name], label=name)
-                for rival in rivals_of(own):
-                    met = [(getattr(r, over), r.ratios[rival]) for r in own if rival in r.ratios]
-                    style = RIVAL_STYLES.get(rival, "-")
-                    lower.plot(*zip(*met, strict=True), style, color=colors[name], label=f"{name} against {rival}")
-            lower.axhline(1, color="#c0392b", linewidth=1)
-            upper.set_title(title, fontsize=11)
-            lower.set_xlabel({"tokens": "tokens", "batch": "sequences"}[over])
-            for axes in (upper, lower):
-                axes.set_xscale("log", base=2)
-                axes.xaxis.set_major_formatter(short)
-                axes.grid(color="#e4e4e4", linewidth=0.8)
-                axes.spines[["top", "right"]].set_visible(False)
-            upper.set_yscale("log")
-            lower.set_ylim(bottom=0)
-        top[0].set_ylabel("microseconds per call")
-        bottom[0].set_ylabel("times as fast as a 16-bit rival")
-        top[0].legend(frameon=False, fontsize=9)
-        bottom[0].legend(frameon=False, fontsize=9)
-        figure.suptitle(
-            f"Decode over {label}, head_dim {report.head_dim}, {report.dtype}, {report.device}", fontsize=12
-        )
-        written.append(file.with_name(f"{file.stem}-{label}.png"))
-        figure.savefig(written[-1], dpi=140)
-    return written
+    figure = Figure(figsize=(0.6 + 4.6 * len(panels), 7.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, len(panels), squeeze=False, sharex="col", sharey="row")
+    for upper, lower, (title, rows) in zip(top, bottom, panels.items(), strict=True):
+        rows = sorted(rows, key=lambda row: getattr(row, over))
+        for name in dict.fromkeys(row.candidate for row in rows):
+            own = [row for row in rows if row.candidate == name]
+            marker = "o-" if own[0].ours else "s-"
+            upper.plot([getattr(r, over) for r in own], [r.us for r in own], marker, color=colors[name], label=name)
+            for rival in rivals_of(own):
+                met = [(getattr(r, over), r.ratios[rival]) for r in own if rival in r.ratios]
+                style = RIVAL_STYLES.get(rival, "-")
+                lower.plot(*zip(*met, strict=True), style, color=colors[name], label=f"{name} against {rival}")
+        lower.axhline(1, color="#c0392b", linewidth=1)
+        upper.set_title(title, fontsize=11)
+        lower.set_xlabel({"tokens": "tokens", "batch": "sequences"}[over])
+        for axes in (upper, lower):
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(short)
+            axes.grid(color="#e4e4e4", linewidth=0.8)
+            axes.spines[["top", "right"]].set_visible(False)
+    top[0].set_yscale("log")
+    bottom[0].set_ylim(bottom=0)  # of the whole row, once everything is drawn
+    top[0].set_ylabel("microseconds per call")
+    bottom[0].set_ylabel("times as fast as a 16-bit rival")
+    for row in (top, bottom):
+        row[0].legend(frameon=False, fontsize=9)
+    return figure
