@@ -27,23 +27,27 @@ def test_the_table_and_the_json(tmp_path, capsys) -> None:
     lines = printed.splitlines()
     assert lines[0] == "cpu, read bandwidth 10.0 GB/s"
     assert "vs sdpa" in lines[1]
-    assert len(lines) == 2 + 2 * 3 + 2
-    assert lines[-1].startswith("kc2 against sdpa: ")
+    assert len(lines) == 2 + 2 * 4 + 4
+    assert lines[-1].startswith("kc2 against sdpa fp32: ")
     report = json.loads(out.read_text())
     assert report["head_dim"] == 64
     assert report["left_out"] == []
     rows = report["rows"]
-    assert [row["candidate"] for row in rows] == ["kc4", "kc2", "sdpa"] * 2
+    assert [row["candidate"] for row in rows] == ["kc4", "kc2", "sdpa", "sdpa fp32"] * 2
     for row in rows:
         assert row["us"] == row["plain_us"] > 0
         assert row["host_us"] is None
         assert row["gb_per_s"] == pytest.approx(row["cache_bytes"] / row["us"] / 1e3)
         assert row["percent_of_read"] == pytest.approx(10 * row["gb_per_s"])
-    for ours, rival in ((rows[0], rows[2]), (rows[1], rows[2]), (rows[3], rows[5])):
-        assert 0 < ours["error"] < 1e-3
-        assert ours["ratios"] == {"sdpa": rival["us"] / ours["us"]}
-        assert rival["error"] is None
-        assert rival["ratios"] == {}
+    for first in (0, 4):
+        *ours, half, single = rows[first : first + 4]
+        for row in ours:
+            assert 0 < row["error"] < 1e-3
+            assert row["ratios"] == {"sdpa": half["us"] / row["us"], "sdpa fp32": single["us"] / row["us"]}
+        assert single["cache_bytes"] == 2 * half["cache_bytes"]
+        for row in (half, single):
+            assert row["error"] is None
+            assert row["ratios"] == {}
     assert [rows[0][key] for key in ("shape", "batch", "tokens")] == ["1, 8/2, 300", 1, 300]
 
     assert main(["bench", "--load", str(out)]) == 0

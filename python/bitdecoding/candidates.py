@@ -1,10 +1,9 @@
-"""What `bitdecoding bench` and `tune` time: our decode over a random low-bit cache, and its rivals over 16-bit ones."""
+"""What `bitdecoding bench` and `tune` time: our decode over a random low-bit cache, and its rivals over whole values."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -186,54 +185,60 @@ class LowBitCache:
 
 # ---------------------------------------------------------------------------------------------- rivals
 
-SDPA = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
+RIVALS = {"cuda": ("sdpa flash", "sdpa cudnn", "flashinfer"), "cpu": ("sdpa", "sdpa fp32")}
+BACKENDS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 class Rivals:
-    """Attention over a random 16-bit cache by other libraries. A method raises where its library cannot."""
+    """Attention over a random cache of whole values by other libraries. A method raises where its library cannot.
+
+    The caches are 16 bit, and on a CPU also fp32, where torch is faster with those.
+    """
 
     def __init__(self, shape: Shape, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.head_dim, self.dtype, self.device = shape, head_dim, dtype, device
-        self.cache_bytes = 2 * sum(shape.lengths) * shape.num_kv_heads * head_dim * dtype.itemsize
-        self.copies = copies_of(self.cache_bytes, device)
+        self._contiguous: dict[torch.dtype, Tensor] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*SDPA, "flashinfer") if self.device.type == "cuda" else ("sdpa",)
+        return RIVALS[self.device.type]
 
     def candidate(self, name: str) -> Candidate:
-        call = self._flashinfer() if name == "flashinfer" else self._sdpa(SDPA.get(name))
+        dtype = torch.float32 if name == "sdpa fp32" else self.dtype
+        cache_bytes = 2 * sum(self.shape.lengths) * self.shape.num_kv_heads * self.head_dim * dtype.itemsize
+        copies = copies_of(cache_bytes, self.device)
+        call = self._flashinfer(copies) if name == "flashinfer" else self._sdpa(name, dtype, copies)
         call(0)  # raises where the library cannot
-        return Candidate(name, call, self.copies, self.cache_bytes)
+        return Candidate(name, call, copies, cache_bytes)
 
-    def _random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, dtype=self.dtype, device=self.device)
+    def _random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, dtype=dtype or self.dtype, device=self.device)
 
-    @cached_property
-    def _contiguous(self) -> Tensor:
-        """[copies, K and V, batch, num_kv_heads, tokens, head_dim]; the SDPA backends share it."""
+    def _sdpa(self, name: str, dtype: torch.dtype, copies: int) -> Callable[[int], Tensor]:
+        """torch SDPA over caches [K and V, batch, num_kv_heads, tokens, head_dim], which its backends share."""
         shape = self.shape
         if shape.tokens is None:
             raise InvalidArgument("SDPA takes no ragged batch")
-        return self._random(self.copies, 2, shape.batch, shape.num_kv_heads, shape.tokens, self.head_dim)
-
-    def _sdpa(self, backend: SDPBackend | None) -> Callable[[int], Tensor]:
-        """torch SDPA, with its own choice of backend for None."""
-        shape = self.shape
-        caches = [tuple(kv) for kv in self._contiguous]
-        q = self._random(shape.batch, shape.num_q_heads, 1, self.head_dim)
-        grouped = shape.num_q_heads != shape.num_kv_heads
+        size = (copies, 2, shape.batch, shape.num_kv_heads, shape.tokens, self.head_dim)
+        if dtype not in self._contiguous:
+            self._contiguous[dtype] = self._random(*size, dtype=dtype)
+        caches = [kv.unbind() for kv in self._contiguous[dtype]]
+        group = shape.num_q_heads // shape.num_kv_heads
+        backend = BACKENDS.get(name)
+        if backend is None:
+            # on a CPU the heads of a group are faster as rows of one query: the cache is then read once for all
+            q = self._random(shape.batch, shape.num_kv_heads, group, self.head_dim, dtype=dtype)
+            return lambda i: scaled_dot_product_attention(q, caches[i % copies][0], caches[i % copies][1])
+        q = self._random(shape.batch, shape.num_q_heads, 1, self.head_dim, dtype=dtype)
 
         def call(i: int) -> Tensor:
-            k, v = caches[i % self.copies]
-            if backend is None:
-                return scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+            k, v = caches[i % copies]
             with sdpa_kernel(backend):
-                return scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+                return scaled_dot_product_attention(q, k, v, enable_gqa=group > 1)
 
         return call
 
-    def _flashinfer(self) -> Callable[[int], Tensor]:
+    def _flashinfer(self, copies: int) -> Callable[[int], Tensor]:
         """Its batch decode over pages of 16 tokens, on tensor cores as in its own benchmark; planning is not timed."""
         import flashinfer
 
@@ -241,7 +246,7 @@ class Rivals:
         pages = [-(-n // FLASHINFER_PAGE) for n in shape.lengths]
         first_page = [0, *itertools.accumulate(pages)]
         last_page_len = [n - (count - 1) * FLASHINFER_PAGE for n, count in zip(shape.lengths, pages, strict=True)]
-        caches = self._random(self.copies, sum(pages), 2, FLASHINFER_PAGE, shape.num_kv_heads, self.head_dim).unbind()
+        caches = self._random(copies, sum(pages), 2, FLASHINFER_PAGE, shape.num_kv_heads, self.head_dim).unbind()
         q = self._random(shape.batch, shape.num_q_heads, self.head_dim)
 
         def int32(values: Iterable[int]) -> Tensor:
@@ -253,4 +258,4 @@ class Rivals:
             int32(first_page), int32(range(sum(pages))), int32(last_page_len), shape.num_q_heads, shape.num_kv_heads,
             self.head_dim, FLASHINFER_PAGE, q_data_type=self.dtype, kv_data_type=self.dtype,
         )  # fmt: skip
-        return lambda i: wrapper.run(q, caches[i % self.copies])
+        return lambda i: wrapper.run(q, caches[i % copies])
