@@ -1,7 +1,7 @@
 """`bitdecoding bench`: decode attention over a low-bit cache against rivals on a 16-bit one, in one process.
 
-The rivals are torch SDPA (on a CPU in fp32 too) and, where it is installed, FlashInfer. How times are taken is in :mod:`bitdecoding.timing`;
-a report (JSON) holds everything that the table and the plots show.
+The rivals are torch SDPA (on a CPU in fp32 too) and, where it is installed, FlashInfer. How times are taken is in
+:mod:`bitdecoding.timing`; a report (JSON) holds everything that the table and the plots show.
 """
 
 from __future__ import annotations

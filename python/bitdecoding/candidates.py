@@ -1,4 +1,4 @@
-"""What `bitdecoding bench` and `tune` time: our decode over a random low-bit cache, and its rivals over whole values."""
+"""What `bitdecoding bench` and `tune` time: our decode over a random low-bit cache, and rivals over whole values."""
 
 from __future__ import annotations
 
