@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
@@ -12,7 +13,7 @@ import torch
 from attention_reference import attention
 
 import bitdecoding as bd
-from bitdecoding import bench, candidates
+from bitdecoding import bench, candidates, timing
 from bitdecoding.candidates import LowBitCache, Rivals, Shape
 from bitdecoding.cli import main
 
@@ -217,6 +218,74 @@ def test_rivals_that_cannot_are_named(monkeypatch, capsys, tmp_path) -> None:
     assert (name, shape) == ("flashinfer", "1, 2/2, 100")
     assert "flashinfer" in reason
     assert [row["candidate"] for row in report["rows"]] == ["kc4", "kc2", "sdpa"]
+
+
+def test_enough_copies_to_be_cold_within_bounds() -> None:
+    gpu = torch.device("cuda")
+    for cache_bytes in (1, 4096, 200_000, 1 << 20, timing.COLD_BYTES, 1 << 33):
+        copies = timing.copies_of(cache_bytes, gpu)
+        assert 1 <= copies <= timing.MAX_COPIES
+        cold = timing.Candidate("x", print, copies, cache_bytes).cold
+        assert cold or copies == timing.MAX_COPIES
+        assert not cold or (copies - 1) * cache_bytes <= timing.COLD_BYTES
+    assert timing.copies_of(4096, CPU) == 1
+
+
+class FakeGpu:
+    """torch.cuda as far as graphs are timed: what a graph captures takes its time at every replay."""
+
+    def __init__(self) -> None:
+        self.clock = 0.0  # milliseconds
+        self.captured: list[float] | None = None
+        self.log: list[tuple[str, int]] = []
+
+    def candidate(self, name: str, us: float, copies: int) -> timing.Candidate:
+        def call(i: int) -> None:
+            self.log.append((name, i % copies))
+            if self.captured is not None:
+                self.captured.append(us / 1e3)
+
+        return timing.Candidate(name, call, copies, 1 << 20)
+
+    def install(self, monkeypatch) -> None:
+        gpu = self
+
+        class Graph:
+            def replay(self) -> None:
+                gpu.clock += sum(self.calls)
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None: ...
+
+            def record(self, stream: object) -> None:
+                self.at = gpu.clock
+
+            def synchronize(self) -> None: ...
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        @contextlib.contextmanager
+        def graph(made: Graph, stream: object):
+            gpu.captured = made.calls = []
+            yield
+            gpu.captured = None
+
+        fakes = {"Stream": object, "stream": contextlib.nullcontext, "synchronize": lambda: None, "CUDAGraph": Graph}
+        for name, fake in (fakes | {"Event": Event, "graph": graph}).items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_a_graph_visits_every_copy(monkeypatch) -> None:
+    gpu = FakeGpu()
+    gpu.install(monkeypatch)
+    candidates = [gpu.candidate("a", 7.0, 3), gpu.candidate("b", 2.5, 40)]
+    times = timing.measure(candidates, 3, torch.device("cuda"))
+    assert [t.us for t in times] == [pytest.approx(7.0), pytest.approx(2.5)]
+    assert all(t.plain_us > 0 and t.host_us > 0 for t in times)
+    gpu.log.clear()
+    timing.graph_times(candidates, 3)
+    assert gpu.log == [("a", 0), *(("a", i % 3) for i in range(8)), ("b", 0), *(("b", i) for i in range(40))]
 
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
