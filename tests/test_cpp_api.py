@@ -1,12 +1,15 @@
-"""The C++ API: a program built against the installed headers and library, with nothing else installed."""
+"""The C and C++ APIs: programs built against the installed headers and library, with nothing else installed."""
 
 import os
+import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from bitdecoding.cute_kernels import native
+from bitdecoding.cute_kernels.pack import CompiledKernel, write_pack
 
 from bitdecoding import KernelConfig, QuantSpec
 
@@ -15,15 +18,35 @@ SOURCE = SOURCES / "consumer.cpp"
 LIB_DIR = native.LIBRARY_PATH.parent
 
 
-def build(source, folder):
-    compiler = shutil.which("g++")
+RUNTIME = Path(__file__).parents[1] / "cute_kernels" / "runtime"
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+
+
+def compiler_of(source):
+    compiler = shutil.which("gcc" if source.suffix == ".c" else "g++")
     if compiler is None:
-        pytest.skip("g++ is not installed")
+        pytest.skip("there is no compiler")
+    return [compiler, "-std=c11" if source.suffix == ".c" else "-std=c++17", f"-I{LIB_DIR.parent / 'include'}"]
+
+
+def build(source, folder):
     program = folder / source.stem
-    include = LIB_DIR.parent / "include"
-    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Werror", f"-I{include}", source]
-    subprocess.run([*command, f"-L{LIB_DIR}", "-lbitdecoding", f"-Wl,-rpath,{LIB_DIR}", "-o", program], check=True)
+    libraries = [f"-L{LIB_DIR}", "-lbitdecoding", f"-Wl,-rpath,{LIB_DIR}", "-lm"]
+    subprocess.run([*compiler_of(source), "-O1", *WARNINGS, source, *libraries, "-o", program], check=True)
     return program
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory):
+    """A pack with one kernel, which no driver would load, and a file that is none."""
+    folder = tmp_path_factory.mktemp("packs")
+    config = KernelConfig(arch="sm80", copy="cp_async")
+    kernel = CompiledKernel(
+        name=config.name(), entry="entry", cubin=b"\x7fELF", threads=160, smem=4096, regs=128, ctas_per_sm=1
+    )
+    write_pack(folder / "sm80.bdpack", [kernel], {"arch": "sm80"})
+    (folder / "none.bdpack").write_bytes(b"BDPACK 1\nwhatever")
+    return [folder / "sm80.bdpack", folder / "none.bdpack"]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +82,35 @@ def test_decode_on_the_cpu_equals_attention_over_the_bytes_on_every_instruction_
         instruction_set, error = result.stdout.split()
         assert instruction_set in allowed
         assert 0 < float(error) < 2e-5
+
+
+def test_a_c_program_gets_a_status_for_every_mistake(tmp_path, packs):
+    result = subprocess.run([build(SOURCES / "c_api.c", tmp_path), *packs], capture_output=True, text=True, env={})
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+def test_nothing_that_sanitizers_find_happens_on_the_cpu(tmp_path, packs):
+    """The library's sources, instrumented, under the programs of the tests above."""
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    x86 = platform.machine() == "x86_64"
+    loops = {"Baseline": []} | ({"Avx2": ["-mavx2", "-mfma", "-mf16c"]} if x86 else {})  # as in CMakeLists.txt
+    units = [(path, []) for path in RUNTIME.glob("*.cpp") if path.stem not in ("binding", "check", "cpu_attend")]
+    units += [(RUNTIME / "cpu_attend.cpp", [f"-DBITDECODING_CPU_LOOPS=kLoops{x}", *f]) for x, f in loops.items()]
+    programs = {"decode_cpu.cpp": ["64"], "c_api.c": packs}
+    common = [*sanitize, "-Wno-psabi", *(["-DBITDECODING_CPU_AVX2"] if x86 else [])]
+
+    def compile_one(source, flags, output):
+        subprocess.run([*compiler_of(source), *common, *flags, "-c", source, "-o", output], check=True)
+        return output
+
+    with ThreadPoolExecutor(2) as pool:
+        library = [pool.submit(compile_one, *unit, tmp_path / f"{i}.o") for i, unit in enumerate(units)]
+        objects = {name: pool.submit(compile_one, SOURCES / name, [], tmp_path / f"{name}.o") for name in programs}
+    for name, arguments in programs.items():
+        linked = [each.result() for each in (*library, objects[name])]
+        subprocess.run(["g++", *sanitize, *linked, "-ldl", "-lpthread", "-o", tmp_path / "program"], check=True)
+        result = subprocess.run([tmp_path / "program", *arguments], capture_output=True, text=True, env={})
+        assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_find_package(program, tmp_path):

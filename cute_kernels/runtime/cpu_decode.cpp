@@ -12,6 +12,7 @@
 
 #include "bitdecoding/cpu.hpp"
 #include "cpu_attend.hpp"
+#include "elements.hpp"
 #include "error.hpp"
 #include "params.hpp"
 #include "threads.hpp"
@@ -63,7 +64,8 @@ Format make_format(const BlockSpec& spec) {
 
 namespace {
 
-constexpr std::int64_t kPartBlocks = 16;  // work for about 100 us: little is lost where threads wait for the last
+constexpr std::int64_t kMaxRows = 1 << 20;  // of a KV head
+constexpr std::int64_t kPartBlocks = 16;    // work for about 100 us: little is lost where threads wait for the last
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -81,68 +83,6 @@ const Loops& loops() {
   return kLoopsBaseline;
 }
 
-float to_float(std::uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-
-std::uint32_t to_bits(float x) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
-
-float half_to_float(std::uint16_t half) {
-  const std::uint32_t magnitude = half & 0x7fffu;
-  const float x =
-      magnitude >= 0x7c00u ? to_float(0x7f800000u | (magnitude & 0x3ffu) << 13) : to_float(magnitude << 13) * 0x1p112f;
-  return (half & 0x8000u) != 0 ? -x : x;
-}
-
-// To nearest even.
-std::uint16_t float_to_half(float x) {
-  const std::uint32_t sign = to_bits(x) >> 16 & 0x8000u;
-  std::uint32_t bits = to_bits(x) & 0x7fffffffu;
-  if (bits > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);   // NaN
-  if (bits >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // rounds to infinity
-  if (bits < 0x38800000u) {  // subnormal: adding 1/2 leaves the multiple of 2^-24 in the low bits
-    return static_cast<std::uint16_t>(sign | (to_bits(to_float(bits) + 0.5f) - 0x3f000000u));
-  }
-  bits += 0xfffu + (bits >> 13 & 1u);
-  return static_cast<std::uint16_t>(sign | ((bits >> 13) - (112u << 10)));
-}
-
-std::uint16_t float_to_bfloat16(float x) {
-  const std::uint32_t bits = to_bits(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>(bits >> 16 | 0x40u);  // NaN
-  return static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
-int bytes_of(Type type) { return type == Type::float32 ? 4 : 2; }
-
-void load(const void* from, Type type, std::int64_t index, int count, float* to) {
-  if (type == Type::float32) {
-    std::memcpy(to, static_cast<const float*>(from) + index, count * sizeof(float));
-    return;
-  }
-  const auto* halves = static_cast<const std::uint16_t*>(from) + index;
-  for (int i = 0; i < count; ++i) {
-    to[i] = type == Type::float16 ? half_to_float(halves[i]) : to_float(std::uint32_t{halves[i]} << 16);
-  }
-}
-
-void store(const float* from, Type type, std::int64_t index, int count, void* to) {
-  if (type == Type::float32) {
-    std::memcpy(static_cast<float*>(to) + index, from, count * sizeof(float));
-    return;
-  }
-  auto* halves = static_cast<std::uint16_t*>(to) + index;
-  for (int i = 0; i < count; ++i) {
-    halves[i] = type == Type::float16 ? float_to_half(from[i]) : float_to_bfloat16(from[i]);
-  }
-}
-
 // x H / sqrt(h) over blocks of h, the largest power of two in head_dim; as quantization.hadamard.
 void hadamard(float* x, int head_dim) {
   const int size = head_dim & -head_dim;
@@ -157,6 +97,25 @@ void hadamard(float* x, int head_dim) {
   }
   const float factor = 1.0f / std::sqrt(static_cast<float>(size));
   for (int i = 0; i < head_dim; ++i) x[i] *= factor;
+}
+
+Status validate(const DecodeParams& p, const CpuDecodeOptions& options) {
+  BITDECODING_TRY(validate_params(p));
+  if (options.num_threads < 0) {
+    return fail(Status::invalid_argument, "num_threads=", options.num_threads, ": must not be negative");
+  }
+  const std::int64_t rows = std::int64_t{p.num_q_heads} / p.num_kv_heads * p.q_len;
+  if (rows > kMaxRows) {
+    return fail(Status::invalid_argument, "q_len=", p.q_len, ": makes ", rows, " rows of queries per KV head, ",
+                kMaxRows, " are allowed");
+  }
+  const std::int64_t least = block_bytes(options.head_dim, options.quant);
+  const auto check_stride = [least](const char* name, std::int64_t stride) {  // 0: the same block again and again
+    if (stride == 0 || stride >= least) return Status::ok;
+    return fail(Status::invalid_argument, name, "=", stride, ": must be at least block_bytes=", least);
+  };
+  BITDECODING_TRY(check_stride("head_stride_bytes", p.head_stride_bytes));
+  return check_stride("page_stride_bytes", p.page_stride_bytes);
 }
 
 struct Sequence {
@@ -290,7 +249,7 @@ class Decode {
     std::fill(rows.sum, rows.sum + rows_, 0.0f);
     for (int row = 0; row < rows_; ++row) {
       float* query = space->queries.data() + std::int64_t{row} * head_dim_;
-      load(p_.q, type_, q_index(b, head, row), head_dim_, query);
+      load_elements(p_.q, type_, q_index(b, head, row), head_dim_, query);
       if (p_.rotate_q != 0) hadamard(query, head_dim_);
       for (int c = 0; c < head_dim_; ++c) query[c] *= p_.softmax_scale_log2;
       space->newest[row] = s.seqlen - p_.q_len + row % p_.q_len;
@@ -353,7 +312,7 @@ class Decode {
         for (int c = 0; c < head_dim_; ++c) out[c] /= sum;
       }
       if (p_.rotate_out != 0) hadamard(out, head_dim_);
-      store(out, type_, q_index(b, head, row), head_dim_, p_.out);
+      store_elements(out, type_, q_index(b, head, row), head_dim_, p_.out);
       if (p_.lse != nullptr) {
         const std::int64_t index = (b * p_.q_len + row % p_.q_len) * p_.num_q_heads + q_head;
         p_.lse[index] = (reference + std::log2(sum)) * kLn2;
@@ -384,7 +343,7 @@ class Decode {
 
 Status decode_cpu(const DecodeParams& params, const CpuDecodeOptions& options) noexcept {
   BITDECODING_TRY(options.quant.validate(options.head_dim));
-  BITDECODING_TRY(validate_params(params));
+  BITDECODING_TRY(cpu::validate(params, options));
   try {
     return cpu::Decode(params, options).run(options.num_threads);
   } catch (const std::bad_alloc&) {

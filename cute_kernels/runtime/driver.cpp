@@ -26,7 +26,7 @@ std::string open_driver(Driver* driver) {
   BITDECODING_DRIVER_FUNCTIONS(BITDECODING_RESOLVE)
 #undef BITDECODING_RESOLVE
   if (const Result result = driver->init(0); result != kSuccess) {
-    check(*driver, result, "cuInit");
+    static_cast<void>(check(*driver, result, "cuInit"));  // composes the message
     return last_error();
   }
   return "";
@@ -145,12 +145,14 @@ ContextScope::~ContextScope() {
 }  // namespace cuda
 
 Status device_count(int* out) noexcept {
+  BITDECODING_TRY(check_present("out", out));
   const cuda::Driver* driver = nullptr;
   BITDECODING_TRY(cuda::get_driver(&driver));
   return cuda::check(*driver, driver->device_count(out), "cuDeviceGetCount");
 }
 
 Status device_info(int device, DeviceInfo* out) noexcept {
+  BITDECODING_TRY(check_present("out", out));
   const cuda::Driver* driver = nullptr;
   const DeviceInfo* info = nullptr;
   BITDECODING_TRY(cuda::get_driver(&driver));

@@ -20,6 +20,10 @@ Status fail(Status status, const Parts&... parts) {
   return set_error(status, text.str());
 }
 
+inline Status check_present(const char* argument, const void* pointer) {
+  return pointer != nullptr ? Status::ok : fail(Status::invalid_argument, argument, ": is null");
+}
+
 template <typename T, typename Allowed>
 Status check_one_of(const char* argument, const T& value, std::initializer_list<Allowed> allowed) {
   for (const Allowed& candidate : allowed) {
@@ -35,11 +39,11 @@ Status check_one_of(const char* argument, const T& value, std::initializer_list<
   return set_error(Status::invalid_argument, text.str());
 }
 
-#define BITDECODING_TRY(expression)                                                  \
-  do {                                                                               \
-    if (const ::bitdecoding::Status status_ = (expression); status_ != Status::ok) { \
-      return status_;                                                                \
-    }                                                                                \
+#define BITDECODING_TRY(expression)                                                                 \
+  do {                                                                                              \
+    if (const ::bitdecoding::Status status_ = (expression); status_ != ::bitdecoding::Status::ok) { \
+      return status_;                                                                               \
+    }                                                                                               \
   } while (false)
 
 }  // namespace bitdecoding

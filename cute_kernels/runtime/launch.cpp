@@ -2,9 +2,11 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <shared_mutex>
 #include <string>
 #include <unordered_map>
@@ -45,7 +47,7 @@ class Registry {
     const auto [place, inserted] = handles_.emplace(kernel.name, static_cast<int>(kernels_.size()));
     if (inserted) {
       kernels_.emplace_back();
-      KernelConfig::parse(kernel.name, &kernels_.back().config);
+      static_cast<void>(KernelConfig::parse(kernel.name, &kernels_.back().config));  // validated
       kernels_.back().kernel = std::move(kernel);
     }
     return place->second;
@@ -133,9 +135,6 @@ Status validate_params(const DecodeParams& p) {
   auto positive = [](const char* name, std::int64_t value) {
     return value > 0 ? Status::ok : fail(Status::invalid_argument, name, "=", value, ": must be positive");
   };
-  auto present = [](const char* name, const void* pointer) {
-    return pointer != nullptr ? Status::ok : fail(Status::invalid_argument, name, ": is null");
-  };
   BITDECODING_TRY(positive("batch", p.batch));
   BITDECODING_TRY(positive("q_len", p.q_len));
   BITDECODING_TRY(positive("num_kv_heads", p.num_kv_heads));
@@ -148,29 +147,42 @@ Status validate_params(const DecodeParams& p) {
   if (p.max_pages < 0 || p.tail_capacity < 0 || p.num_sink < 0) {
     return fail(Status::invalid_argument, "max_pages, tail_capacity and num_sink must not be negative");
   }
-  BITDECODING_TRY(present("q", p.q));
-  BITDECODING_TRY(present("out", p.out));
-  BITDECODING_TRY(present("seqlens", p.seqlens));
+  BITDECODING_TRY(check_present("q", p.q));
+  BITDECODING_TRY(check_present("out", p.out));
+  BITDECODING_TRY(check_present("seqlens", p.seqlens));
   if (p.tail_capacity > 0) {
-    BITDECODING_TRY(present("tail_k", p.tail_k));
-    BITDECODING_TRY(present("tail_v", p.tail_v));
+    BITDECODING_TRY(check_present("tail_k", p.tail_k));
+    BITDECODING_TRY(check_present("tail_v", p.tail_v));
   }
   if (p.num_sink > 0) {
-    BITDECODING_TRY(present("sink_k", p.sink_k));
-    BITDECODING_TRY(present("sink_v", p.sink_v));
+    BITDECODING_TRY(check_present("sink_k", p.sink_k));
+    BITDECODING_TRY(check_present("sink_v", p.sink_v));
+  }
+  if (p.max_pages > 0) {
+    BITDECODING_TRY(check_present("pages", p.pages));
+    BITDECODING_TRY(check_present("block_table", p.block_table));
+  }
+  if (!std::isfinite(p.softmax_scale_log2) || p.softmax_scale_log2 <= 0.0f) {
+    return fail(Status::invalid_argument, "softmax_scale_log2=", p.softmax_scale_log2, ": must be positive and finite");
+  }
+  if (!std::isfinite(p.softcap) || p.softcap < 0.0f) {
+    return fail(Status::invalid_argument, "softcap=", p.softcap, ": must be positive and finite, or 0 for none");
   }
   return Status::ok;
 }
 
-Status load_pack(const std::string& path, int* kernels_in_pack) noexcept {
+Status load_pack(const std::string& path, int* kernels_in_pack) noexcept try {
   std::vector<Kernel> kernels;
   BITDECODING_TRY(read_pack(path, &kernels));
   if (kernels_in_pack != nullptr) *kernels_in_pack = static_cast<int>(kernels.size());
   for (Kernel& kernel : kernels) registry().add(std::move(kernel));
   return Status::ok;
+} catch (const std::bad_alloc&) {
+  return fail(Status::out_of_memory, "path='", path, "': no memory for the pack");
 }
 
 Status add_kernel(Kernel kernel, int* handle) noexcept {
+  BITDECODING_TRY(check_present("handle", handle));
   BITDECODING_TRY(validate_kernel(kernel));
   *handle = registry().add(std::move(kernel));
   return Status::ok;
@@ -181,6 +193,7 @@ int find_kernel(const std::string& name) noexcept { return registry().find(name)
 std::vector<std::string> list_kernels() { return registry().names(); }
 
 Status kernel_config(int handle, const KernelConfig** out) noexcept {
+  BITDECODING_TRY(check_present("out", out));
   Registered* r = nullptr;
   BITDECODING_TRY(registry().get(handle, &r));
   *out = &r->config;
@@ -194,6 +207,7 @@ std::int64_t decode_workspace_bytes(const KernelConfig& config, std::int64_t num
 }
 
 Status decode_workspace_bytes(int handle, int device, std::int64_t* out) noexcept {
+  BITDECODING_TRY(check_present("out", out));
   Registered* r = nullptr;
   DeviceInfo info;
   BITDECODING_TRY(registry().get(handle, &r));
@@ -209,7 +223,7 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
   const DeviceInfo* info = nullptr;
   BITDECODING_TRY(registry().get(handle, &r));
   BITDECODING_TRY(validate_params(params));
-  if (params.workspace == nullptr) return fail(Status::invalid_argument, "workspace: is null");
+  BITDECODING_TRY(check_present("workspace", params.workspace));
   BITDECODING_TRY(cuda::get_driver(&driver));
   BITDECODING_TRY(cuda::find_device(*driver, options.device, &info));
   if (r->config.arch != info->arch) {
@@ -284,6 +298,7 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
 }
 
 Status capture_id(int device, void* stream, std::uint64_t* out) noexcept {
+  BITDECODING_TRY(check_present("out", out));
   const cuda::Driver* driver = nullptr;
   const DeviceInfo* info = nullptr;
   BITDECODING_TRY(cuda::get_driver(&driver));

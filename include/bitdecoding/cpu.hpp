@@ -22,6 +22,22 @@ struct CpuDecodeOptions {
 // and block table are checked before anything is written: Status::invalid_argument names the first wrong one.
 Status decode_cpu(const DecodeParams& params, const CpuDecodeOptions& options) noexcept;
 
+struct CpuMergeParams {
+  const void* const* outs = nullptr;  // num_parts pointers to [rows, head_dim], fp16, bf16 or fp32
+  const float* const* lses =
+      nullptr;  // num_parts pointers to [rows], natural logarithm; -inf: the part has no key there
+  std::int32_t num_parts = 0;
+  std::int64_t rows = 0;
+  std::int64_t head_dim = 0;  // 1 to 256
+  bool bfloat16 = false;      // outs and out are bf16
+  bool float32 = false;       // outs and out are fp32
+  void* out = nullptr;        // [rows, head_dim]; may be one of outs
+  float* lse = nullptr;       // [rows], optional; may be one of lses
+};
+
+// Combines attention over disjoint sets of keys: zeros and -inf where no part has a key.
+Status merge_cpu(const CpuMergeParams& params) noexcept;
+
 // The instruction set that decode_cpu uses on this machine: "avx2", or "baseline" where there is none or where the
 // environment variable BITDECODING_CPU is "baseline".
 const char* cpu_instruction_set() noexcept;

@@ -56,7 +56,9 @@ Status kernel_config(int handle, const KernelConfig** out) noexcept;
 
 // ---- decode ----
 
-// The kernel's parameters, in its order. Pointers are device pointers; those marked optional may be null.
+// The kernel's parameters, in its order. Pointers are device pointers; those marked optional may be null. Tensors are
+// row-major without gaps, but for pages; q, tail, sinks and out are all float16 or all bfloat16 and begin at multiples
+// of 16 bytes like workspace, pages and its strides. A sequence is its sinks, then its packed, then its tail tokens.
 struct DecodeParams {
   const void* q = nullptr;                    // [batch, q_len, num_q_heads, head_dim]
   const void* pages = nullptr;                // [num_pages, num_kv_heads, block_bytes], 16-byte aligned
@@ -87,6 +89,25 @@ struct DecodeParams {
   std::int32_t rotate_q = 0;        // 1: q goes through a Hadamard transform over head_dim, as the keys did
   std::int32_t rotate_out = 0;      // 1: out goes through a Hadamard transform, as the values did
 };
+
+// What decides which kernel is needed.
+struct DecodeProblem {
+  QuantSpec quant;
+  std::int64_t head_dim = 128;
+  std::int32_t num_q_heads = 1;
+  std::int32_t num_kv_heads = 1;  // divides num_q_heads
+  std::int32_t q_len = 1;         // new tokens per sequence
+};
+
+struct DecodePlan {
+  int handle = -1;
+  std::int64_t workspace_bytes = 0;
+};
+
+// Chooses among the registered kernels for this format: the narrowest tile that holds all query columns of a KV head,
+// else the widest; of equal ones the first that was registered. Of `device` only arch and num_sms count, so this needs
+// no driver. Status::kernel_not_found says for which archs there is one.
+Status plan_decode(const DecodeProblem& problem, const DeviceInfo& device, DecodePlan* out) noexcept;
 
 // A workspace begins with counters, zeroed once when it is allocated; kernels leave them zero. Their space has a fixed
 // size, so calls of all shapes can share a workspace, as long as they do not run at the same time.

@@ -3,7 +3,7 @@
 
 namespace bitdecoding {
 
-enum class Status {
+enum class [[nodiscard]] Status {
   ok = 0,
   invalid_argument,    // an argument has a wrong type, shape or value
   unsupported_config,  // sound, but no kernel can exist for it

@@ -1,11 +1,13 @@
 // A C++ user without a GPU: fills blocks by hand through the layouts, decodes them on the CPU, and compares with fp64
 // attention over the values that the bytes stand for. Prints the instruction set and the largest relative error.
+// Arguments: the head_dims to check, by default all.
 #include <algorithm>
 #include <bitdecoding/block_format.hpp>
 #include <bitdecoding/cpu.hpp>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -228,11 +230,14 @@ double check(const bd::QuantSpec& quant, int head_dim) {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  std::vector<int> head_dims;
+  for (int i = 1; i < argc; ++i) head_dims.push_back(std::atoi(argv[i]));
+  if (head_dims.empty()) head_dims = {64, 96, 128, 256};
   std::printf("%s\n", bd::cpu_instruction_set());
   double worst = 0.0;
   bool sound = true;
-  for (const int head_dim : {64, 96, 128, 256}) {
+  for (const int head_dim : head_dims) {
     for (const int bits : {8, 4, 2}) {
       for (const bool per_token : {false, true}) {
         bd::QuantSpec quant;

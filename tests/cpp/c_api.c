@@ -1,0 +1,221 @@
+/* A C user without a GPU: decodes on the CPU, plans, and makes every mistake. Arguments: a kernel pack for sm80 that
+ * holds one decode kernel of the default format, and a file that is none. Prints what fails; silence is success. */
+#include <bitdecoding/c_api.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int failures = 0;
+
+static void expect(int line, bitdecoding_status status, bitdecoding_status wanted, const char* text) {
+  if (status == wanted && (status == BITDECODING_OK || strstr(bitdecoding_last_error(), text) != NULL)) return;
+  ++failures;
+  printf("line %d: status %d, wanted %d with '%s': %s\n", line, (int)status, (int)wanted, text,
+         bitdecoding_last_error());
+}
+
+#define OK(call) expect(__LINE__, call, BITDECODING_OK, "")
+#define REJECTED(call, text) expect(__LINE__, call, BITDECODING_INVALID_ARGUMENT, text)
+#define FAILS(call, status, text) expect(__LINE__, call, status, text)
+#define CHECK(condition) ((condition) ? (void)0 : (void)(++failures, printf("line %d: %s\n", __LINE__, #condition)))
+
+enum { BATCH = 1, HEADS = 2, DIM = 64, PAGES = 2, TAIL = 4 };
+
+static const int32_t table[PAGES] = {1, 0}, bad_table[PAGES] = {1, 2};
+static const int32_t seqlens[BATCH] = {200}, too_long[BATCH] = {261}, negative[BATCH] = {-1};
+
+static bitdecoding_quant_spec make_quant(void) {
+  bitdecoding_quant_spec quant = BITDECODING_QUANT_SPEC_INIT;
+  quant.v_group = 64;
+  return quant;
+}
+
+static void block_bytes(void) {
+  bitdecoding_quant_spec quant = make_quant();
+  int64_t bytes = 0;
+  OK(bitdecoding_block_bytes(64, &quant, &bytes));
+  CHECK(bytes == 8960);
+  REJECTED(bitdecoding_block_bytes(64, NULL, &bytes), "quant: is null");
+  REJECTED(bitdecoding_block_bytes(64, &quant, NULL), "bytes: is null");
+  REJECTED(bitdecoding_block_bytes(80, &quant, &bytes), "head_dim=80");
+  REJECTED(bitdecoding_block_bytes(0, &quant, &bytes), "head_dim=0");
+  quant.v_group = 128;
+  REJECTED(bitdecoding_block_bytes(64, &quant, &bytes), "v_group=128: must divide head_dim=64");
+  quant = make_quant();
+  quant.k_bits = 3;
+  REJECTED(bitdecoding_block_bytes(64, &quant, &bytes), "k_bits=3: allowed are 8, 4, 2");
+  quant = make_quant();
+  quant.k_mean = 2;
+  REJECTED(bitdecoding_block_bytes(64, &quant, &bytes), "k_mean=2: allowed are 0, 1");
+  quant = make_quant();
+  quant.size = 8;
+  REJECTED(bitdecoding_block_bytes(64, &quant, &bytes), "quant: size=8");
+
+  struct {
+    bitdecoding_quant_spec known;
+    int64_t later;
+  } newer = {make_quant(), 0};
+  newer.known.size = sizeof(newer);
+  OK(bitdecoding_block_bytes(64, &newer.known, &bytes));
+  newer.later = 1;
+  REJECTED(bitdecoding_block_bytes(64, &newer.known, &bytes), "what follows is not zero");
+}
+
+static void decode(void) {
+  bitdecoding_quant_spec quant = make_quant();
+  bitdecoding_decode_params p = BITDECODING_DECODE_PARAMS_INIT;
+  float *q = calloc(BATCH * HEADS * DIM, 4), *out = calloc(BATCH * HEADS * DIM, 4), lse[HEADS] = {0.0f, 0.0f};
+  float* tail = calloc(BATCH * TAIL * HEADS * DIM, 4);
+  int64_t bytes = 0;
+  OK(bitdecoding_block_bytes(DIM, &quant, &bytes));
+  unsigned char* pages = calloc(PAGES * HEADS, (size_t)bytes); /* all values are 0 */
+  p.dtype = BITDECODING_FLOAT32;
+  p.num_q_heads = p.num_kv_heads = HEADS;
+  p.head_dim = DIM;
+  p.num_pages = p.max_pages = PAGES;
+  p.q = q;
+  p.pages = pages;
+  p.block_table = table;
+  p.seqlens = seqlens;
+  p.out = out;
+  p.lse = lse;
+  out[5] = 1.0f;
+  OK(bitdecoding_decode_cpu(&quant, &p, 2));
+  CHECK(out[5] == 0.0f);
+  CHECK(fabsf(lse[1] - logf(200.0f)) < 1e-5f);
+
+#define WITH(field, value, text)                               \
+  do {                                                         \
+    bitdecoding_decode_params wrong = p;                       \
+    wrong.field = value;                                       \
+    REJECTED(bitdecoding_decode_cpu(&quant, &wrong, 1), text); \
+  } while (0)
+  WITH(size, 16, "params: size=16");
+  WITH(dtype, 3, "dtype=3: allowed are 0, 1, 2");
+  WITH(batch, 0, "batch=0: must be positive");
+  WITH(q_len, -1, "q_len=-1");
+  WITH(q_len, 1 << 30, "q_len=1073741824");
+  WITH(num_q_heads, 3, "num_q_heads=3: must be a multiple of num_kv_heads=2");
+  WITH(num_kv_heads, 0, "num_kv_heads=0");
+  WITH(head_dim, 72, "head_dim=72");
+  WITH(num_pages, 1, "block_table[0, 0]=1: allowed are 0 to 0");
+  WITH(max_pages, 1, "sequence 0 has 2 blocks in pages: allowed are 1");
+  WITH(tail_capacity, -1, "tail_capacity");
+  WITH(tail_capacity, 4, "tail_k: is null");
+  WITH(num_sink, 4, "sink_k: is null");
+  WITH(window, -1, "window=-1");
+  WITH(softmax_scale, -1.0f, "softmax_scale");
+  WITH(softmax_scale, NAN, "softmax_scale");
+  WITH(softcap, INFINITY, "softcap=inf");
+  WITH(q, NULL, "q: is null");
+  WITH(pages, NULL, "pages: is null");
+  WITH(page_stride_bytes, 16, "page_stride_bytes=16: must be at least block_bytes=8960");
+  WITH(head_stride_bytes, -8960, "head_stride_bytes=-8960");
+  WITH(block_table, NULL, "block_table: is null");
+  WITH(block_table, bad_table, "block_table[0, 1]=2: allowed are 0 to 1");
+  WITH(seqlens, NULL, "seqlens: is null");
+  WITH(seqlens, too_long, "sequence 0 has 3 blocks in pages: allowed are 2");
+  WITH(seqlens, negative, "seqlens[0]=-1");
+  WITH(packed_lens, too_long, "packed_lens[0]=261: allowed are 0 to 200");
+  WITH(packed_lens, negative, "packed_lens[0]=-1");
+  WITH(out, NULL, "out: is null");
+  REJECTED(bitdecoding_decode_cpu(NULL, &p, 1), "quant: is null");
+  REJECTED(bitdecoding_decode_cpu(&quant, NULL, 1), "params: is null");
+  REJECTED(bitdecoding_decode_cpu(&quant, &p, -1), "num_threads=-1");
+  p.tail_k = p.tail_v = tail;
+  p.tail_capacity = TAIL;
+  WITH(packed_lens, table, "seqlens[0]=200: allowed are at most 5"); /* 1 packed token */
+
+  const void* outs[] = {out, q};
+  const float* lses[] = {lse, lse};
+  float* merged = calloc(HEADS * DIM, 4);
+  OK(bitdecoding_merge_cpu(BITDECODING_FLOAT32, 2, outs, lses, HEADS, DIM, merged, lse));
+  CHECK(fabsf(lse[1] - logf(400.0f)) < 1e-5f);
+  REJECTED(bitdecoding_merge_cpu(7, 2, outs, lses, HEADS, DIM, merged, NULL), "dtype=7");
+  REJECTED(bitdecoding_merge_cpu(0, 0, outs, lses, HEADS, DIM, merged, NULL), "num_parts=0");
+  REJECTED(bitdecoding_merge_cpu(0, 2, NULL, lses, HEADS, DIM, merged, NULL), "outs: is null");
+  REJECTED(bitdecoding_merge_cpu(0, 2, outs, NULL, HEADS, DIM, merged, NULL), "lses: is null");
+  REJECTED(bitdecoding_merge_cpu(0, 2, outs, lses, HEADS, DIM, NULL, NULL), "out: is null");
+  REJECTED(bitdecoding_merge_cpu(0, 2, outs, lses, -1, DIM, merged, NULL), "rows=-1");
+  REJECTED(bitdecoding_merge_cpu(0, 2, outs, lses, HEADS, 257, merged, NULL), "head_dim=257");
+  outs[1] = NULL;
+  REJECTED(bitdecoding_merge_cpu(0, 2, outs, lses, HEADS, DIM, merged, NULL), "outs[1]: is null");
+
+  /* on a device, as far as one gets without */
+  bitdecoding_decode_plan plan = BITDECODING_DECODE_PLAN_INIT;
+  FAILS(bitdecoding_decode(&plan, &p, NULL, 0, NULL), BITDECODING_KERNEL_NOT_FOUND, "handle=-1");
+  REJECTED(bitdecoding_decode(NULL, &p, NULL, 0, NULL), "plan: is null");
+  REJECTED(bitdecoding_decode(&plan, NULL, NULL, 0, NULL), "params: is null");
+  free(merged), free(tail), free(pages), free(out), free(q);
+}
+
+static void plans(const char* pack, const char* no_pack) {
+  bitdecoding_quant_spec quant = BITDECODING_QUANT_SPEC_INIT;
+  bitdecoding_decode_problem problem = BITDECODING_DECODE_PROBLEM_INIT;
+  bitdecoding_device device = BITDECODING_DEVICE_INIT;
+  bitdecoding_decode_plan plan = BITDECODING_DECODE_PLAN_INIT;
+  bitdecoding_decode_params params = BITDECODING_DECODE_PARAMS_INIT;
+  char names[256], workspace[16];
+  size_t needed = 0;
+  int32_t kernels = 0;
+  problem.quant = &quant;
+  problem.num_q_heads = 32;
+  problem.num_kv_heads = 8;
+  device.num_sms = 132;
+  strcpy(device.arch, "sm80");
+  FAILS(bitdecoding_plan_decode(&problem, &device, &plan), BITDECODING_KERNEL_NOT_FOUND, "load a kernel pack");
+  REJECTED(bitdecoding_load_pack(NULL, NULL), "path: is null");
+  REJECTED(bitdecoding_load_pack("/nowhere", NULL), "path='/nowhere': cannot be opened");
+  FAILS(bitdecoding_load_pack(no_pack, NULL), BITDECODING_FORMAT_ERROR, "not a usable kernel pack");
+  OK(bitdecoding_load_pack(pack, &kernels));
+  CHECK(kernels == 1);
+  REJECTED(bitdecoding_list_kernels(names, 3, &needed), "capacity=3");
+  REJECTED(bitdecoding_list_kernels(NULL, 3, &needed), "names: is null");
+  REJECTED(bitdecoding_list_kernels(names, sizeof(names), NULL), "needed: is null");
+  OK(bitdecoding_list_kernels(names, sizeof(names), &needed));
+  CHECK(needed == strlen(names) + 1 && strstr(names, "sm80") != NULL);
+
+  OK(bitdecoding_plan_decode(&problem, &device, &plan));
+  CHECK(plan.kernel == 0 && plan.workspace_bytes > (1 << 20) && plan.rotate_q == 0);
+  REJECTED(bitdecoding_decode(&plan, &params, workspace, 16, NULL), "workspace_bytes=16: the plan needs");
+  REJECTED(bitdecoding_decode(&plan, &params, NULL, plan.workspace_bytes, NULL), "is null");
+  params.head_dim = 64;
+  REJECTED(bitdecoding_decode(&plan, &params, workspace, 16, NULL), "head_dim=64: allowed are 128");
+  params.head_dim = 128;
+  params.dtype = BITDECODING_FLOAT32;
+  REJECTED(bitdecoding_decode(&plan, &params, workspace, 16, NULL), "dtype=2: allowed are 0, 1");
+
+  strcpy(device.arch, "sm90a");
+  FAILS(bitdecoding_plan_decode(&problem, &device, &plan), BITDECODING_KERNEL_NOT_FOUND, "there are some for sm80");
+  memset(device.arch, 'x', sizeof(device.arch));
+  FAILS(bitdecoding_plan_decode(&problem, &device, &plan), BITDECODING_UNSUPPORTED_CONFIG, "arch='xxx");
+  strcpy(device.arch, "sm80");
+  quant.k_bits = 2;
+  FAILS(bitdecoding_plan_decode(&problem, &device, &plan), BITDECODING_KERNEL_NOT_FOUND, "no arch");
+  quant.k_bits = 5;
+  REJECTED(bitdecoding_plan_decode(&problem, &device, &plan), "k_bits=5");
+  quant.k_bits = 4;
+  problem.q_len = 0;
+  REJECTED(bitdecoding_plan_decode(&problem, &device, &plan), "q_len=0");
+  problem.q_len = 1;
+  problem.num_q_heads = 33;
+  REJECTED(bitdecoding_plan_decode(&problem, &device, &plan), "num_q_heads=33");
+  problem.num_q_heads = 32;
+  device.num_sms = 0;
+  REJECTED(bitdecoding_plan_decode(&problem, &device, &plan), "num_sms=0");
+  device.num_sms = 132;
+  REJECTED(bitdecoding_plan_decode(NULL, &device, &plan), "problem: is null");
+  REJECTED(bitdecoding_plan_decode(&problem, NULL, &plan), "device: is null");
+  REJECTED(bitdecoding_plan_decode(&problem, &device, NULL), "plan: is null");
+  problem.quant = NULL;
+  REJECTED(bitdecoding_plan_decode(&problem, &device, &plan), "quant: is null");
+}
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  block_bytes();
+  decode();
+  plans(argv[1], argv[2]);
+  return failures != 0;
+}
