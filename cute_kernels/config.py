@@ -134,7 +134,8 @@ class KernelConfig(Object):
     """One kernel to compile. All fields are keywords with defaults; :meth:`for_problem` chooses them.
 
     Attributes:
-        kind: "decode".
+        kind: "decode", or "append" for the kernel of append and quantize, whose fields from q_tile on stay at their
+            defaults: they are no part of its name.
         arch: "sm80", "sm89", "sm90a", "sm100" or "sm120".
         head_dim: 64, 96, 128 or 256.
         quant: QuantSpec of the cache.

@@ -119,7 +119,7 @@ def test_spec_errors_name_the_argument(fields, message):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"kind": "encode"}, InvalidArgument, "kind=encode: allowed are decode"),
+        ({"kind": "encode"}, InvalidArgument, "kind=encode: allowed are decode, append"),
         ({"arch": "sm70"}, InvalidArgument, "arch=sm70: allowed are sm80, sm89, sm90a, sm100, sm120"),
         ({"head_dim": 80}, InvalidArgument, "head_dim=80: allowed are 64, 96, 128, 256"),
         ({"head_dim": 96}, InvalidArgument, "v_group=128: must divide head_dim=96"),
@@ -138,6 +138,8 @@ def test_spec_errors_name_the_argument(fields, message):
         ),
         ({"ctas_per_sm": 0}, InvalidArgument, "ctas_per_sm=0: allowed are 1 to 8"),
         ({"ctas_per_sm": 3}, UnsupportedConfig, "sm90a has 76800 with ctas_per_sm=3"),
+        ({"kind": "append", "stages": 2}, InvalidArgument, "stages=2: kind=append has no tiling, allowed is 4"),
+        ({"kind": "append", "copy": "cp_async"}, InvalidArgument, "copy=cp_async: kind=append has no tiling"),
         ({"arch": "sm80"}, UnsupportedConfig, "copy=bulk: needs sm90a or later"),
         ({"stages": 14}, UnsupportedConfig, "stages=14: the kernel would need"),
     ],
@@ -193,6 +195,16 @@ def test_names_are_injective_and_invertible():
         assert KernelConfig.from_name(config.name()) == config
 
 
+def test_names_of_append_kernels_have_no_tiling():
+    config = KernelConfig(
+        kind="append", arch="sm80", head_dim=64, quant=QuantSpec(k_bits=2, v_group=32, k_mean="block")
+    )
+    assert config.name() == "append_sm80_d64_k2c128m_v4g32"
+    assert KernelConfig.from_name(config.name()) == config
+    assert KernelConfig(kind="append").smem_bytes() == 128 * (2 * 128 + 16) + 4 * 128 + 1024
+    assert config.smem_bytes() == 128 * (2 * 64 + 16) + 4 * 64 + 1024 * 2
+
+
 def test_clip_and_rotation_do_not_reach_the_kernel():
     spec = QuantSpec(k_clip=0.5, v_clip="mse", rotate_k=True, rotate_v=True)
     assert spec.for_kernel() == QuantSpec()
@@ -205,6 +217,8 @@ def test_clip_and_rotation_do_not_reach_the_kernel():
         "",
         "decode",
         KernelConfig().name() + "x",
+        KernelConfig().name().replace("decode", "append"),
+        KernelConfig(kind="append").name().replace("append", "decode"),
         KernelConfig().name().replace("d128", "d0128"),
         KernelConfig().name().replace("_s4_", "_s99999999999999999999_"),
         KernelConfig().name().replace("k4c128", "k4c128ms"),

@@ -142,6 +142,141 @@ def test_tensors_are_needed():
         check(decode_tensors() | {"q": [1.0]})
 
 
+# ---------------------------------------------------------------------------------------------- append and quantize
+
+# Kernels check everything else before the device, so that sound tensors are those that only are in the wrong place.
+APPEND_NAMES = ["k_new", "v_new", "pages", "block_table", "seqlens", "packed_lens", "tail_k", "tail_v", "workspace"]
+APPEND_NAMES += ["sink_k", "sink_v", "lengths", "status"]
+OPTIONS = (1.0, 1.0, False, False)  # k_clip, v_clip, rotate_k, rotate_v
+
+
+def append_kernel():
+    return native.function("add_kernel")(KernelConfig(kind="append").name(), "entry", b"cubin", 128, 0, 0, 1)
+
+
+def append_tensors(dtype=torch.float16, device="cpu"):
+    """All tensors of a small append, by argument name; the new tokens are slices of a projection of Q, K and V."""
+    batch, new_tokens, heads, head_dim = 2, 3, 8, 128
+    new = {"dtype": dtype, "device": device}
+    int32 = {"dtype": torch.int32, "device": device}
+    qkv = torch.zeros(batch, new_tokens, 3 * heads, head_dim, **new)
+    return {
+        "k_new": qkv[:, :, heads : 2 * heads],
+        "v_new": qkv[:, :, 2 * heads :],
+        "pages": torch.zeros(5, heads, SPEC.block_bytes(head_dim), dtype=torch.uint8, device=device),
+        "block_table": torch.zeros(batch, 6, **int32),
+        "seqlens": torch.zeros(batch, **int32),
+        "packed_lens": torch.zeros(batch, **int32),
+        "tail_k": torch.zeros(batch, 140, heads, head_dim, **new),
+        "tail_v": torch.zeros(batch, 140, heads, head_dim, **new),
+        "workspace": torch.zeros(1024, dtype=torch.uint8, device=device),
+        "sink_k": torch.zeros(batch, 4, heads, head_dim, **new),
+        "sink_v": torch.zeros(batch, 4, heads, head_dim, **new),
+        "lengths": torch.zeros(batch, **int32),
+        "status": torch.zeros(1, **int32),
+    }
+
+
+def launch_append(tensors, recent=13):
+    native.function("append")(append_kernel(), *(tensors[name] for name in APPEND_NAMES), recent, *OPTIONS)
+
+
+def quantize_tensors(device="cpu"):
+    qkv = torch.zeros(300, 3, 8, 128, dtype=torch.float16, device=device)
+    int32 = {"dtype": torch.int32, "device": device}
+    pages = torch.zeros(5, 8, SPEC.block_bytes(128), dtype=torch.uint8, device=device)
+    return [qkv[:, 1], qkv[:, 2], pages, torch.zeros(2, 3, **int32), torch.zeros(3, **int32)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sound_tensors_of_an_append_only_are_in_the_wrong_place(dtype):
+    for change in ({}, dict.fromkeys(APPEND_NAMES[9:])):
+        with pytest.raises(InvalidArgument, match="k_new: is on cpu: kernels need CUDA tensors"):
+            launch_append(append_tensors(dtype) | change)
+    for cu_seqlens in (quantize_tensors()[4], None):
+        tensors = quantize_tensors()
+        tensors[3:] = [tensors[3] if cu_seqlens is not None else tensors[3][:1], cu_seqlens]
+        with pytest.raises(InvalidArgument, match="k: is on cpu: kernels need CUDA tensors"):
+            native.function("quantize")(append_kernel(), *tensors, 300, *OPTIONS)
+
+
+WRONG_APPENDS = [
+    ("k_new", lambda t: t.float(), "k_new: dtype float32: allowed are float16, bfloat16"),
+    ("k_new", lambda t: t[0], "k_new: shape [3, 8, 128]: must be [batch, new_tokens, num_kv_heads, head_dim=128]"),
+    ("k_new", lambda t: t[..., :64], "k_new: shape [2, 3, 8, 64]"),
+    ("k_new", lambda t: t.contiguous(), "v_new: strides [9216, 3072, 128, 1]: must be those of k_new"),
+    ("v_new", lambda t: t[:, :, :4], "v_new: shape [2, 3, 4, 128]"),
+    ("v_new", lambda t: t[:, :2], "v_new: shape [2, 2, 8, 128]: must be [batch=2, new_tokens=3"),
+    ("v_new", lambda t: t.bfloat16(), "v_new: dtype bfloat16: allowed are float16"),
+    ("pages", lambda t: t[..., 1:], "block_bytes=17408"),
+    ("pages", lambda t: t[:, :4], "num_kv_heads=8"),
+    ("block_table", lambda t: t.long(), "block_table: dtype int64: allowed are int32"),
+    ("block_table", lambda t: t[:, ::2], "block_table: strides [6, 2]"),
+    ("seqlens", lambda t: t[:1], "seqlens: shape [1]: must be [batch=2]"),
+    ("packed_lens", lambda t: t.float(), "packed_lens: dtype float32"),
+    ("tail_k", lambda t: t.bfloat16(), "tail_k: dtype bfloat16: allowed are float16"),
+    ("tail_v", lambda t: t[:, :139], "tail_v: shape [2, 139, 8, 128]: must be [batch=2, tail_capacity=140"),
+    ("sink_v", lambda t: None, "sink_v: is missing, sink_k is given"),
+    ("sink_k", lambda t: t[:, :, ::2], "sink_k: shape"),
+    ("lengths", lambda t: t.long(), "lengths: dtype int64"),
+    ("status", lambda t: torch.zeros(2, dtype=torch.int32), "status: shape [2]: must be [one=1]"),
+    ("workspace", lambda t: t.int(), "workspace: dtype int32: allowed are uint8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change", "message"), WRONG_APPENDS, ids=lambda x: x if isinstance(x, str) else "")
+def test_wrong_tensors_of_an_append_are_named(name, change, message):
+    tensors = append_tensors()
+    tensors[name] = change(tensors[name])
+    with pytest.raises(InvalidArgument) as caught:
+        launch_append(tensors)
+    assert message in str(caught.value)
+
+
+def test_new_tokens_need_vectors():
+    tensors = append_tensors()
+    odd = torch.zeros(2, 3, 8, 132, dtype=torch.float16)
+    with pytest.raises(InvalidArgument, match="k_new: strides .*multiples of 16 bytes"):
+        launch_append(tensors | dict.fromkeys(("k_new", "v_new"), odd[..., :128]))
+    odd = torch.zeros(2, 3, 8, 136, dtype=torch.float16)
+    with pytest.raises(InvalidArgument, match="k_new: address must be a multiple of 16"):
+        launch_append(tensors | dict.fromkeys(("k_new", "v_new"), odd[..., 4:132]))
+    with pytest.raises(InvalidArgument, match="k_new: strides .*the last must be 1"):
+        launch_append(tensors | dict.fromkeys(("k_new", "v_new"), torch.zeros(2, 3, 128, 8).half().mT))
+
+
+@pytest.mark.parametrize(
+    ("at", "change", "message"),
+    [
+        (0, lambda t: t.float(), "k: dtype float32: allowed are float16, bfloat16"),
+        (0, lambda t: t[None], "k: shape [1, 300, 8, 128]: must be [num_tokens, num_kv_heads, head_dim=128]"),
+        (1, lambda t: t[1:], "v: shape [299, 8, 128]: must be [num_tokens=300"),
+        (3, lambda t: t[:1], "block_table: shape [1, 3]: must be [batch=2, max_pages]"),
+        (4, lambda t: t.long(), "cu_seqlens: dtype int64"),
+        (4, lambda t: t[:0], "cu_seqlens: shape [0]"),
+        (5, lambda n: 301, "max_seqlen=301: allowed are 0 to num_tokens=300"),
+    ],
+)
+def test_wrong_arguments_of_a_quantize_are_named(at, change, message):
+    arguments = [*quantize_tensors(), 300]
+    arguments[at] = change(arguments[at])
+    with pytest.raises(InvalidArgument) as caught:
+        native.function("quantize")(append_kernel(), *arguments, *OPTIONS)
+    assert message in str(caught.value)
+
+
+def test_append_kernels_are_found_and_compiled_as_the_others(monkeypatch, tmp_path):
+    calls = []
+    fake_compiler(monkeypatch, tmp_path, calls)
+    monkeypatch.setattr(cuda, "device_arch", lambda device: "sm120")
+    spec = QuantSpec(k_bits=2, k_clip=0.75, v_clip="mse", rotate_v=True)
+    plan = cuda._append_plan(0, 256, spec)
+    assert calls == ["append_sm120_d256_k2c128_v4g128"]
+    assert plan.options == (0.75, 0.0, False, True)
+    assert cuda._append_plan(0, 256, QuantSpec(k_bits=2)).handle == plan.handle
+    assert len(calls) == 1
+
+
 # ---------------------------------------------------------------------------------------------- without a driver
 
 WITHOUT_DRIVER = """
@@ -307,12 +442,14 @@ def test_a_command_without_its_extra(monkeypatch, capsys):
 
 # ---------------------------------------------------------------------------------------------- on a GPU
 
-# Thread 0 of the first CTA writes its 164 bytes of parameters to `out`, then grid, block and shared-memory sizes.
+# Thread 0 of the first CTA writes its parameters to one of them, then grid, block and shared-memory sizes.
 PARAMETERS = [("u64", 15), ("u32", 11)]
+APPEND_PARAMETERS = [("u64", 19), ("u32", 15)]
 
 
-def reporting_ptx():
-    kinds = [kind for kind, count in PARAMETERS for _ in range(count)]
+def reporting_ptx(parameters=PARAMETERS, report_to=10):
+    kinds = [kind for kind, count in parameters for _ in range(count)]
+    size = sum(4 if kind == "u32" else 8 for kind in kinds)
     offsets = [sum(4 if kind == "u32" else 8 for kind in kinds[:i]) for i in range(len(kinds))]
     declared = ", ".join(f".param .{kind} p{i}" for i, kind in enumerate(kinds))
     stores = []
@@ -320,7 +457,7 @@ def reporting_ptx():
         register = "%r1" if kind == "u32" else "%rd2"
         stores.append(f"ld.param.{kind} {register}, [p{i}]; st.global.{kind} [%rd1+{offset}], {register};")
     for i, special in enumerate(("%nctaid.x", "%ntid.x", "%dynamic_smem_size")):
-        stores.append(f"mov.u32 %r1, {special}; st.global.u32 [%rd1+{164 + 4 * i}], %r1;")
+        stores.append(f"mov.u32 %r1, {special}; st.global.u32 [%rd1+{size + 4 * i}], %r1;")
     body = "\n".join(stores)
     return (
         f"""
@@ -333,7 +470,7 @@ def reporting_ptx():
     mov.u32 %r2, %ctaid.x; mov.u32 %r3, %tid.x; or.b32 %r2, %r2, %r3;
     setp.ne.u32 %p1, %r2, 0;
     @%p1 bra DONE;
-    ld.param.u64 %rd1, [p10];
+    ld.param.u64 %rd1, [p{report_to}];
     {body}
 DONE:
     ret;
@@ -392,6 +529,37 @@ def test_launch_passes_every_parameter(report_kernel):
 
 
 @pytest.mark.gpu
+def test_append_passes_every_parameter():
+    from bitdecoding.cute_kernels.config import device_arch
+
+    # a format that no build has: names that are registered keep their first kernel
+    config = KernelConfig(kind="append", arch=device_arch(0), quant=QuantSpec(k_group=32, k_symmetric=True))
+    image = reporting_ptx(APPEND_PARAMETERS, report_to=8)  # tail_k
+    handle = native.function("add_kernel")(config.name(), "report", image, 128, config.smem_bytes(), 0, 1)
+    tensors = append_tensors(torch.bfloat16, "cuda")
+    tensors["pages"] = torch.zeros(5, 8, config.quant.block_bytes(128), dtype=torch.uint8, device="cuda")
+    arguments = [tensors[name] for name in APPEND_NAMES]
+    native.function("append")(handle, *arguments, 13, 0.75, 0.0, False, True)
+    report = tensors["tail_k"].view(torch.uint8).flatten()[: 19 * 8 + 18 * 4].cpu()
+    order = ["k_new", "v_new", "lengths", None, "pages", "block_table", "seqlens", "packed_lens"]
+    order += ["tail_k", "tail_v", "sink_k", "sink_v", "status", "workspace"]
+    words = report[: 19 * 8].view(torch.int64).tolist()
+    assert words[:14] == [0 if name is None else tensors[name].data_ptr() for name in order]
+    block = config.quant.block_bytes(128)
+    assert words[14:] == [3 * 3072 * 2, 3072 * 2, 128 * 2, 8 * block, block]
+    ints = report[19 * 8 :].view(torch.int32).tolist()
+    assert ints[:9] == [2, 3, 8, 5, 6, 140, 4, 13, 1]
+    assert report[19 * 8 :].view(torch.float32).tolist()[9:11] == [0.75, 0.0]
+    assert ints[11:15] == [0, 1, 1, 0]
+    assert ints[15:] == [2 * 8 * 1 * 2, 128, config.smem_bytes()]
+    for recent, match in ((14, "tail_capacity=140: allowed are numbers from 141"), (-1, "recent=-1")):
+        with pytest.raises(InvalidArgument, match=match):
+            native.function("append")(handle, *arguments, recent, *OPTIONS)
+    with pytest.raises(InvalidArgument, match=r"workspace: has 4 bytes, 8 are needed"):
+        native.function("append")(handle, *arguments[:8], tensors["workspace"][:4], *arguments[9:], 13, *OPTIONS)
+
+
+@pytest.mark.gpu
 def test_decode_runs_in_threads_and_graphs(report_kernel):
     config, _, _ = report_kernel
     tensors = decode_tensors(device="cuda")
@@ -421,6 +589,11 @@ def test_decode_runs_in_threads_and_graphs(report_kernel):
     assert batch_of(out) == batch_of(again) == 2
     workspaces = [x.view(torch.uint8).flatten()[96:104].view(torch.int64).item() for x in (out, again, results[0])]
     assert workspaces[0] == workspaces[1] != workspaces[2]  # a graph has its own
+
+
+def test_kernels_of_the_other_kind_are_refused():
+    with pytest.raises(InvalidArgument, match=r"kernel append_sm90a.*allowed are those of kind=decode"):
+        native.function("workspace_bytes")(append_kernel(), 0)
 
 
 @pytest.mark.gpu

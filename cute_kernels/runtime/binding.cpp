@@ -11,6 +11,7 @@
 #include <tvm/ffi/reflection/registry.h>
 #include <tvm/ffi/string.h>
 
+#include <limits>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -223,12 +224,21 @@ ffi::Map<ffi::String, ffi::Any> device_info_py(int64_t device) {
           {"memory_bytes", info.memory_bytes}};
 }
 
-// ---- decode ----
+// ---- launches ----
 
 using Tensor = const DLTensor*;
 using OptionalTensor = ffi::Optional<DLTensor*>;
 
 Tensor get(const OptionalTensor& tensor) { return tensor.has_value() ? tensor.value() : nullptr; }
+
+// On the stream that torch uses. Kernels themselves wait for the one before them, so they may be started early.
+LaunchOptions on_current_stream(const DLTensor& tensor) {
+  LaunchOptions options;
+  options.programmatic = true;
+  options.device = tensor.device.device_id;
+  options.stream = TVMFFIEnvGetStream(kDLCUDA, options.device);
+  return options;
+}
 
 void decode_py(int64_t handle, DLTensor* q, DLTensor* pages, DLTensor* block_table, DLTensor* seqlens,
                OptionalTensor packed_lens, OptionalTensor tail_k, OptionalTensor tail_v, OptionalTensor sink_k,
@@ -246,11 +256,47 @@ void decode_py(int64_t handle, DLTensor* q, DLTensor* pages, DLTensor* block_tab
   if (params.batch == 0) return;
   params.rotate_q = rotate_q;
   params.rotate_out = rotate_out;
-  LaunchOptions options;
-  options.programmatic = true;
-  options.device = q->device.device_id;
-  options.stream = TVMFFIEnvGetStream(kDLCUDA, options.device);
-  raise_unless_ok(decode(kernel, params, workspace->shape[0], options));
+  raise_unless_ok(decode(kernel, params, workspace->shape[0], on_current_stream(*q)));
+}
+
+void append_py(int64_t handle, DLTensor* k_new, DLTensor* v_new, DLTensor* pages, DLTensor* block_table,
+               DLTensor* seqlens, DLTensor* packed_lens, DLTensor* tail_k, DLTensor* tail_v, DLTensor* workspace,
+               OptionalTensor sink_k, OptionalTensor sink_v, OptionalTensor lengths, OptionalTensor status,
+               int64_t recent, double k_clip, double v_clip, bool rotate_k, bool rotate_v) {
+  const AppendTensors tensors{k_new,  v_new,     pages,       block_table, seqlens,      packed_lens, tail_k,
+                              tail_v, workspace, get(sink_k), get(sink_v), get(lengths), get(status)};
+  const KernelConfig* config = nullptr;
+  AppendParams params;
+  const int kernel = static_cast<int>(handle);
+  raise_unless_ok(kernel_config(kernel, &config));
+  raise_unless_ok(check_append_for_kernel(tensors, *config, &params));
+  if (params.batch == 0 || params.new_tokens == 0) return;
+  if (recent < 0 || recent > std::numeric_limits<std::int32_t>::max()) {
+    TVM_FFI_THROW(InvalidArgument) << "recent=" << recent << ": allowed are integers from 0";
+  }
+  params.recent = static_cast<std::int32_t>(recent);
+  params.k_clip = static_cast<float>(k_clip);
+  params.v_clip = static_cast<float>(v_clip);
+  params.rotate_k = rotate_k;
+  params.rotate_v = rotate_v;
+  raise_unless_ok(append(kernel, params, workspace->shape[0], on_current_stream(*k_new)));
+}
+
+void quantize_py(int64_t handle, DLTensor* k, DLTensor* v, DLTensor* pages, DLTensor* block_table,
+                 OptionalTensor cu_seqlens, int64_t max_seqlen, double k_clip, double v_clip, bool rotate_k,
+                 bool rotate_v) {
+  const QuantizeTensors tensors{k, v, pages, block_table, get(cu_seqlens)};
+  const KernelConfig* config = nullptr;
+  AppendParams params;
+  const int kernel = static_cast<int>(handle);
+  raise_unless_ok(kernel_config(kernel, &config));
+  raise_unless_ok(check_quantize_for_kernel(tensors, *config, max_seqlen, &params));
+  if (params.batch == 0 || params.new_tokens == 0) return;
+  params.k_clip = static_cast<float>(k_clip);
+  params.v_clip = static_cast<float>(v_clip);
+  params.rotate_k = rotate_k;
+  params.rotate_v = rotate_v;
+  raise_unless_ok(append(kernel, params, 0, on_current_stream(*k)));
 }
 
 void decode_cpu_py(DLTensor* q, DLTensor* pages, DLTensor* block_table, DLTensor* seqlens, OptionalTensor packed_lens,
@@ -333,6 +379,8 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("bitdecoding.workspace_bytes", workspace_bytes_py)
       .def("bitdecoding.capture_id", capture_id_py)
       .def("bitdecoding.decode", decode_py)
+      .def("bitdecoding.append", append_py)
+      .def("bitdecoding.quantize", quantize_py)
       .def("bitdecoding.decode_cpu", decode_cpu_py)
       .def("bitdecoding.cpu_instruction_set", []() { return ffi::String(cpu_instruction_set()); });
 }

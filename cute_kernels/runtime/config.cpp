@@ -1,5 +1,6 @@
 #include "bitdecoding/config.hpp"
 
+#include <algorithm>
 #include <cctype>
 #include <initializer_list>
 #include <string>
@@ -33,6 +34,22 @@ Status check_group(const char* argument, std::int64_t group, std::int64_t head_d
     return fail(Status::invalid_argument, argument, "=", group, ": must divide head_dim=", head_dim);
   }
   return Status::ok;
+}
+
+// A kernel of kind=append has no tiling: its fields are at their defaults, so that its name says all.
+Status check_untiled(const KernelConfig& config) {
+  const KernelConfig defaults;
+  auto untiled = [](const char* field, const auto& value, const auto& only) {
+    if (value == only) return Status::ok;
+    return fail(Status::invalid_argument, field, "=", value, ": kind=append has no tiling, allowed is ", only);
+  };
+  BITDECODING_TRY(untiled("q_tile", config.q_tile, defaults.q_tile));
+  BITDECODING_TRY(untiled("mma", config.mma, defaults.mma));
+  BITDECODING_TRY(untiled("copy", config.copy, defaults.copy));
+  BITDECODING_TRY(untiled("num_warps", config.num_warps, defaults.num_warps));
+  BITDECODING_TRY(untiled("warps_per_block", config.warps_per_block, defaults.warps_per_block));
+  BITDECODING_TRY(untiled("stages", config.stages, defaults.stages));
+  return untiled("ctas_per_sm", config.ctas_per_sm, defaults.ctas_per_sm);
 }
 
 // Reads a name from the left.
@@ -76,7 +93,8 @@ class NameReader {
 bool read_name(NameReader& in, KernelConfig* c) {
   QuantSpec& q = c->quant;
   std::string axis;
-  if (!(in.literal("decode_") && in.one_of({"sm80", "sm89", "sm90a", "sm100", "sm120"}, &c->arch))) return false;
+  if (!(in.one_of({"decode", "append"}, &c->kind) && in.literal("_"))) return false;
+  if (!in.one_of({"sm80", "sm89", "sm90a", "sm100", "sm120"}, &c->arch)) return false;
   if (!(in.literal("_d") && in.number(&c->head_dim))) return false;
   if (!(in.literal("_k") && in.number(&q.k_bits) && in.one_of({"c", "t"}, &axis) && in.number(&q.k_group)))
     return false;
@@ -85,6 +103,7 @@ bool read_name(NameReader& in, KernelConfig* c) {
   q.k_mean = in.literal("m") ? "block" : "none";
   if (!(in.literal("_v") && in.number(&q.v_bits) && in.literal("g") && in.number(&q.v_group))) return false;
   q.v_symmetric = in.literal("s");
+  if (c->kind == "append") return in.at_end();
   if (!(in.literal("_q") && in.number(&c->q_tile))) return false;
   if (!(in.literal("_") && in.one_of({"mma_sync"}, &c->mma))) return false;
   if (!(in.literal("_") && in.one_of({"bulk", "cp_async"}, &c->copy))) return false;
@@ -126,10 +145,11 @@ std::string QuantSpec::name() const {
 }
 
 Status KernelConfig::validate() const noexcept {
-  BITDECODING_TRY(check_one_of("kind", kind, {"decode"}));
+  BITDECODING_TRY(check_one_of("kind", kind, {"decode", "append"}));
   BITDECODING_TRY(check_one_of("arch", arch, {"sm80", "sm89", "sm90a", "sm100", "sm120"}));
   BITDECODING_TRY(check_one_of("head_dim", head_dim, {64, 96, 128, 256}));
   BITDECODING_TRY(quant.validate(head_dim));
+  if (kind == "append") return check_untiled(*this);
   if (q_tile < 8 || q_tile > 64 || q_tile % 8 != 0) {
     return fail(Status::invalid_argument, "q_tile=", q_tile, ": allowed are the multiples of 8 up to 64");
   }
@@ -166,9 +186,10 @@ Status KernelConfig::validate() const noexcept {
 }
 
 std::string KernelConfig::name() const {
-  return kind + "_" + arch + "_d" + std::to_string(head_dim) + "_" + quant.name() + "_q" + std::to_string(q_tile) +
-         "_" + mma + "_" + copy + "_w" + std::to_string(num_warps) + "x" + std::to_string(warps_per_block) + "_s" +
-         std::to_string(stages) + "_c" + std::to_string(ctas_per_sm);
+  const std::string problem = kind + "_" + arch + "_d" + std::to_string(head_dim) + "_" + quant.name();
+  if (kind == "append") return problem;
+  return problem + "_q" + std::to_string(q_tile) + "_" + mma + "_" + copy + "_w" + std::to_string(num_warps) + "x" +
+         std::to_string(warps_per_block) + "_s" + std::to_string(stages) + "_c" + std::to_string(ctas_per_sm);
 }
 
 Status KernelConfig::parse(const std::string& name, KernelConfig* out) noexcept {
@@ -184,6 +205,14 @@ Status KernelConfig::parse(const std::string& name, KernelConfig* out) noexcept 
 }
 
 std::int64_t KernelConfig::smem_bytes() const noexcept {
+  if (kind == "append") {
+    // as in cute_kernels/append.py: a block's rows of one operand, a value per channel, sums over the groups' values
+    constexpr std::int64_t kRowPadBytes = 16;
+    constexpr std::int64_t kGroupBytes = 1024;
+    const std::int64_t rows = kBlockTokens * (2 * head_dim + kRowPadBytes);
+    const std::int64_t channels = head_dim * static_cast<std::int64_t>(sizeof(float));
+    return round_up(rows + channels + kGroupBytes * head_dim / std::min(quant.k_group, quant.v_group), kSmemAlign);
+  }
   // as in cute_kernels/plan.py: ring, merge scratch, slots of pieces, barriers, flags
   constexpr std::int64_t kRowPad = 4;
   constexpr std::int64_t kBarrierBytes = 16;  // two mbarriers: per stage, of the scratch, of the slots

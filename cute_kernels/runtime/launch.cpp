@@ -1,9 +1,11 @@
-// The registry of kernels, and decode launches.
+// The registry of kernels, and their launches.
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <cstdint>
 #include <deque>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -13,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "bitdecoding/block_format.hpp"
 #include "bitdecoding/runtime.hpp"
 #include "driver.hpp"
 #include "error.hpp"
@@ -23,6 +26,7 @@ namespace bitdecoding {
 namespace {
 
 constexpr std::int64_t kCounterAlign = 128;  // as in the kernel
+constexpr std::int64_t kVectorBytes = 16;
 
 struct Registered {
   Kernel kernel;
@@ -129,12 +133,139 @@ std::int64_t counter_bytes(const DecodeParams& p, std::int64_t q_tiles) {
   return (bytes + kCounterAlign - 1) / kCounterAlign * kCounterAlign;
 }
 
+// ---- launches ----
+
+// A registered kernel that does what the caller wants.
+Status find_kind(int handle, const char* kind, Registered** out) {
+  BITDECODING_TRY(registry().get(handle, out));
+  const KernelConfig& config = (*out)->config;
+  if (config.kind == kind) return Status::ok;
+  return fail(Status::invalid_argument, "handle=", handle, ": is kernel ", config.name(),
+              ", allowed are those of kind=", kind);
+}
+
+// The device of a launch, which must run the kernel's code.
+Status find_target(const Registered& r, int device, const cuda::Driver** driver, const DeviceInfo** info) {
+  BITDECODING_TRY(cuda::get_driver(driver));
+  BITDECODING_TRY(cuda::find_device(**driver, device, info));
+  if (r.config.arch == (*info)->arch) return Status::ok;
+  return fail(Status::unsupported_config, "arch=", r.config.arch, ": device ", (*info)->index, " (", (*info)->name,
+              ", compute capability ", (*info)->major, ".", (*info)->minor, ") runs kernels of ",
+              (*info)->arch.empty() ? "no supported arch" : (*info)->arch);
+}
+
+Status launch(const cuda::Driver& driver, const DeviceInfo& info, Registered* r, std::int64_t num_ctas,
+              void** arguments, const LaunchOptions& options) {
+  cuda::ContextScope context;
+  BITDECODING_TRY(context.enter(driver, options.device));
+  BITDECODING_TRY(make_ready(driver, options.device, r));
+  cuda::LaunchAttribute programmatic;
+  programmatic.id = cuda::LaunchAttribute::kProgrammaticStreamSerialization;
+  programmatic.value.flag = 1;
+  cuda::LaunchConfig config;
+  config.grid[0] = static_cast<unsigned>(num_ctas);
+  config.block[0] = static_cast<unsigned>(r->kernel.threads);
+  config.smem = static_cast<unsigned>(r->kernel.smem);
+  config.stream = static_cast<cuda::Stream>(options.stream);
+  config.attributes = &programmatic;
+  config.num_attributes = options.programmatic && info.major >= 9 ? 1 : 0;
+  return cuda::check(driver, driver.launch(&config, r->loaded, arguments, nullptr), r->kernel.name.c_str());
+}
+
+// ---- checks of parameters ----
+
+Status positive(const char* name, std::int64_t value) {
+  return value > 0 ? Status::ok : fail(Status::invalid_argument, name, "=", value, ": must be positive");
+}
+
+Status not_negative(const char* name, std::int64_t value) {
+  return value >= 0 ? Status::ok : fail(Status::invalid_argument, name, "=", value, ": must not be negative");
+}
+
+Status absent(const char* name, const void* pointer, const char* why) {
+  return pointer == nullptr ? Status::ok : fail(Status::invalid_argument, name, ": must be null ", why);
+}
+
+// A tensor that kernels read and write in vectors.
+Status vectors(const char* name, const void* pointer) {
+  BITDECODING_TRY(check_present(name, pointer));
+  if (reinterpret_cast<std::uintptr_t>(pointer) % kVectorBytes == 0) return Status::ok;
+  return fail(Status::invalid_argument, name, ": address must be a multiple of ", kVectorBytes, " bytes");
+}
+
+Status vector_stride(const char* name, std::int64_t stride) {
+  if (stride >= 0 && stride % kVectorBytes == 0) return Status::ok;
+  return fail(Status::invalid_argument, name, "=", stride, ": allowed are multiples of ", kVectorBytes, " from 0");
+}
+
+Status check_clip_factor(const char* name, float factor) {
+  if (factor >= 0.0f && factor <= 1.0f) return Status::ok;
+  return fail(Status::invalid_argument, name, "=", factor, ": allowed are 0 (searched) to 1");
+}
+
+// The tensors of a cache, which quantising does not have.
+Status validate_cache(const AppendParams& p) {
+  if (p.pack_all != 0) {
+    constexpr char kWhy[] = "with pack_all";
+    BITDECODING_TRY(absent("lengths", p.lengths, kWhy));
+    BITDECODING_TRY(absent("seqlens", p.seqlens, kWhy));
+    BITDECODING_TRY(absent("packed_lens", p.packed_lens, kWhy));
+    BITDECODING_TRY(absent("tail_k", p.tail_k, kWhy));
+    BITDECODING_TRY(absent("tail_v", p.tail_v, kWhy));
+    BITDECODING_TRY(absent("sink_k", p.sink_k, kWhy));
+    BITDECODING_TRY(absent("sink_v", p.sink_v, kWhy));
+    BITDECODING_TRY(absent("status", p.status, kWhy));
+    if (p.tail_capacity == 0 && p.num_sink == 0 && p.recent == 0) return Status::ok;
+    return fail(Status::invalid_argument, "tail_capacity, num_sink and recent must be 0 with pack_all");
+  }
+  BITDECODING_TRY(check_present("seqlens", p.seqlens));
+  BITDECODING_TRY(check_present("packed_lens", p.packed_lens));
+  BITDECODING_TRY(vectors("tail_k", p.tail_k));
+  BITDECODING_TRY(vectors("tail_v", p.tail_v));
+  BITDECODING_TRY(not_negative("num_sink", p.num_sink));
+  if (p.num_sink > 0) {
+    BITDECODING_TRY(vectors("sink_k", p.sink_k));
+    BITDECODING_TRY(vectors("sink_v", p.sink_v));
+  }
+  BITDECODING_TRY(not_negative("recent", p.recent));
+  const std::int64_t least = std::int64_t{p.recent} + kBlockTokens - 1;
+  if (p.tail_capacity < least) {
+    return fail(Status::invalid_argument, "tail_capacity=", p.tail_capacity, ": allowed are numbers from ", least,
+                " (recent + ", kBlockTokens - 1, ")");
+  }
+  if (p.cu_seqlens != nullptr) BITDECODING_TRY(absent("lengths", p.lengths, "with cu_seqlens"));
+  return check_present("workspace", p.workspace);
+}
+
+Status validate(const AppendParams& p) {
+  BITDECODING_TRY(positive("batch", p.batch));
+  BITDECODING_TRY(positive("new_tokens", p.new_tokens));
+  BITDECODING_TRY(positive("num_kv_heads", p.num_kv_heads));
+  BITDECODING_TRY(not_negative("num_pages", p.num_pages));
+  BITDECODING_TRY(not_negative("max_pages", p.max_pages));
+  BITDECODING_TRY(vectors("k_new", p.k_new));
+  BITDECODING_TRY(vectors("v_new", p.v_new));
+  if (p.num_pages > 0) BITDECODING_TRY(vectors("pages", p.pages));
+  if (p.max_pages > 0) BITDECODING_TRY(check_present("block_table", p.block_table));
+  BITDECODING_TRY(vector_stride("new_batch_stride_bytes", p.new_batch_stride_bytes));
+  BITDECODING_TRY(vector_stride("new_token_stride_bytes", p.new_token_stride_bytes));
+  BITDECODING_TRY(vector_stride("new_head_stride_bytes", p.new_head_stride_bytes));
+  BITDECODING_TRY(vector_stride("page_stride_bytes", p.page_stride_bytes));
+  BITDECODING_TRY(vector_stride("head_stride_bytes", p.head_stride_bytes));
+  BITDECODING_TRY(check_clip_factor("k_clip", p.k_clip));
+  BITDECODING_TRY(check_clip_factor("v_clip", p.v_clip));
+  return validate_cache(p);
+}
+
+// CTAs of an operand (K or V) of a sequence's head: one per block, and when appending one for the 16-bit tokens.
+std::int64_t append_items(const AppendParams& p) {
+  if (p.pack_all != 0) return (std::int64_t{p.new_tokens} + kBlockTokens - 1) / kBlockTokens;
+  return 1 + p.new_tokens / kBlockTokens;
+}
+
 }  // namespace
 
 Status validate_params(const DecodeParams& p) {
-  auto positive = [](const char* name, std::int64_t value) {
-    return value > 0 ? Status::ok : fail(Status::invalid_argument, name, "=", value, ": must be positive");
-  };
   BITDECODING_TRY(positive("batch", p.batch));
   BITDECODING_TRY(positive("q_len", p.q_len));
   BITDECODING_TRY(positive("num_kv_heads", p.num_kv_heads));
@@ -210,7 +341,7 @@ Status decode_workspace_bytes(int handle, int device, std::int64_t* out) noexcep
   BITDECODING_TRY(check_present("out", out));
   Registered* r = nullptr;
   DeviceInfo info;
-  BITDECODING_TRY(registry().get(handle, &r));
+  BITDECODING_TRY(find_kind(handle, "decode", &r));
   BITDECODING_TRY(device_info(device, &info));
   *out = decode_workspace_bytes(r->config, std::int64_t{info.num_sms} * r->kernel.ctas_per_sm);
   return Status::ok;
@@ -221,16 +352,10 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
   const cuda::Driver* driver = nullptr;
   Registered* r = nullptr;
   const DeviceInfo* info = nullptr;
-  BITDECODING_TRY(registry().get(handle, &r));
+  BITDECODING_TRY(find_kind(handle, "decode", &r));
   BITDECODING_TRY(validate_params(params));
   BITDECODING_TRY(check_present("workspace", params.workspace));
-  BITDECODING_TRY(cuda::get_driver(&driver));
-  BITDECODING_TRY(cuda::find_device(*driver, options.device, &info));
-  if (r->config.arch != info->arch) {
-    return fail(Status::unsupported_config, "arch=", r->config.arch, ": device ", info->index, " (", info->name,
-                ", compute capability ", info->major, ".", info->minor, ") runs kernels of ",
-                info->arch.empty() ? "no supported arch" : info->arch);
-  }
+  BITDECODING_TRY(find_target(*r, options.device, &driver, &info));
   const int num_ctas = info->num_sms * r->kernel.ctas_per_sm;
   const std::int64_t q_tiles = q_tiles_of(r->config, params);
   const std::int64_t counters = counter_bytes(params, q_tiles);
@@ -243,10 +368,6 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
   if (workspace_bytes < needed) {
     return fail(Status::invalid_argument, "workspace: has ", workspace_bytes, " bytes, ", needed, " are needed");
   }
-
-  cuda::ContextScope context;
-  BITDECODING_TRY(context.enter(*driver, options.device));
-  BITDECODING_TRY(make_ready(*driver, options.device, r));
 
   DecodeParams p = params;
   // The kernel expects the partial results right behind its counters: put these at the end of their space, so that
@@ -284,17 +405,74 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
                        &p.rotate_out,
                        &group,
                        &tiles};
-  cuda::LaunchAttribute programmatic;
-  programmatic.id = cuda::LaunchAttribute::kProgrammaticStreamSerialization;
-  programmatic.value.flag = 1;
-  cuda::LaunchConfig launch;
-  launch.grid[0] = static_cast<unsigned>(num_ctas);
-  launch.block[0] = static_cast<unsigned>(r->kernel.threads);
-  launch.smem = static_cast<unsigned>(r->kernel.smem);
-  launch.stream = static_cast<cuda::Stream>(options.stream);
-  launch.attributes = &programmatic;
-  launch.num_attributes = options.programmatic && info->major >= 9 ? 1 : 0;
-  return cuda::check(*driver, driver->launch(&launch, r->loaded, arguments, nullptr), r->kernel.name.c_str());
+  return launch(*driver, *info, r, num_ctas, arguments, options);
+}
+
+Status append(int handle, const AppendParams& params, std::int64_t workspace_bytes,
+              const LaunchOptions& options) noexcept {
+  constexpr std::int64_t kOperands = 2;  // K and V
+  constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
+  const cuda::Driver* driver = nullptr;
+  Registered* r = nullptr;
+  const DeviceInfo* info = nullptr;
+  BITDECODING_TRY(find_kind(handle, "append", &r));
+  BITDECODING_TRY(validate(params));
+  const std::int64_t num_heads = std::int64_t{params.batch} * params.num_kv_heads;
+  const std::int64_t items = append_items(params);
+  if (num_heads > kMaxGrid / (kOperands * items)) {
+    return fail(Status::unsupported_config, "new_tokens=", params.new_tokens, ": with batch=", params.batch,
+                " and num_kv_heads=", params.num_kv_heads, " one launch would need more than ", kMaxGrid,
+                " thread blocks");
+  }
+  if (params.pack_all == 0) {
+    const std::int64_t counters = params.batch * static_cast<std::int64_t>(sizeof(std::int32_t));
+    if (counters > kCounterBytes) {
+      return fail(Status::unsupported_config, "batch=", params.batch, ": one launch would need ", counters,
+                  " bytes of counters, ", kCounterBytes, " is the limit");
+    }
+    if (workspace_bytes < counters) {
+      return fail(Status::invalid_argument, "workspace: has ", workspace_bytes, " bytes, ", counters, " are needed");
+    }
+  }
+  BITDECODING_TRY(find_target(*r, options.device, &driver, &info));
+
+  AppendParams p = params;
+  std::int32_t num_items = static_cast<std::int32_t>(items);
+  void* arguments[] = {&p.k_new,
+                       &p.v_new,
+                       &p.lengths,
+                       &p.cu_seqlens,
+                       &p.pages,
+                       &p.block_table,
+                       &p.seqlens,
+                       &p.packed_lens,
+                       &p.tail_k,
+                       &p.tail_v,
+                       &p.sink_k,
+                       &p.sink_v,
+                       &p.status,
+                       &p.workspace,
+                       &p.new_batch_stride_bytes,
+                       &p.new_token_stride_bytes,
+                       &p.new_head_stride_bytes,
+                       &p.page_stride_bytes,
+                       &p.head_stride_bytes,
+                       &p.batch,
+                       &p.new_tokens,
+                       &p.num_kv_heads,
+                       &p.num_pages,
+                       &p.max_pages,
+                       &p.tail_capacity,
+                       &p.num_sink,
+                       &p.recent,
+                       &num_items,
+                       &p.k_clip,
+                       &p.v_clip,
+                       &p.rotate_k,
+                       &p.rotate_v,
+                       &p.bfloat16,
+                       &p.pack_all};
+  return launch(*driver, *info, r, num_heads * items * kOperands, arguments, options);
 }
 
 Status capture_id(int device, void* stream, std::uint64_t* out) noexcept {

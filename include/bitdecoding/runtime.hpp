@@ -124,8 +124,58 @@ struct LaunchOptions {
   bool programmatic = false;  // may start before the previous kernel of the stream ends (sm90 and later)
 };
 
-// Launches a registered kernel; returns once it is enqueued. workspace_bytes: size of params.workspace.
+// Launches a registered kernel of kind=decode; returns once it is enqueued. workspace_bytes: size of params.workspace.
 Status decode(int handle, const DecodeParams& params, std::int64_t workspace_bytes,
+              const LaunchOptions& options) noexcept;
+
+// ---- append ----
+
+// The parameters of a kernel of kind=append, in its order (which has one more at the end of the sizes: the launch
+// decides how many CTAs share a sequence). New tokens are rows of head_dim values, keys and values with the same
+// strides.
+//
+// pack_all=0 appends to a cache: what new tokens, tail, sinks, lengths and table mean is said at bitdecoding.append
+// (python/bitdecoding/ops.py). pack_all=1 quantises every token from the start of a sequence's first block on; the
+// last block may be partial, a block without a page is left out; lengths and tensors of a cache must then be null.
+struct AppendParams {
+  const void* k_new = nullptr;                // row t of sequence b at b * new_batch_stride + t * new_token_stride;
+  const void* v_new = nullptr;                // with cu_seqlens at (cu_seqlens[b] + t) * new_token_stride
+  const std::int32_t* lengths = nullptr;      // [batch], optional: how many of the new tokens count
+  const std::int32_t* cu_seqlens = nullptr;   // [batch + 1], optional: ragged new tokens, instead of lengths
+  void* pages = nullptr;                      // [num_pages, num_kv_heads, block_bytes], 16-byte aligned
+  const std::int32_t* block_table = nullptr;  // [batch, max_pages]; entries outside 0 .. num_pages - 1: no page
+  std::int32_t* seqlens = nullptr;            // [batch], advanced
+  std::int32_t* packed_lens = nullptr;        // [batch], multiples of 128, advanced
+  void* tail_k = nullptr;                     // [batch, tail_capacity, num_kv_heads, head_dim]
+  void* tail_v = nullptr;
+  void* sink_k = nullptr;  // [batch, num_sink, num_kv_heads, head_dim], optional
+  void* sink_v = nullptr;
+  std::int32_t* status = nullptr;  // [1], optional: becomes at least 1 + b where sequence b had no page for a block;
+                                   // such a sequence stays as it was
+  void* workspace = nullptr;       // counters, see kCounterBytes
+  std::int64_t new_batch_stride_bytes = 0;
+  std::int64_t new_token_stride_bytes = 0;
+  std::int64_t new_head_stride_bytes = 0;
+  std::int64_t page_stride_bytes = 0;
+  std::int64_t head_stride_bytes = 0;
+  std::int32_t batch = 0;
+  std::int32_t new_tokens = 0;  // of each sequence, at most
+  std::int32_t num_kv_heads = 0;
+  std::int32_t num_pages = 0;
+  std::int32_t max_pages = 0;
+  std::int32_t tail_capacity = 0;  // at least recent + 127
+  std::int32_t num_sink = 0;
+  std::int32_t recent = 0;  // newest tokens that stay in 16 bit
+  float k_clip = 1.0f;      // 1: min/max; in (0, 1): a factor of it; 0: searched for the least squared error
+  float v_clip = 1.0f;
+  std::int32_t rotate_k = 0;  // 1: keys go through a Hadamard transform over head_dim
+  std::int32_t rotate_v = 0;
+  std::int32_t bfloat16 = 0;  // 1: all 16-bit tensors are bfloat16; 0: float16
+  std::int32_t pack_all = 0;  // 1: quantise
+};
+
+// Launches a registered kernel of kind=append; returns once it is enqueued. workspace_bytes: size of params.workspace.
+Status append(int handle, const AppendParams& params, std::int64_t workspace_bytes,
               const LaunchOptions& options) noexcept;
 
 // An id of the graph capture that a stream is in, or 0.

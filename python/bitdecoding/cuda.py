@@ -1,7 +1,9 @@
-"""Decode on CUDA tensors: finds the kernel for a problem, keeps workspaces, launches.
+"""Decode, append and quantize on CUDA tensors: finds the kernel for a problem, keeps workspaces, launches.
 
-The path of a repeated call is short: one dictionary look-up, one allocation for ``out``, one call into the library,
-which checks the tensors and launches on torch's current stream.
+The path of a repeated call is short: one dictionary look-up, one allocation for a result, one call into the library,
+which checks the tensors and launches on torch's current stream. Nothing waits for the device. Values on the device
+(lengths, table) are trusted, not checked. All functions raise InvalidArgument, UnsupportedConfig, KernelNotFound or
+CudaError before anything is launched.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from .cute_kernels.pack import DSL, CompiledKernel, cache_dir, dsl_version, sour
 MAX_PLANS = 4096  # a bound for callers that make a new QuantSpec for every call
 
 _decode = native.function("decode")
+_append = native.function("append")
+_quantize = native.function("quantize")
 _device_info = native.function("device_info")
 _find_kernel = native.function("find_kernel")
 _add_kernel = native.function("add_kernel")
@@ -41,7 +45,14 @@ class _Plan(NamedTuple):
     keys: tuple  # the objects whose id() is part of the plan's key: kept alive so that the ids stay theirs
 
 
+class _AppendPlan(NamedTuple):
+    handle: int
+    options: tuple[float, float, bool, bool]  # k_clip, v_clip, rotate_k, rotate_v
+    spec: QuantSpec  # its id() is part of the plan's key
+
+
 _plans: dict[tuple, _Plan] = {}
+_append_plans: dict[tuple, _AppendPlan] = {}
 _workspaces: dict[tuple[int, int], Tensor] = {}  # by device and stream
 _capture_workspace: tuple[tuple[int, int, int], Tensor] | None = None  # of the latest (device, stream, capture)
 _lock = Lock()
@@ -67,24 +78,13 @@ def decode(
     return_lse: bool = False,
     config: KernelConfig | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`bitdecoding.decode` on CUDA tensors. Values on the device (lengths, table) are trusted, not checked.
-
-    Raises InvalidArgument, UnsupportedConfig, KernelNotFound or CudaError before anything is launched.
-    """
+    """:func:`bitdecoding.decode` on CUDA tensors."""
     device = q.get_device()
     key = (q.shape, device, pages.shape, id(spec), id(config))
     plan = _plans.get(key)
     if plan is None:
         plan = _plan(key, q, pages, spec, config)
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    if torch.cuda.is_current_stream_capturing():
-        workspace = _workspace_for_capture(device, stream, plan.workspace_bytes)
-    else:
-        found = _workspaces.get((device, stream))
-        if found is None or found.numel() < plan.workspace_bytes:
-            found = _workspaces[device, stream] = _new_workspace(device, plan.workspace_bytes)
-        workspace = found
-
+    workspace = _workspace(device, plan.workspace_bytes)
     if out is None:
         out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
@@ -96,7 +96,65 @@ def decode(
     return out if lse is None else (out, lse)
 
 
+def append(
+    k_new: Tensor,
+    v_new: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seqlens: Tensor,
+    packed_lens: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    spec: QuantSpec,
+    *,
+    sink_k: Tensor | None = None,
+    sink_v: Tensor | None = None,
+    lengths: Tensor | None = None,
+    recent: int = 0,
+    status: Tensor | None = None,
+) -> None:
+    """:func:`bitdecoding.append` on CUDA tensors."""
+    device = k_new.get_device()
+    plan = _append_plans.get((device, k_new.shape[-1], id(spec))) or _append_plan(device, k_new.shape[-1], spec)
+    _append(
+        plan.handle, *_alike(k_new, v_new), pages, block_table, seqlens, packed_lens, tail_k, tail_v,
+        _workspace(device, _counter_bytes), sink_k, sink_v, lengths, status, recent, *plan.options,
+    )  # fmt: skip
+
+
+def quantize(
+    k: Tensor,
+    v: Tensor,
+    spec: QuantSpec,
+    pages: Tensor,
+    block_table: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int,
+) -> None:
+    """:func:`bitdecoding.quantize` on CUDA tensors, into given pages."""
+    device = k.get_device()
+    plan = _append_plans.get((device, k.shape[-1], id(spec))) or _append_plan(device, k.shape[-1], spec)
+    _quantize(plan.handle, *_alike(k, v), pages, block_table, cu_seqlens, max_seqlen, *plan.options)
+
+
+def _alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with the same strides, as the kernel wants them; copies where they differ."""
+    return (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
+
+
 # ---------------------------------------------------------------------------------------------- workspaces
+
+
+def _workspace(device: int, size: int) -> Tensor:
+    """The workspace of the current stream, or of the graph that it captures; at least ``size`` bytes."""
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    if torch.cuda.is_current_stream_capturing():
+        return _workspace_for_capture(device, stream, size)
+    found = _workspaces.get((device, stream))
+    if found is None or found.numel() < size:
+        found = _workspaces[device, stream] = _new_workspace(device, size)
+    return found
 
 
 def _new_workspace(device: int, size: int) -> Tensor:
@@ -138,6 +196,17 @@ def _plan(key: tuple, q: Tensor, pages: Tensor, spec: QuantSpec, config: KernelC
     if len(_plans) >= MAX_PLANS:
         _plans.clear()
     _plans[key] = plan
+    return plan
+
+
+def _append_plan(device: int, head_dim: int, spec: QuantSpec) -> _AppendPlan:
+    """Find or compile the kernel that packs blocks of a format, and remember the answer."""
+    config = KernelConfig(kind="append", arch=device_arch(device), head_dim=head_dim, quant=spec.for_kernel())
+    clips = ({"minmax": 1.0, "mse": 0.0}.get(clip, clip) for clip in (spec.k_clip, spec.v_clip))
+    plan = _AppendPlan(kernel_handle(config), (*clips, spec.rotate_k, spec.rotate_v), spec)
+    if len(_append_plans) >= MAX_PLANS:
+        _append_plans.clear()
+    _append_plans[device, head_dim, id(spec)] = plan
     return plan
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,20 +30,86 @@ def block_bytes(head_dim: int, spec: QuantSpec) -> int:
 
 
 @torch.no_grad()
-def quantize(k: Tensor, v: Tensor, spec: QuantSpec) -> Tensor:
-    """Quantise and pack tokens from position 0 of their first block on.
+def quantize(
+    k: Tensor,
+    v: Tensor,
+    spec: QuantSpec,
+    *,
+    pages: Tensor | None = None,
+    block_table: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Quantise and pack all tokens of one or more sequences, each from position 0 of its first block on.
 
-    k, v: [num_tokens, num_kv_heads, head_dim], fp16, bf16 or fp32. NaN counts as 0, values beyond +-32768 as +-32768.
-    -> uint8 [ceil(num_tokens / 128), num_kv_heads, block_bytes], a pure function of k, v and spec (bit for bit, on
-    every device); what the bits mean is in :mod:`bitdecoding.quantization`.
+    k, v: [num_tokens, num_kv_heads, head_dim], fp16 or bf16, on the CPU also fp32; only the channels of a head must be
+        contiguous. NaN counts as 0, values beyond +-32768 as +-32768.
+    pages: uint8 [num_pages, num_kv_heads, block_bytes], written and returned; default: new ones, for one sequence.
+    block_table: int32 [batch, max_pages], goes with pages: where the blocks of each sequence go.
+    cu_seqlens: int32 [batch + 1], needs pages: sequence b has the rows from cu_seqlens[b] to cu_seqlens[b + 1];
+        default: one sequence with all rows.
+    max_seqlen: the most tokens of a sequence, at most num_tokens; with cu_seqlens it saves work on CUDA.
+    -> pages, new ones [ceil(num_tokens / 128), num_kv_heads, block_bytes]. The last block of a sequence may be partial.
+    A block is a pure function of its tokens and spec (bit for bit, on every device); what its bits mean is in
+    :mod:`bitdecoding.quantization`.
+    Raises InvalidArgument, and OutOfPages where a row of the table is too short; nothing is written then. On CUDA
+    nothing waits for the device, so cu_seqlens and entries of the table are trusted; a block whose entry names no page,
+    or that the table has no entry for, is left out.
     """
     check_tensor("k", k, REAL_DTYPES, num_tokens=None, num_kv_heads=None, head_dim=None)
     num_tokens, num_kv_heads, head_dim = k.shape
     check_tensor("v", v, (k.dtype,), num_tokens=num_tokens, num_kv_heads=num_kv_heads, head_dim=head_dim)
-    _check_device(k=k, v=v)
     _at_least("num_kv_heads", num_kv_heads, 1)
-    block_format(head_dim, spec)
-    return quantization.quantise(k, v, spec)
+    bytes_per_block = block_bytes(head_dim, spec)
+    if (pages is None) != (block_table is None) or (cu_seqlens is not None and pages is None):
+        given = {"pages": pages, "block_table": block_table, "cu_seqlens": cu_seqlens}
+        names = [name for name, x in given.items() if x is not None]
+        raise InvalidArgument(
+            f"only {', '.join(names)} given: allowed are pages with block_table, cu_seqlens with both"
+        )
+    if pages is None or block_table is None:
+        if k.device.type != "cuda":
+            _check_device(k=k, v=v)
+            return quantization.quantise(k, v, spec)
+        num_blocks = -(-num_tokens // BLOCK_TOKENS)
+        pages = torch.empty(num_blocks, num_kv_heads, bytes_per_block, dtype=torch.uint8, device=k.device)
+        block_table = torch.arange(num_blocks, dtype=torch.int32, device=k.device)[None]
+    check_tensor("pages", pages, (torch.uint8,), num_pages=None, num_kv_heads=num_kv_heads, block_bytes=bytes_per_block)
+    batch = 1
+    if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens, (torch.int32,), **{"batch + 1": None})
+        batch = len(cu_seqlens) - 1
+    check_tensor("block_table", block_table, (torch.int32,), batch=batch, max_pages=None)
+    _check_device(k=k, v=v, pages=pages, block_table=block_table, cu_seqlens=cu_seqlens)
+    if max_seqlen is not None:
+        _at_least("max_seqlen", max_seqlen, 0)
+    longest = num_tokens if cu_seqlens is None or max_seqlen is None else min(max_seqlen, num_tokens)
+    needed, max_pages = -(-longest // BLOCK_TOKENS), block_table.shape[1]
+    if needed > max_pages and (cu_seqlens is None or max_seqlen is not None):
+        raise OutOfPages(f"{longest} tokens need {needed} pages, a row of block_table has {max_pages}")
+
+    if k.device.type == "cuda":
+        from . import cuda
+
+        longest = min(longest, max_pages * BLOCK_TOKENS)
+        cuda.quantize(k, v, spec, pages, block_table, cu_seqlens=cu_seqlens, max_seqlen=longest)
+        return pages
+
+    bounds = [0, num_tokens] if cu_seqlens is None else cu_seqlens.tolist()
+    rows = list(pairwise(bounds))
+    for b, (start, stop) in enumerate(rows):
+        if not 0 <= start <= stop <= num_tokens or stop - start > longest:
+            raise InvalidArgument(
+                f"cu_seqlens[{b}]={start}, cu_seqlens[{b + 1}]={stop}: allowed are ascending numbers from 0 to "
+                f"num_tokens={num_tokens}, at most max_seqlen={longest} apart"
+            )
+    blocks = [range(-(-(stop - start) // BLOCK_TOKENS)) for start, stop in rows]
+    entries = [_check_table(block_table, b, columns, pages.shape[0]) for b, columns in enumerate(blocks)]
+    _check_once([page for used in entries for page in used])
+    for (start, stop), used in zip(rows, entries, strict=True):
+        if used:
+            pages[used] = quantization.quantise(k[start:stop], v[start:stop], spec)
+    return pages
 
 
 @torch.no_grad()
@@ -152,6 +219,7 @@ def append(
     sink_v: Tensor | None = None,
     lengths: Tensor | None = None,
     recent: int = 0,
+    status: Tensor | None = None,
 ) -> None:
     """Append new tokens to each sequence, in place; any number of them, so that it also fills a cache with a prompt.
 
@@ -161,7 +229,8 @@ def append(
     ``recent + 127`` tokens always suffices, whatever the number of new tokens, and at least ``recent`` tokens can be
     rolled back exactly (by lowering seqlens) after any append.
 
-    k_new, v_new: [batch, new_tokens, num_kv_heads, head_dim], fp16, bf16 or fp32, in the original space.
+    k_new, v_new: [batch, new_tokens, num_kv_heads, head_dim], fp16 or bf16, on the CPU also fp32, in the original
+        space; only the channels of a head must be contiguous.
     pages: uint8 [num_pages, num_kv_heads, block_bytes]. block_table: int32 [batch, max_pages]; the entries of blocks
         that get full must name pages that no other sequence uses.
     seqlens, packed_lens: int32 [batch] as for :func:`decode`, packed_lens multiples of 128; both are advanced.
@@ -169,8 +238,20 @@ def append(
         tokens are rotated where the spec rotates.
     sink_k, sink_v: [batch, num_sink, num_kv_heads, head_dim], like k_new.
     lengths: int32 [batch], how many of the new tokens count for each sequence; default: all.
-    Raises OutOfPages where a row of the table has no entry left for a full block. Errors leave everything as it was.
+    status: int32 [1]; where sequence b has no page for a full block, because its row of the table ends or its entry
+        names no page, it stays as it was and status becomes 1 + b, unless it is greater already. Zero it beforehand.
+    Without status, the CPU raises OutOfPages where a row ends, InvalidArgument for an entry that names no page; errors
+    leave everything as it was. On CUDA nothing waits for the device, so that a step can be captured in a graph: lengths
+    are trusted (``lengths`` are clamped), and without status a sequence that has no page stays as it was silently.
     """
+    if isinstance(k_new, Tensor) and k_new.device.type == "cuda" and k_new.dim() == 4:
+        from . import cuda
+
+        return cuda.append(
+            k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v, spec, sink_k=sink_k, sink_v=sink_v,
+            lengths=lengths, recent=recent, status=status,
+        )  # fmt: skip
+
     check_tensor("k_new", k_new, REAL_DTYPES, batch=None, new_tokens=None, num_kv_heads=None, head_dim=None)
     batch, new_tokens, num_kv_heads, head_dim = k_new.shape
     dtype = k_new.dtype
@@ -189,9 +270,12 @@ def append(
     num_sink = _check_pair("sink", sink_k, sink_v, dtype, batch, "num_sink", num_kv_heads, head_dim)
     if lengths is not None:
         check_tensor("lengths", lengths, (torch.int32,), batch=batch)
+    if status is not None:
+        check_tensor("status", status, (torch.int32,), one=1)
     _check_device(
         k_new=k_new, v_new=v_new, pages=pages, block_table=block_table, seqlens=seqlens, packed_lens=packed_lens,
         tail_k=tail_k, tail_v=tail_v, sink_k=sink_k, sink_v=sink_v, lengths=lengths,
+        status=status,
     )  # fmt: skip
     _at_least("recent", recent, 0)
     policy = CachePolicy(recent, num_sink)
@@ -208,20 +292,22 @@ def append(
             raise InvalidArgument(f"packed_lens[{b}]={packed_len}: allowed are multiples of {BLOCK_TOKENS}")
     packed_after = [policy.packed_len(n + new, p) for n, new, p in zip(lens, counts, packed, strict=True)]
     due: list[int] = []
+    without_page = 0
     for b, (before, after) in enumerate(zip(packed, packed_after, strict=True)):
-        if after > block_table.shape[1] * BLOCK_TOKENS:
-            raise OutOfPages(
-                f"sequence {b} needs {after // BLOCK_TOKENS} pages, its row of block_table has {block_table.shape[1]}"
-            )
-        due += _check_table(block_table, b, range(before // BLOCK_TOKENS, after // BLOCK_TOKENS), pages.shape[0])
-    if len(set(due)) < len(due):
-        twice = next(page for page in due if due.count(page) > 1)
-        raise InvalidArgument(f"block_table names page {twice} twice for blocks to be written: allowed is once")
+        try:
+            due += _check_table(block_table, b, range(before // BLOCK_TOKENS, after // BLOCK_TOKENS), pages.shape[0])
+        except (InvalidArgument, OutOfPages):
+            if status is None:
+                raise
+            counts[b], packed_after[b], without_page = 0, before, 1 + b
+    _check_once(due)
 
     cpu.append(
         k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v, spec, sink_k=sink_k, sink_v=sink_v,
         lengths=counts, packed_after=packed_after,
     )  # fmt: skip
+    if status is not None:
+        status.clamp_(min=without_page)
 
 
 @torch.no_grad()
@@ -311,13 +397,18 @@ def _check_lengths(seqlens: list[int], packed_lens: list[int], num_sink: int, ta
 
 
 def _check_table(block_table: Tensor, b: int, columns: range, num_pages: int) -> list[int]:
-    """The entries of row b in these columns; raises unless they exist and name pages."""
+    """The entries of row b in these columns; raises unless they exist (OutOfPages) and name pages."""
     if columns.stop > block_table.shape[1]:
-        raise InvalidArgument(
-            f"sequence {b} has {columns.stop} blocks in pages: allowed are {block_table.shape[1]} (max_pages)"
-        )
+        raise OutOfPages(f"sequence {b} needs {columns.stop} pages, its row of block_table has {block_table.shape[1]}")
     entries = block_table[b, columns.start : columns.stop].tolist()
     for column, page in zip(columns, entries, strict=True):
         if not 0 <= page < num_pages:
             raise InvalidArgument(f"block_table[{b}, {column}]={page}: allowed are 0 to {num_pages - 1} (num_pages)")
     return entries
+
+
+def _check_once(due: list[int]) -> None:
+    """Raise if blocks that are to be written share a page."""
+    if len(set(due)) < len(due):
+        twice = next(page for page in due if due.count(page) > 1)
+        raise InvalidArgument(f"block_table names page {twice} twice for blocks to be written: allowed is once")
