@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,12 +15,10 @@ from bitdecoding.cute_kernels.pack import CompiledKernel, write_pack
 from bitdecoding import KernelConfig, QuantSpec
 
 SOURCES = Path(__file__).parent / "cpp"
-SOURCE = SOURCES / "consumer.cpp"
 LIB_DIR = native.LIBRARY_PATH.parent
-
-
 RUNTIME = Path(__file__).parents[1] / "cute_kernels" / "runtime"
-WARNINGS = ("-Wall", "-Wextra", "-Werror")
+NO_GPU = 77  # exit status of decode_loop
+PROGRAMS = ("consumer", "decode_cpu", "decode_loop", "c_api")
 
 
 def compiler_of(source):
@@ -29,11 +28,21 @@ def compiler_of(source):
     return [compiler, "-std=c11" if source.suffix == ".c" else "-std=c++17", f"-I{LIB_DIR.parent / 'include'}"]
 
 
-def build(source, folder):
-    program = folder / source.stem
-    libraries = [f"-L{LIB_DIR}", "-lbitdecoding", f"-Wl,-rpath,{LIB_DIR}", "-lm"]
-    subprocess.run([*compiler_of(source), "-O1", *WARNINGS, source, *libraries, "-o", program], check=True)
-    return program
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """The folder with the programs of tests/cpp, built by find_package; without CMake by the compiler alone."""
+    folder = tmp_path_factory.mktemp("programs")
+    if cmake := shutil.which("cmake"):
+        command = [Path(sys.executable).parent / "bitdecoding", "cmake-dir"]
+        directory = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        configure = [cmake, "-S", SOURCES, "-B", folder, f"-Dbitdecoding_DIR={directory}"]
+        subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([cmake, "--build", folder, "-j2"], check=True, stdout=subprocess.DEVNULL)
+        return folder
+    for source in (each for each in SOURCES.iterdir() if each.stem in PROGRAMS):
+        libraries = [f"-L{LIB_DIR}", "-lbitdecoding", f"-Wl,-rpath,{LIB_DIR}", "-lm", "-ldl"]
+        subprocess.run([*compiler_of(source), "-O1", source, *libraries, "-o", folder / source.stem], check=True)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +58,8 @@ def packs(tmp_path_factory):
     return [folder / "sm80.bdpack", folder / "none.bdpack"]
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return build(SOURCE, tmp_path_factory.mktemp("consumer"))
-
-
-def test_a_program_that_knows_no_python(program):
-    output = subprocess.run([program], check=True, capture_output=True, text=True, env={}).stdout
+def test_a_program_that_knows_no_python(programs):
+    output = subprocess.run([programs / "consumer"], check=True, capture_output=True, text=True, env={}).stdout
     config = KernelConfig(quant=QuantSpec(k_bits=2), stages=3)
     assert output.splitlines() == [
         config.name(),
@@ -66,7 +70,7 @@ def test_a_program_that_knows_no_python(program):
     ]
 
 
-def test_the_core_needs_neither_python_nor_cuda(program):
+def test_the_core_needs_neither_python_nor_cuda():
     output = subprocess.run(["ldd", LIB_DIR / "libbitdecoding.so"], check=True, capture_output=True, text=True).stdout
     libraries = {line.split()[0].partition(".so")[0] for line in output.splitlines()}
     assert libraries <= {"linux-vdso", "libstdc++", "libm", "libgcc_s", "libc", "libdl", "libpthread"} | {
@@ -74,18 +78,17 @@ def test_the_core_needs_neither_python_nor_cuda(program):
     }
 
 
-def test_decode_on_the_cpu_equals_attention_over_the_bytes_on_every_instruction_set(tmp_path):
-    program = build(SOURCES / "decode_cpu.cpp", tmp_path)
+def test_decode_on_the_cpu_equals_attention_over_the_bytes_on_every_instruction_set(programs):
     for environment, allowed in (({}, {"avx2", "baseline"}), ({"BITDECODING_CPU": "baseline"}, {"baseline"})):
-        result = subprocess.run([program], capture_output=True, text=True, env=environment)
+        result = subprocess.run([programs / "decode_cpu"], capture_output=True, text=True, env=environment)
         assert result.returncode == 0, result.stdout
         instruction_set, error = result.stdout.split()
         assert instruction_set in allowed
         assert 0 < float(error) < 2e-5
 
 
-def test_a_c_program_gets_a_status_for_every_mistake(tmp_path, packs):
-    result = subprocess.run([build(SOURCES / "c_api.c", tmp_path), *packs], capture_output=True, text=True, env={})
+def test_a_c_program_gets_a_status_for_every_mistake(programs, packs):
+    result = subprocess.run([programs / "c_api", *packs], capture_output=True, text=True, env={})
     assert (result.returncode, result.stdout) == (0, "")
 
 
@@ -113,20 +116,19 @@ def test_nothing_that_sanitizers_find_happens_on_the_cpu(tmp_path, packs):
         assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_find_package(program, tmp_path):
-    cmake = shutil.which("cmake")
-    if cmake is None:
-        pytest.skip("cmake is not installed")
-    (tmp_path / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.21)\n"
-        "project(consumer LANGUAGES CXX)\n"
-        "find_package(bitdecoding CONFIG REQUIRED)\n"
-        f"add_executable(consumer {SOURCE})\n"
-        "target_link_libraries(consumer PRIVATE bitdecoding::bitdecoding)\n"
-    )
-    build = tmp_path / "build"
-    prefix = f"-DCMAKE_PREFIX_PATH={LIB_DIR.parent}"
-    subprocess.run([cmake, "-S", tmp_path, "-B", build, prefix], check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([cmake, "--build", build], check=True, stdout=subprocess.DEVNULL)
-    from_cmake = subprocess.run([build / "consumer"], check=True, capture_output=True).stdout
-    assert from_cmake == subprocess.run([program], check=True, capture_output=True).stdout
+def test_a_decode_loop_without_a_gpu_says_so(programs):
+    environment = {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([programs / "decode_loop"], capture_output=True, text=True, env=environment)
+    assert result.returncode == NO_GPU
+    assert "libcuda.so.1: not found" in result.stdout or "CUDA_ERROR" in result.stdout
+
+
+@pytest.mark.gpu
+def test_a_decode_loop_on_a_gpu_equals_the_cpu(programs, tmp_path):
+    config = KernelConfig.for_problem(head_dim=128, quant=QuantSpec(), num_q_heads=32, num_kv_heads=8)
+    pack = native.PACKS_DIR / f"bitdecoding-{config.arch}.bdpack"
+    if not pack.is_file():
+        pack = tmp_path / "one.bdpack"
+        write_pack(pack, [pytest.importorskip("bitdecoding.cute_kernels.compile").compile_kernel(config)], {})
+    result = subprocess.run([programs / "decode_loop", pack], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

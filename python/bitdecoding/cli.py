@@ -14,6 +14,7 @@ COMMANDS = {
     "info": ("info", "what is installed, and what this machine's GPU needs"),
     "demo": ("demo", "a real model on a real text with 16-bit and low-bit caches"),
     "tune": ("tune", "finds the fastest kernels for this GPU, which decode then uses"),
+    "cmake-dir": ("cmake_dir", "where CMake finds the C++ library"),
     "bench": ("bench", "times decode against torch SDPA, FlashInfer and the read bandwidth"),
 }
 USAGE_ERROR = 2
