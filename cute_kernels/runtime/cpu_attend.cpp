@@ -11,7 +11,7 @@
 // A code costs a shift, an AND, a conversion, and one FMA per query.
 #include "cpu_attend.hpp"
 
-#ifdef __F16C__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -86,7 +86,7 @@ BITDECODING_INLINE F32 exp2(F32 x) {
   y = y * f + 6.9314718e-1f;
   y = y * f + 1.0f;
   const F32 power = (F32)((__builtin_convertvector(whole, I32) + 127) << 23);
-  return vanishes ? splat(0.0f) : y * power;
+  return from_bits((U32)(y * power) & ~(U32)vanishes);
 }
 
 BITDECODING_INLINE float exp2_of(float x) { return exp2(splat(x))[0]; }
@@ -103,27 +103,39 @@ BITDECODING_INLINE F32 soft_cap(F32 x, float cap) {
 
 // ---- from a block to words and parameters ----
 
+// Four words from each of two places.
+BITDECODING_INLINE U32 load_halves(const unsigned char* low, const unsigned char* high) {
+#ifdef __AVX2__
+  return (U32)_mm256_inserti128_si256(_mm256_castsi128_si256(load<__m128i>(low)), load<__m128i>(high), 1);
+#else
+  U32 to;
+  __builtin_memcpy(&to, low, sizeof(to) / 2);
+  __builtin_memcpy(reinterpret_cast<unsigned char*>(&to) + sizeof(to) / 2, high, sizeof(to) / 2);
+  return to;
+#endif
+}
+
 // words[chunk][word of four lanes] are vectors of A's rows g = 0..7; a lane of row g is 4 g + t.
 void transpose(const unsigned char* codes, const CodeWalk& walk, std::uint32_t* words) {
   const int row_words = 4 * walk.vector_words;
   const auto* from = codes;
   for (int chunk = 0; chunk < walk.chunks; ++chunk) {
     for (int first = 0; first < row_words; first += kLanes) {
-      U32 a[kLanes], b[kLanes];
-      for (int g = 0; g < kLanes; ++g) a[g] = load<U32>(from + 4 * (g * row_words + first));
+      U32 a[kLanes], b[kLanes];  // a[i]: words 0 to 3 of rows i and i + 4, a[i + 4]: words 4 to 7
+      for (int i = 0; i < kLanes; ++i) {
+        const unsigned char* row = from + 4 * (i % 4 * row_words + first + i / 4 * 4);
+        a[i] = load_halves(row, row + 16 * row_words);
+      }
       for (int i = 0; i < kLanes; i += 2) {
         b[i] = BITDECODING_SHUFFLE(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
         b[i + 1] = BITDECODING_SHUFFLE(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
       }
       for (int i = 0; i < kLanes; i += 4) {
         for (int j = 0; j < 2; ++j) {
-          a[i + 2 * j] = BITDECODING_SHUFFLE(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-          a[i + 2 * j + 1] = BITDECODING_SHUFFLE(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+          store(words + kLanes * (i + 2 * j), BITDECODING_SHUFFLE(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13));
+          store(words + kLanes * (i + 2 * j + 1),
+                BITDECODING_SHUFFLE(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15));
         }
-      }
-      for (int i = 0; i < 4; ++i) {
-        store(words + kLanes * i, BITDECODING_SHUFFLE(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
-        store(words + kLanes * (i + 4), BITDECODING_SHUFFLE(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
       }
       words += kLanes * kLanes;
     }
@@ -190,11 +202,27 @@ struct Fields {
   static constexpr std::uint32_t kMask = (1u << kBits) - 1;
 };
 
-// What multiplies column 8 x + i of the small operand: the inverse power of two of the slot.
-BITDECODING_INLINE float column_factor(int bits, int x) {
-  return bits == 8 || x % 2 == 0 ? 1.0f : 1.0f / static_cast<float>(1 << Fields<4>::kR1);
+// The small operand of a product: to[i] = x[i] * scale[i] with the inverse power of two of the column's slot. Without
+// scale: x. -> the sum of x[i] * scale[i] * zero[i], without zero of x[i] * scale[i].
+BITDECODING_INLINE float make_operand(int bits, const float* x, const float* scale, const float* zero, int count,
+                                      float* to) {
+  static_assert(Fields<8>::kR1 == 0 && Fields<4>::kR1 == Fields<2>::kR1);
+  const float factor =
+      bits == 8 ? 1.0f : 1.0f / static_cast<float>(1 << Fields<4>::kR1);  // of columns 8 to 15 of a tile
+  F32 even = splat(0.0f), odd = splat(0.0f);
+  for (int i = 0; i < count; i += 2 * kLanes) {
+    F32 a = load<F32>(x + i), b = load<F32>(x + i + kLanes);
+    if (scale != nullptr) {
+      a *= load<F32>(scale + i);
+      b *= load<F32>(scale + i + kLanes);
+    }
+    store(to + i, a);
+    store(to + i + kLanes, b * factor);
+    even += zero != nullptr ? a * load<F32>(zero + i) : a;
+    odd += zero != nullptr ? b * load<F32>(zero + i + kLanes) : b;
+  }
+  return sum(even + odd);
 }
-static_assert(Fields<8>::kR1 == 0 && Fields<4>::kR1 == Fields<2>::kR1);
 
 // Lines that will be needed soon, fetched one at a time between the products.
 struct Ahead {
@@ -387,14 +415,9 @@ void score_keys(const Format& format, const float* queries, int rows, Scratch* s
       const float* scale = s->k_scale + token / group * head_dim;
       const float* zero = s->k_zero + token / group * head_dim;
       for (int q = 0; q < rows; ++q) {
-        float* scaled = s->operand + q * kMaxHeadDim;
-        F32 zeros = splat(0.0f);
-        for (int c = 0; c < head_dim; c += kLanes) {
-          const F32 x = load<F32>(queries + q * head_dim + c) * load<F32>(scale + c);
-          zeros += x * load<F32>(zero + c);
-          store(scaled + c, x * column_factor(format.k.bits, c / kLanes));
-        }
-        const F32 start = splat(sum(zeros) + bias[q]);
+        const float zeros =
+            make_operand(format.k.bits, queries + q * head_dim, scale, zero, head_dim, s->operand + q * kMaxHeadDim);
+        const F32 start = splat(zeros + bias[q]);
         for (int t = 0; t < group; t += kLanes) store(s->scores + q * kBlockTokens + token + t, start);
       }
       multiply(rows,
@@ -402,26 +425,25 @@ void score_keys(const Format& format, const float* queries, int rows, Scratch* s
     }
     return;
   }
+  const int groups = head_dim / group;
+  float sums[kTileRows][kMaxGroups];  // of the queries
   for (int q = 0; q < rows; ++q) {
-    for (int c = 0; c < head_dim; c += kLanes) {
-      const F32 x = load<F32>(queries + q * head_dim + c);
-      store(s->operand + q * kMaxHeadDim + c, x * column_factor(format.k.bits, c / kLanes));
+    for (int m = 0; m < groups; ++m) {
+      sums[q][m] = make_operand(format.k.bits, queries + q * head_dim + m * group, nullptr, nullptr, group,
+                                s->operand + q * kMaxHeadDim + m * group);
     }
     for (int t = 0; t < kBlockTokens; t += kLanes) store(s->scores + q * kBlockTokens + t, splat(bias[q]));
   }
-  for (int m = 0; m < head_dim / group; ++m) {
+  for (int m = 0; m < groups; ++m) {
     for (int i = 0; i < rows * kBlockTokens; i += kLanes) store(s->product + i, splat(0.0f));
-    const int steps = all_steps / (head_dim / group);
+    const int steps = all_steps / groups;
     multiply(rows, {&format.k, s->k_words, 0, kBlockTokens, m * steps, (m + 1) * steps, s->operand, s->product,
                     kBlockTokens, ahead});
     for (int q = 0; q < rows; ++q) {
-      F32 total = splat(0.0f);
-      for (int c = m * group; c < (m + 1) * group; c += kLanes) total += load<F32>(queries + q * head_dim + c);
-      const float queries_sum = sum(total);
       for (int t = 0; t < kBlockTokens; t += kLanes) {
         float* score = s->scores + q * kBlockTokens + t;
         const F32 value =
-            load<F32>(s->product + q * kBlockTokens + t) + load<F32>(s->k_zero + m * kBlockTokens + t) * queries_sum;
+            load<F32>(s->product + q * kBlockTokens + t) + load<F32>(s->k_zero + m * kBlockTokens + t) * sums[q][m];
         store(score, load<F32>(score) + load<F32>(s->k_scale + m * kBlockTokens + t) * value);
       }
     }
@@ -433,13 +455,8 @@ void add_values(const Format& format, const Rows& rows, const Tile& tile, Scratc
   float* out = rows.out + static_cast<std::int64_t>(tile.first) * head_dim;
   for (int m = 0; m < head_dim / group; ++m) {
     for (int q = 0; q < tile.count; ++q) {
-      F32 zeros = splat(0.0f);
-      for (int t = 0; t < kBlockTokens; t += kLanes) {
-        const F32 x = load<F32>(s->scores + q * kBlockTokens + t) * load<F32>(s->v_scale + m * kBlockTokens + t);
-        zeros += x * load<F32>(s->v_zero + m * kBlockTokens + t);
-        store(s->operand + q * kMaxHeadDim + t, x * column_factor(format.v.bits, t / kLanes));
-      }
-      const float bias = sum(zeros);
+      const float bias = make_operand(format.v.bits, s->scores + q * kBlockTokens, s->v_scale + m * kBlockTokens,
+                                      s->v_zero + m * kBlockTokens, kBlockTokens, s->operand + q * kMaxHeadDim);
       float* channels = out + q * head_dim + m * group;
       for (int c = 0; c < group; c += kLanes) store(channels + c, load<F32>(channels + c) + bias);
     }
