@@ -41,8 +41,32 @@ def random_q(q_len: int = 1, batch: int = BATCH) -> Tensor:
     return torch.randn(batch, q_len, 2 * HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(1)).half()
 
 
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+known_blocks: dict[
+    tuple[bytes, bytes], Tensor
+] = {}  # by their tokens: the model asks for the same ones again and again
+
+
+def quantised(k: Tensor, v: Tensor) -> Tensor:
+    """bd.quantize of full blocks."""
+    blocks = [torch.zeros(0, HEADS, bd.block_bytes(HEAD_DIM, SPEC), dtype=torch.uint8)]
+    for both in zip(k.split(128), v.split(128), strict=True) if len(k) else ():
+        key = tuple(x.numpy().tobytes() for x in both)
+        if key not in known_blocks:
+            known_blocks[key] = bd.quantize(*both, SPEC)
+        blocks.append(known_blocks[key])
+    return torch.cat(blocks)
+
+
 class Model(RuleBasedStateMachine):
-    """A cache beside lists of 16-bit tokens; which of them are packed follows from the documented rule alone."""
+    """A cache beside lists of 16-bit tokens; which of them are packed follows from the documented rule alone.
+
+    Tokens are appended by the host or, with reserved pages, as the device would on its own; after the latter the books
+    are sometimes left stale, so that whatever comes next must notice.
+    """
 
     @initialize(recent=st.sampled_from([0, 5, 128]), sinks=st.sampled_from([0, 4]), pages=st.sampled_from([None, 7]))
     def start(self, recent: int, sinks: int, pages: int | None) -> None:
@@ -63,18 +87,77 @@ class Model(RuleBasedStateMachine):
         self.seed += 1
         k, v = new_tokens(count, self.seed)
         lengths = [count] * BATCH if counts is None else [min(n, count) for n in counts]
-        totals = [len(have[0]) + n for have, n in zip(self.tokens, lengths, strict=True)]
-        packed = [self.after(b, total) for b, total in enumerate(totals)]
         before = self.state()
-        if max(totals) > 900 or sum(packed) // 128 > self.cache.num_pages:
+        if self.too_many(lengths):
             with pytest.raises(bd.OutOfPages):
                 self.cache.append(k, v, None if counts is None else lengths)
             assert all(torch.equal(x, y) for x, y in zip(before, self.state(), strict=True))
             return
         self.cache.append(k, v, None if counts is None else lengths)
-        self.packed = packed
         for b, n in enumerate(lengths):
-            self.tokens[b] = tuple(torch.cat((x, new[b, :n])) for x, new in zip(self.tokens[b], (k, v), strict=True))
+            self.take(b, k[b, :n], v[b, :n])
+
+    def take(self, b: int, *new: Tensor) -> None:
+        self.packed[b] = self.after(b, len(self.tokens[b][0]) + len(new[0]))
+        self.tokens[b] = tuple(torch.cat(both) for both in zip(self.tokens[b], new, strict=True))
+
+    def too_many(self, lengths: list[int]) -> bool:
+        totals = [len(have[0]) + n for have, n in zip(self.tokens, lengths, strict=True)]
+        needed = [max(0, self.after(b, n) // 128 - self.pages_of(b)) for b, n in enumerate(totals)]
+        return max(totals) > 900 or sum(needed) > self.cache.free_pages
+
+    def pages_of(self, b: int) -> int:
+        return int((self.cache.block_table[b] >= 0).sum())
+
+    @rule(counts=st.tuples(*[st.integers(0, 300)] * BATCH))
+    def reserve(self, counts: tuple[int, ...]) -> None:
+        before = self.state()
+        if self.too_many(list(counts)):
+            with pytest.raises(bd.OutOfPages):
+                self.cache.reserve(counts)
+            assert all(torch.equal(x, y) for x, y in zip(before, self.state(), strict=True))
+            return
+        self.cache.reserve(counts)
+        for b, n in enumerate(counts):
+            assert self.pages_of(b) * 128 >= self.after(b, len(self.tokens[b][0]) + n)
+
+    @rule(counts=st.none() | st.tuples(*[st.integers(0, 200)] * BATCH), synced=st.booleans())
+    def append_reserved(self, counts: tuple[int, ...] | None, synced: bool) -> None:
+        self.seed += 1
+        k, v = new_tokens(200 if counts else 40, self.seed)
+        self.cache.append(k, v, None if counts is None else int32(*counts), reserved=True)
+        without_page = []
+        for b, n in enumerate(counts or [40] * BATCH):
+            if self.after(b, len(self.tokens[b][0]) + n) // 128 > self.pages_of(b):
+                without_page.append(b)
+            else:
+                self.take(b, k[b, :n], v[b, :n])
+        if without_page:
+            with pytest.raises(bd.OutOfPages, match=f"sequence {without_page[-1]} had no reserved page"):
+                self.cache.sync()
+        elif synced:
+            self.cache.sync()
+
+    @rule(sources=st.tuples(*[st.integers(0, BATCH - 1)] * BATCH))
+    def fork(self, sources: tuple[int, ...]) -> None:
+        self.cache.fork(sources)
+        self.tokens = [self.tokens[b] for b in sources]
+        self.packed = [self.packed[b] for b in sources]
+
+    @rule()
+    def decode(self) -> None:
+        q = random_q(2)
+        out = self.cache.decode(q)
+        for b, kv in enumerate(self.tokens):
+            sinks, packed = min(len(kv[0]), self.sinks), self.packed[b]
+            blocks = quantised(*(x[sinks : sinks + packed] for x in kv))
+            stored = bd.dequantize(blocks, HEAD_DIM, SPEC, torch.float32)
+            k, v = (torch.cat((x[:sinks], y, x[sinks + packed :])) for x, y in zip(kv, stored, strict=True))
+            assert relative_error(out[b], attention(q[b], k, v)[0]) < 2e-3
+
+    @rule()
+    def copy(self) -> None:
+        self.cache = self.cache.to("cpu")
 
     @rule(data=st.data())
     def truncate(self, data: st.DataObject) -> None:
@@ -98,8 +181,12 @@ class Model(RuleBasedStateMachine):
         cache = self.cache
         assert cache.seqlens.tolist() == [len(k) for k, _ in self.tokens]
         assert cache.packed_lens.tolist() == self.packed
-        used = [page for b in range(BATCH) for page in cache.block_table[b, : self.packed[b] // 128].tolist()]
-        assert len(set(used)) == len(used)
+        rows = [row[: self.pages_of(b)].tolist() for b, row in enumerate(cache.block_table)]
+        assert all((row[len(pages) :] == -1).all() for pages, row in zip(rows, cache.block_table, strict=True))
+        assert all(len(set(row)) == len(row) for row in rows)
+        used = {page for b, row in enumerate(rows) for page in row[: self.packed[b] // 128]}
+        reserved = [page for b, row in enumerate(rows) for page in row[self.packed[b] // 128 :]]
+        assert len({*used, *reserved}) == len(used) + len(reserved) == cache.num_pages - cache.free_pages
         unpacked = sum(len(k) for k, _ in self.tokens) - sum(self.packed)
         block = bd.block_bytes(HEAD_DIM, SPEC) * HEADS
         assert cache.used_nbytes == len(used) * block + unpacked * 2 * HEADS * HEAD_DIM * 2
@@ -116,7 +203,7 @@ class Model(RuleBasedStateMachine):
             assert torch.equal(cache.tail_k[b, :tail], k[sinks + packed :])
             assert torch.equal(cache.tail_v[b, :tail], bd.rotate(v[sinks + packed :]))
             blocks = cache.pages[cache.block_table[b, : packed // 128].long()]
-            assert torch.equal(blocks, bd.quantize(k[sinks : sinks + packed], v[sinks : sinks + packed], SPEC))
+            assert torch.equal(blocks, quantised(k[sinks : sinks + packed], v[sinks : sinks + packed]))
 
 
 TestModel = Model.TestCase
@@ -162,6 +249,67 @@ def test_one_by_one_equals_all_at_once() -> None:
     for i in range(300):
         one_by_one.append(k[:, i : i + 1], v[:, i : i + 1])
     assert torch.equal(at_once.decode(random_q()), one_by_one.decode(random_q()))
+
+
+def test_a_shared_prefix_is_held_once_and_survives_its_owners() -> None:
+    cache = make(recent=5, sink_tokens=4, num_pages=5)
+    k, v = new_tokens(300)
+    cache.append(k, v, [300, 0, 0])
+    cache.fork([0, 0, 0])
+    assert cache.free_pages == 3
+    q = random_q(batch=1).expand(BATCH, -1, -1, -1).contiguous()
+    want = cache.decode(q)
+    assert torch.equal(want[0], want[1])
+    cache.truncate([0, 300, 132])
+    assert (cache.free_pages, cache.packed_lens.tolist()) == (3, [0, 256, 128])
+    cache.append(*new_tokens(140, seed=1), [0, 0, 140])  # its second block is its own, the shared one stays as it was
+    assert cache.free_pages == 2
+    assert torch.equal(cache.decode(q)[1], want[1])
+    cache.truncate(0)
+    assert cache.free_pages == 5
+    with pytest.raises(bd.InvalidArgument, match=r"sources\[2\]=3: allowed are 0 to 2"):
+        cache.fork([0, 1, 3])
+
+
+def test_appends_by_the_device_go_on_until_the_reserved_pages_are_full() -> None:
+    """The last of them is refused for the sequences that have no page, and for no others."""
+    cache = make(recent=16)
+    cache.append(*new_tokens(100))
+    cache.reserve([300, 44, 43])  # up to 400, 144 and 143 tokens: 2 blocks, 1, none
+    free = cache.free_pages
+    for i in range(60):
+        cache.append(*(x[:, i : i + 1] for x in new_tokens(60, seed=1)), reserved=True)
+    assert cache.seqlens.tolist() == [160, 160, 143]
+    assert cache.packed_lens.tolist() == [128, 128, 0]
+    assert cache.free_pages == free
+    with pytest.raises(bd.OutOfPages, match=r"sequence 2 had no reserved page"):
+        cache.append(*new_tokens(1))
+    assert cache.seqlens.tolist() == [160, 160, 143]
+    cache.append(*new_tokens(1))  # the host takes a page where one is needed
+    assert cache.packed_lens.tolist() == [128, 128, 128]
+    assert cache.free_pages == free - 1
+    with pytest.raises(bd.InvalidArgument, match=r"lengths is a list: allowed is a torch.Tensor"):
+        cache.append(*new_tokens(1), [1, 1, 1], reserved=True)
+    with pytest.raises(bd.InvalidArgument, match=r"new_tokens\[1\]=-1"):
+        cache.reserve([0, -1, 0])
+    with pytest.raises(bd.OutOfPages, match=r"sequence 0 would hold 901 tokens: allowed are max_tokens=900"):
+        cache.reserve(900 - 161 + 1)
+
+
+def test_rolling_back_on_the_device() -> None:
+    """Drafts that are rejected within a step, by lowering seqlens: the host learns it, and later bytes agree."""
+    cache, plain = make(recent=20), make(recent=20)
+    k, v = new_tokens(400)
+    cache.reserve(400)
+    for i in range(0, 390, 3):
+        cache.append(*new_tokens(7, seed=1), reserved=True)
+        cache.seqlens -= 7
+        cache.append(k[:, i : i + 3], v[:, i : i + 3], reserved=True)
+    plain.append(k[:, :390], v[:, :390])
+    cache.truncate(388)
+    plain.truncate(388)
+    assert cache.used_nbytes == plain.used_nbytes
+    assert torch.equal(cache.decode(random_q()), plain.decode(random_q()))
 
 
 def test_freed_pages_are_used_again() -> None:
@@ -259,6 +407,24 @@ def filled(**fields) -> bd.KVCache:
     return cache
 
 
+def test_copies_and_files_keep_what_is_shared(tmp_path: Path) -> None:
+    cache = filled(num_pages=9)
+    cache.fork([0, 0, 2])
+    cache.reserve([0, 200, 0])
+    cache.save(tmp_path / "cache")
+    copy, loaded = cache.to("cpu"), bd.KVCache.load(tmp_path / "cache")
+    assert (copy.free_pages, loaded.free_pages) == (cache.free_pages, cache.free_pages + 2)
+    k, v = new_tokens(300, seed=5)
+    want = cache.decode(random_q())
+    for other in (copy, loaded):
+        assert torch.equal(other.decode(random_q()), want)
+        other.append(k, v, [300, 0, 0])
+        assert torch.equal(other.decode(random_q())[1:], want[1:])
+        other.truncate(0)
+        assert other.free_pages == 9
+    assert torch.equal(cache.decode(random_q()), want)
+
+
 @pytest.mark.parametrize("fields", [{}, {"sink_tokens": 0}, {"dtype": torch.bfloat16}, {"dtype": torch.float32}])
 def test_save_and_load(fields: dict, tmp_path: Path) -> None:
     cache = filled(**fields)
@@ -298,10 +464,6 @@ def rewrite(path: Path, tensors: dict | None = None, config: dict | None = None,
     save_file({n: x for n, x in data.items() if x is not None}, path, metadata)
 
 
-def int32(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
 HOSTILE = {
     "no metadata": ({"metadata": {}}, "not a saved KVCache"),
     "another format": ({"metadata": {"format": "pt"}}, "not a saved KVCache"),
@@ -319,12 +481,15 @@ HOSTILE = {
     "huge heads": ({"config": {"num_kv_heads": 2**62}}, "shape"),
     "huge recent": ({"config": {"recent": 2**62}}, "recent"),
     "huge max_tokens": ({"config": {"max_tokens": 2**80}}, "max_tokens"),
-    "memory beyond all machines": ({"config": {"num_pages": 2**31 - 1, "recent": 2**31 - 1}}, "no memory"),
+    "memory beyond all machines": (
+        {"config": {"num_pages": 2**31 - 1, "recent": 2**30, "max_tokens": 2**31 - 1}},
+        "no memory",
+    ),
     "negative sinks": ({"config": {"sink_tokens": -4}}, "not possible for a sequence"),
     "batch": ({"config": {"batch_size": 4}}, "seqlens: shape"),
     "batch 0": ({"config": {"batch_size": 0}}, "seqlens: shape"),
     "few pages": ({"config": {"num_pages": 3}}, "num_pages=3"),
-    "short": ({"config": {"max_tokens": 499}}, "seqlens[0]=500"),
+    "short": ({"config": {"max_tokens": 300}}, "seqlens[0]=500"),
     "unknown quant": ({"config": {"quant": {"k_bits": 3}}}, "k_bits"),
     "quant with more": ({"config": {"quant": {"evil": 3}}}, "evil"),
     "quant beyond int64": ({"config": {"quant": {"k_bits": 2**70}}}, "config"),
@@ -342,6 +507,15 @@ HOSTILE = {
     "packed beyond": ({"tensors": {"packed_lens": int32(512, 0, 128)}}, "packed_lens[0]=512"),
     "lengths of another type": ({"tensors": {"seqlens": torch.tensor([500, 3, 267])}}, "seqlens: dtype torch.int64"),
     "floating lengths": ({"tensors": {"packed_lens": torch.zeros(3)}}, "packed_lens: dtype"),
+    "no blocks": ({"tensors": {"blocks": None}}, "blocks is missing"),
+    "fewer blocks": ({"tensors": {"blocks": int32(0, 1, 2)}}, "blocks: shape"),
+    "a block too far": ({"tensors": {"blocks": int32(0, 1, 2, 4)}}, "order of their first use"),
+    "a negative block": ({"tensors": {"blocks": int32(0, 1, 2, -1)}}, "order of their first use"),
+    "another order": ({"tensors": {"blocks": int32(1, 0, 2, 3)}}, "order of their first use"),
+    "more blocks than pages": (
+        {"tensors": {"pages": torch.zeros(3, 2, bd.block_bytes(64, SPEC)).byte()}},
+        "pages: shape",
+    ),
     "fewer pages": ({"tensors": {"pages": torch.zeros(3, 2, 10, dtype=torch.uint8)}}, "pages: shape"),
     "pages of another type": (
         {"tensors": {"pages": torch.zeros(4, 2, bd.block_bytes(64, SPEC), dtype=torch.int8)}},

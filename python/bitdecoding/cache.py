@@ -21,6 +21,7 @@ from .quantization import CachePolicy
 METADATA_KEY = "bitdecoding.KVCache"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 INT32_MAX = 2**31 - 1
+NO_PAGE = -1  # an entry of the block table that names no page
 SIZES = ("batch_size", "max_tokens", "num_kv_heads", "head_dim", "recent", "sink_tokens", "num_pages")
 
 
@@ -29,6 +30,11 @@ class KVCache:
 
     A sequence keeps its first ``sink_tokens`` and at least its newest ``recent`` tokens in 16 bit; a block of 128
     tokens is packed once there are ``recent + 128`` behind the last packed one.
+
+    Pages are taken and freed by the host. :meth:`append` takes what it needs, or, with ``reserved=True``, leaves all to
+    the device, which then packs into pages that :meth:`reserve` has set aside. That form and :meth:`decode` can be
+    captured in a CUDA graph: a step allocates nothing and waits for nothing. What replays append, the host learns by
+    :meth:`sync`, which every method that needs it calls first.
 
     Args:
         batch_size, num_kv_heads, head_dim: of the attention layer (one cache serves one layer).
@@ -91,26 +97,37 @@ class KVCache:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self.pages = torch.empty(self.num_pages, num_kv_heads, bytes_per_block, dtype=torch.uint8, device=device)
-        self.block_table = int32(batch_size, max_pages)
+        self.block_table = int32(batch_size, max_pages).fill_(NO_PAGE)
         self.packed_lens = int32(batch_size)
         self.seqlens = int32(batch_size)
+        self.status = int32(1)  # see bitdecoding.append
         self.tail_k, self.tail_v = (tokens(self.policy.tail_capacity) for _ in range(2))
         self.sink_k, self.sink_v = (tokens(sink_tokens) if sink_tokens else None for _ in range(2))
 
-        # the host's books: nothing below waits for the device
+        # the host's books
         self._lens = [0] * batch_size
         self._packed = [0] * batch_size
-        self._pages_of: list[list[int]] = [[] for _ in range(batch_size)]
+        self._pages_of: list[list[int]] = [[] for _ in range(batch_size)]  # in use, then reserved
         self._free = list(range(self.num_pages))[::-1]
+        self._owners = [0] * self.num_pages  # sequences that a page belongs to
+        self._stale = False  # lengths may be other than the books say
+        self._captured = False  # and always may: graphs can be replayed at any time
+        self._without_page = 0  # what status said
 
     # ------------------------------------------------------------------------------------------ use
 
-    def append(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None = None) -> None:
+    def append(
+        self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None = None, *, reserved: bool = False
+    ) -> None:
         """Append k, v [batch_size, new_tokens, num_kv_heads, head_dim], any number of tokens.
 
         lengths: how many of the new tokens count for each sequence; default: all.
         Raises InvalidArgument, or OutOfPages if a sequence would exceed max_tokens or the pool has no page left; the
         cache is then as it was.
+
+        reserved: blocks go to reserved pages only, so that the host need not know the lengths (int32 [batch_size] on
+        the cache's device, or None); always so while a graph is being captured. A sequence that has no page left for a
+        full block stays as it was, and the next :meth:`sync` raises OutOfPages.
         """
         for name, x in (("k", k), ("v", v)):
             ops.check_tensor(
@@ -119,37 +136,57 @@ class KVCache:
             )  # fmt: skip
             if x.device != self.pages.device:
                 raise InvalidArgument(f"{name} is on {x.device}: allowed is {self.pages.device}")
+        capturing = self._capturing()
+        if reserved or capturing:
+            if lengths is not None:
+                ops.check_tensor("lengths", lengths, (torch.int32,), batch_size=self.batch_size)
+                assert isinstance(lengths, Tensor)
+            self._append(k, v, lengths, self.status)
+            self._stale = True
+            self._captured |= capturing
+            return
+
+        self.sync()
         new_tokens = k.shape[1]
         new = [new_tokens] * self.batch_size if lengths is None else self._per_sequence("lengths", lengths)
         for b, count in enumerate(new):
             if not 0 <= count <= new_tokens:
                 raise InvalidArgument(f"lengths[{b}]={count}: allowed are 0 to new_tokens={new_tokens}")
-            if self._lens[b] + count > self.max_tokens:
-                raise OutOfPages(
-                    f"sequence {b} would hold {self._lens[b] + count} tokens: allowed are max_tokens={self.max_tokens}"
-                )
-        lens = [have + count for have, count in zip(self._lens, new, strict=True)]
-        packed = [self.policy.packed_len(n, before) for n, before in zip(lens, self._packed, strict=True)]
-        needed = [n // BLOCK_TOKENS - len(pages) for n, pages in zip(packed, self._pages_of, strict=True)]
-        if sum(needed) > len(self._free):
-            raise OutOfPages(
-                f"{sum(needed)} pages are needed, {len(self._free)} of num_pages={self.num_pages} are free"
-            )
-
-        for b, count in enumerate(needed):
-            if count:
-                pages = [self._free.pop() for _ in range(count)]
-                have = len(self._pages_of[b])
-                self.block_table[b, have : have + count] = self.block_table.new_tensor(pages)
-                self._pages_of[b] += pages
-        ops.append(
-            k, v, self.pages, self.block_table, self.seqlens, self.packed_lens, self.tail_k, self.tail_v, self.quant,
-            sink_k=self.sink_k, sink_v=self.sink_v, lengths=self.seqlens.new_tensor(new), recent=self.recent,
-        )  # fmt: skip
+        lens, packed = self._provide(new)
+        self._append(k, v, None if lengths is None else self._on_device(new), None)
         self._lens, self._packed = lens, packed
+
+    def reserve(self, new_tokens: int | Sequence[int] | Tensor) -> None:
+        """Set pages aside for so many more tokens of each sequence, to be appended with ``reserved=True``.
+
+        Raises InvalidArgument, or OutOfPages if a sequence would exceed max_tokens or the pool has too few pages;
+        nothing is changed then. Reserved pages that are not used stay with their sequence until it is truncated.
+        """
+        self.sync()
+        many = [new_tokens] * self.batch_size if isinstance(new_tokens, int) else new_tokens
+        new = self._per_sequence("new_tokens", many)
+        for b, count in enumerate(new):
+            if count < 0:
+                raise InvalidArgument(f"new_tokens[{b}]={count}: allowed are integers from 0")
+        self._provide(new)
+
+    def sync(self) -> None:
+        """Learn what the device has appended with ``reserved=True``; waits for it only if there can be anything.
+
+        Raises OutOfPages, once, if a sequence had no reserved page left for a full block; it then stayed as it was
+        before that append, and the cache can be used on. In a graph, tokens are rolled back by lowering ``seqlens``.
+        """
+        self._refresh()
+        if self._without_page:
+            b, self._without_page = self._without_page - 1, 0
+            raise OutOfPages(
+                f"sequence {b} had no reserved page for a full block, so that its tokens were not appended: "
+                f"{len(self._pages_of[b])} of its pages were reserved or in use"
+            )
 
     def packs(self, new_tokens: int) -> bool:
         """Whether appending this many tokens to every sequence would fill a block of any."""
+        self.sync()
         books = zip(self._lens, self._packed, strict=True)
         return any(self.policy.packed_len(n + new_tokens, packed) > packed for n, packed in books)
 
@@ -165,8 +202,10 @@ class KVCache:
 
         A length must lie in the tail (at least the newest ``recent`` tokens), among the sinks, or on the border of a
         packed block: the tokens of a block that is packed are no longer there in 16 bit. Otherwise InvalidArgument
-        says which lengths are possible, and nothing is changed.
+        says which lengths are possible, and nothing is changed. Pages that only this sequence holds are freed, reserved
+        ones too.
         """
+        self.sync()
         lens = [lengths] * self.batch_size if isinstance(lengths, int) else self._per_sequence("lengths", lengths)
         packed = []
         for b, (n, have, have_packed) in enumerate(zip(lens, self._lens, self._packed, strict=True)):
@@ -182,12 +221,56 @@ class KVCache:
                     f"or the borders of blocks, the next ones are {below} and {below + BLOCK_TOKENS}"
                 )
             packed.append(min(have_packed, remaining))
-        for pages, n in zip(self._pages_of, packed, strict=True):
-            self._free += pages[n // BLOCK_TOKENS :][::-1]
-            del pages[n // BLOCK_TOKENS :]
-        self._lens, self._packed = lens, packed
-        self.seqlens.copy_(self.seqlens.new_tensor(lens))
-        self.packed_lens.copy_(self.packed_lens.new_tensor(packed))
+        shorter = []
+        for b, (pages, n) in enumerate(zip(self._pages_of, packed, strict=True)):
+            blocks = n // BLOCK_TOKENS
+            if blocks < len(pages):
+                self._release(pages[blocks:])
+                del pages[blocks:]
+                shorter.append(b)
+        self._write_table(shorter)
+        self._write_lengths(lens, packed)
+
+    def fork(self, sources: Sequence[int] | Tensor) -> None:
+        """Sequence b becomes a copy of what sequence ``sources[b]`` is now; where that is b itself, it stays.
+
+        ``[0] * batch_size`` lets all go on from one prompt, the parents of its beams are what a beam search passes.
+        Packed blocks are shared until the last sequence that holds them lets go; sinks and tail are copied, reserved
+        pages stay behind. Needs no page. Raises InvalidArgument for what is not a sequence.
+        """
+        self.sync()
+        parents = self._per_sequence("sources", sources)
+        for b, source in enumerate(parents):
+            if not 0 <= source < self.batch_size:
+                raise InvalidArgument(f"sources[{b}]={source}: allowed are 0 to {self.batch_size - 1}")
+        changed = [b for b, source in enumerate(parents) if b != source]
+        if not changed:
+            return
+        shared = [self._pages_of[source][: self._packed[source] // BLOCK_TOKENS] for source in parents]
+        for b in changed:
+            for page in shared[b]:
+                self._owners[page] += 1
+        for b in changed:
+            self._release(self._pages_of[b])
+            self._pages_of[b] = shared[b]
+        self._write_table(changed)
+        into, out_of = (self._on_device(rows) for rows in (changed, [parents[b] for b in changed]))
+        for x in (self.tail_k, self.tail_v, self.sink_k, self.sink_v):
+            if x is not None:
+                x.index_copy_(0, into.long(), x.index_select(0, out_of))
+        self._write_lengths([self._lens[source] for source in parents], [self._packed[source] for source in parents])
+
+    def to(self, device: torch.device | str) -> KVCache:
+        """A copy on a device, byte for byte, with the same pages in use, shared and reserved."""
+        self.sync()
+        copy = KVCache(**{name: getattr(self, name) for name in (*SIZES, "quant", "dtype")}, device=device)
+        for mine, its in zip(self._buffers(), copy._buffers(), strict=True):
+            if mine is not None and its is not None:
+                its.copy_(mine)
+        copy._lens, copy._packed = list(self._lens), list(self._packed)
+        copy._pages_of = [list(pages) for pages in self._pages_of]
+        copy._free, copy._owners = list(self._free), list(self._owners)
+        return copy
 
     @property
     def nbytes(self) -> int:
@@ -196,14 +279,89 @@ class KVCache:
 
     @property
     def used_nbytes(self) -> int:
-        """Bytes of the blocks and 16-bit tokens that the sequences hold now."""
-        used_pages = self.num_pages - len(self._free)
+        """Bytes of the blocks (shared ones count once) and 16-bit tokens that the sequences hold now."""
+        self._refresh()
+        held = zip(self._pages_of, self._packed, strict=True)
+        used_pages = {page for pages, n in held for page in pages[: n // BLOCK_TOKENS]}
         in_16_bit = sum(self._lens) - sum(self._packed)
-        return used_pages * self.pages[:1].nbytes + 2 * in_16_bit * self.tail_k[:1, :1].nbytes
+        return len(used_pages) * self.pages[:1].nbytes + 2 * in_16_bit * self.tail_k[:1, :1].nbytes
+
+    @property
+    def free_pages(self) -> int:
+        """Pages of the pool that no sequence uses or has reserved."""
+        return len(self._free)
+
+    # ------------------------------------------------------------------------------------------ books
+
+    def _append(self, k: Tensor, v: Tensor, lengths: Tensor | None, status: Tensor | None) -> None:
+        ops.append(
+            k, v, self.pages, self.block_table, self.seqlens, self.packed_lens, self.tail_k, self.tail_v, self.quant,
+            sink_k=self.sink_k, sink_v=self.sink_v, lengths=lengths, recent=self.recent, status=status,
+        )  # fmt: skip
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _refresh(self) -> None:
+        """Bring the books up to date."""
+        if not self._stale:
+            return
+        if self._capturing():
+            raise InvalidArgument("a graph is being captured: allowed are append and decode")
+        read = torch.cat((self.seqlens, self.packed_lens, self.status)).tolist()
+        self._lens, self._packed = read[: self.batch_size], read[self.batch_size : -1]
+        self._stale = self._captured
+        if read[-1]:
+            self._without_page = read[-1]
+            self.status.zero_()
+
+    def _provide(self, new: list[int]) -> tuple[list[int], list[int]]:
+        """Make every row of the table long enough for new tokens -> tokens and packed tokens once they are there."""
+        lens = [have + count for have, count in zip(self._lens, new, strict=True)]
+        for b, n in enumerate(lens):
+            if n > self.max_tokens:
+                raise OutOfPages(f"sequence {b} would hold {n} tokens: allowed are max_tokens={self.max_tokens}")
+        packed = [self.policy.packed_len(n, before) for n, before in zip(lens, self._packed, strict=True)]
+        needed = [max(0, n // BLOCK_TOKENS - len(pages)) for n, pages in zip(packed, self._pages_of, strict=True)]
+        if sum(needed) > len(self._free):
+            raise OutOfPages(
+                f"{sum(needed)} pages are needed, {len(self._free)} of num_pages={self.num_pages} are free"
+            )
+        for pages, count in zip(self._pages_of, needed, strict=True):
+            for page in [self._free.pop() for _ in range(count)]:
+                self._owners[page] = 1
+                pages.append(page)
+        self._write_table([b for b, count in enumerate(needed) if count])
+        return lens, packed
+
+    def _release(self, pages: list[int]) -> None:
+        """Pages that a sequence lets go of; those that no other holds are free again."""
+        for page in reversed(pages):
+            self._owners[page] -= 1
+            if not self._owners[page]:
+                self._free.append(page)
+
+    def _write_table(self, rows: list[int]) -> None:
+        if rows:
+            width = self.block_table.shape[1]
+            lists = [self._pages_of[b] + [NO_PAGE] * (width - len(self._pages_of[b])) for b in rows]
+            self.block_table.index_copy_(0, self._on_device(rows).long(), self._on_device(lists))
+
+    def _write_lengths(self, lens: list[int], packed: list[int]) -> None:
+        self._lens, self._packed = lens, packed
+        self.seqlens.copy_(self._on_device(lens))
+        self.packed_lens.copy_(self._on_device(packed))
+
+    def _on_device(self, values: list) -> Tensor:
+        """int32 values on the cache's device, without waiting for it."""
+        if self._capturing():
+            raise InvalidArgument("a graph is being captured: allowed are append and decode")
+        host = torch.tensor(values, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        return host.to(self.device, non_blocking=True)
 
     def _buffers(self) -> tuple[Tensor | None, ...]:
         return (
-            *(self.pages, self.block_table, self.seqlens, self.packed_lens),
+            *(self.pages, self.block_table, self.seqlens, self.packed_lens, self.status),
             *(self.tail_k, self.tail_v, self.sink_k, self.sink_v),
         )
 
@@ -216,16 +374,24 @@ class KVCache:
     # ------------------------------------------------------------------------------------------ files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the cache as safetensors: the blocks and 16-bit tokens in use, sequence after sequence."""
+        """Write the cache as safetensors: the blocks and 16-bit tokens in use, sequence after sequence.
+
+        ``blocks`` lists the rows of ``pages`` that each sequence holds, in the order of their first use: shared blocks
+        are written once.
+        """
+        self.sync()
         config = {name: getattr(self, name) for name in SIZES}
         config |= {"quant": self.quant.to_dict(), "dtype": next(n for n, d in DTYPES.items() if d == self.dtype)}
-        order = [page for pages in self._pages_of for page in pages]
+        held = zip(self._pages_of, self._packed, strict=True)
+        blocks = [page for pages, n in held for page in pages[: n // BLOCK_TOKENS]]
+        row_of = {page: row for row, page in enumerate(dict.fromkeys(blocks))}
         sinks = [min(n, self.sink_tokens) for n in self._lens]
         tails = [n - sink - packed for n, sink, packed in zip(self._lens, sinks, self._packed, strict=True)]
         tensors = {
             "seqlens": self.seqlens,
             "packed_lens": self.packed_lens,
-            "pages": self.pages[order],
+            "pages": self.pages[list(row_of)],
+            "blocks": torch.tensor([row_of[page] for page in blocks], dtype=torch.int32),
             "tail_k": _concatenate(self.tail_k, tails),
             "tail_v": _concatenate(self.tail_v, tails),
         }
@@ -284,16 +450,22 @@ class KVCache:
         policy = CachePolicy(config["recent"], sink_tokens)
         sinks = [min(n, sink_tokens) for n in lens]
         tails = [n - sink - p for n, sink, p in zip(lens, sinks, packed, strict=True)]
+        # on the device a sequence may go on beyond max_tokens while no block gets full
+        most_packed = policy.packed_len(config["max_tokens"], 0)
+        most = sink_tokens + most_packed + policy.tail_capacity
         for b, (n, p, tail) in enumerate(zip(lens, packed, tails, strict=True)):
-            if not 0 <= n <= config["max_tokens"]:
-                raise CacheFormatError(f"seqlens[{b}]={n}: allowed are 0 to max_tokens={config['max_tokens']}")
-            if p < 0 or p % BLOCK_TOKENS or not 0 <= tail <= policy.tail_capacity:
+            if not 0 <= n <= most:
+                raise CacheFormatError(f"seqlens[{b}]={n}: allowed are 0 to {most}")
+            if not 0 <= p <= most_packed or p % BLOCK_TOKENS or not 0 <= tail <= policy.tail_capacity:
                 raise CacheFormatError(f"packed_lens[{b}]={p}: not possible for a sequence of {n} tokens")
         heads, head_dim = config["num_kv_heads"], config["head_dim"]
-        num_blocks = sum(packed) // BLOCK_TOKENS
-        if num_blocks > config["num_pages"]:
-            raise CacheFormatError(f"num_pages={config['num_pages']}: {num_blocks} blocks are held")
-        pages = read("pages", (num_blocks, heads, bytes_per_block), torch.uint8)
+        blocks = read("blocks", (sum(packed) // BLOCK_TOKENS,), torch.int32).tolist()
+        used = list(dict.fromkeys(blocks))
+        if used != list(range(len(used))):
+            raise CacheFormatError("blocks: allowed are rows of pages in the order of their first use")
+        if len(used) > config["num_pages"]:
+            raise CacheFormatError(f"num_pages={config['num_pages']}: {len(used)} blocks are held")
+        pages = read("pages", (len(used), heads, bytes_per_block), torch.uint8)
         tail_k, tail_v = (read(name, (sum(tails), heads, head_dim), dtype) for name in ("tail_k", "tail_v"))
         sink_k, sink_v = (
             read(name, (sum(sinks), heads, head_dim), dtype) if sink_tokens else None for name in ("sink_k", "sink_v")
@@ -305,22 +477,21 @@ class KVCache:
         except RuntimeError as error:
             raise CacheFormatError(f"config: no memory for {config}: {error}") from None
 
-        next_page = 0
+        start = 0
         for b, n in enumerate(packed):
-            count = n // BLOCK_TOKENS
-            cache._pages_of[b] = list(range(next_page, next_page + count))
-            cache.block_table[b, :count] = torch.arange(next_page, next_page + count)
-            next_page += count
-        del cache._free[len(cache._free) - num_blocks :]  # the free list ends with the lowest pages
-        cache.pages[:num_blocks] = pages.to(device)
+            cache._pages_of[b] = blocks[start : start + n // BLOCK_TOKENS]
+            start += n // BLOCK_TOKENS
+        for page in blocks:
+            cache._owners[page] += 1
+        del cache._free[len(cache._free) - len(used) :]  # the free list ends with the lowest pages
+        cache.pages[: len(used)] = pages.to(device)
+        cache._write_table(list(range(batch_size)))
         _scatter(cache.tail_k, tail_k, tails)
         _scatter(cache.tail_v, tail_v, tails)
         if cache.sink_k is not None and cache.sink_v is not None:
             _scatter(cache.sink_k, sink_k, sinks)
             _scatter(cache.sink_v, sink_v, sinks)
-        cache.seqlens.copy_(torch.tensor(lens))
-        cache.packed_lens.copy_(torch.tensor(packed))
-        cache._lens, cache._packed = lens, packed
+        cache._write_lengths(lens, packed)
         return cache
 
 
