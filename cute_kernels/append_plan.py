@@ -10,8 +10,7 @@ ROW_LANES = 4  # that share a row of 16-bit values
 ROW_PAD = 16  # bytes behind a row in shared memory: its vectors and the next row's are in other banks
 JOB_BYTES = 64
 SMEM_ALIGN = 128
-# CTAs that are to fit on an SM by their registers, if they do by their shared memory; the block mean needs more registers
-MAX_CTAS, MAX_CTAS_MEAN = 5, 5
+MAX_CTAS = 5  # that are to fit on an SM by their registers, if they do by their shared memory
 SM_SMEM = 228 * 1024  # of Hopper, and what every CTA takes besides its own
 CTA_SMEM = 1024
 
@@ -56,5 +55,4 @@ class AppendPlan:
 
     @cached_property
     def ctas_per_sm(self) -> int:
-        most = MAX_CTAS_MEAN if self.quant.k_mean == "block" else MAX_CTAS
-        return min(most, SM_SMEM // (self.smem_bytes + CTA_SMEM))
+        return min(MAX_CTAS, SM_SMEM // (self.smem_bytes + CTA_SMEM))
