@@ -1,4 +1,5 @@
-// What cpu_decode.cpp and the attention loops in cpu_attend.cpp, which is compiled once per instruction set, share.
+// What decode and append on the CPU share with their loops in cpu_attend.cpp and cpu_quantise.cpp, which are compiled
+// once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -98,13 +99,35 @@ struct alignas(64) Scratch {
   float values[kMaxHeadDim];               // a token
 };
 
+// How values become codes.
+struct Quantiser {
+  int bits = 0;
+  int group = 0;  // rows that share a scale
+  bool symmetric = false;
+  float clip = 1.0f;  // as in AppendParams
+};
+
+struct Extent {
+  int size = 0;   // of columns: a multiple of eight
+  int valid = 0;  // the first ones; the others are not looked at
+};
+
+// x [rows, columns] -> codes [rows, columns], scale and zero fp16 [rows / group, columns]. Only what valid rows and
+// columns need is written, in whole vectors of columns.
+using Quantise = void(const Quantiser& quantiser, const float* x, const Extent& rows, const Extent& columns,
+                      unsigned char* codes, std::uint16_t* scale, std::uint16_t* zero);
+
 // The loops of one instruction set.
 struct Loops {
   void (*blocks)(const Format& format, const Blocks& blocks, const Rows& rows, Scratch* scratch);
   void (*tokens)(int head_dim, const Tokens& tokens, const Rows& rows, Scratch* scratch);
+  Quantise* quantise;
 };
 
 extern const Loops kLoopsBaseline;
 extern const Loops kLoopsAvx2;  // where BITDECODING_CPU_AVX2 is defined
+
+// Those that this machine has; the environment variable BITDECODING_CPU=baseline is for tests and for comparing.
+const Loops& loops();
 
 }  // namespace bitdecoding::cpu

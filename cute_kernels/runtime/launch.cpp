@@ -233,11 +233,19 @@ Status validate_cache(const AppendParams& p) {
     return fail(Status::invalid_argument, "tail_capacity=", p.tail_capacity, ": allowed are numbers from ", least,
                 " (recent + ", kBlockTokens - 1, ")");
   }
-  if (p.cu_seqlens != nullptr) BITDECODING_TRY(absent("lengths", p.lengths, "with cu_seqlens"));
-  return check_present("workspace", p.workspace);
+  if (p.cu_seqlens != nullptr) return absent("lengths", p.lengths, "with cu_seqlens");
+  return Status::ok;
 }
 
-Status validate(const AppendParams& p) {
+// CTAs of an operand (K or V) of a sequence's head: one per block, and when appending one for the 16-bit tokens.
+std::int64_t append_items(const AppendParams& p) {
+  if (p.pack_all != 0) return (std::int64_t{p.new_tokens} + kBlockTokens - 1) / kBlockTokens;
+  return 1 + p.new_tokens / kBlockTokens;
+}
+
+}  // namespace
+
+Status validate_params(const AppendParams& p) {
   BITDECODING_TRY(positive("batch", p.batch));
   BITDECODING_TRY(positive("new_tokens", p.new_tokens));
   BITDECODING_TRY(positive("num_kv_heads", p.num_kv_heads));
@@ -256,14 +264,6 @@ Status validate(const AppendParams& p) {
   BITDECODING_TRY(check_clip_factor("v_clip", p.v_clip));
   return validate_cache(p);
 }
-
-// CTAs of an operand (K or V) of a sequence's head: one per block, and when appending one for the 16-bit tokens.
-std::int64_t append_items(const AppendParams& p) {
-  if (p.pack_all != 0) return (std::int64_t{p.new_tokens} + kBlockTokens - 1) / kBlockTokens;
-  return 1 + p.new_tokens / kBlockTokens;
-}
-
-}  // namespace
 
 Status validate_params(const DecodeParams& p) {
   BITDECODING_TRY(positive("batch", p.batch));
@@ -416,7 +416,7 @@ Status append(int handle, const AppendParams& params, std::int64_t workspace_byt
   Registered* r = nullptr;
   const DeviceInfo* info = nullptr;
   BITDECODING_TRY(find_kind(handle, "append", &r));
-  BITDECODING_TRY(validate(params));
+  BITDECODING_TRY(validate_params(params));
   const std::int64_t num_heads = std::int64_t{params.batch} * params.num_kv_heads;
   const std::int64_t items = append_items(params);
   if (num_heads > kMaxGrid / (kOperands * items)) {
@@ -425,6 +425,7 @@ Status append(int handle, const AppendParams& params, std::int64_t workspace_byt
                 " thread blocks");
   }
   if (params.pack_all == 0) {
+    BITDECODING_TRY(check_present("workspace", params.workspace));
     const std::int64_t counters = params.batch * static_cast<std::int64_t>(sizeof(std::int32_t));
     if (counters > kCounterBytes) {
       return fail(Status::unsupported_config, "batch=", params.batch, ": one launch would need ", counters,
