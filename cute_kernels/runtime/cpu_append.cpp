@@ -23,13 +23,7 @@ namespace bitdecoding {
 namespace cpu {
 namespace {
 
-constexpr float kValueLimit = 32768.0f;  // products of the kernels stay finite
 constexpr std::uint16_t kMinusZero = 0x8000;
-
-float conditioned(float x) {
-  if (x != x) return 0.0f;
-  return std::min(std::max(x, -kValueLimit), kValueLimit);
-}
 
 // A block's K or V: how its values become codes, and where these go.
 struct Operand {
@@ -307,10 +301,9 @@ class Append {
 
   // A new token in the space of the cache, rounded to its dtype.
   void rotate(const unsigned char* from, float* x, unsigned char* to) const {
-    load_elements(from, type_, 0, head_dim_, x);
-    for (int c = 0; c < head_dim_; ++c) x[c] = conditioned(x[c]);
+    loops().load(from, type_, head_dim_, x);
     hadamard(x, head_dim_);
-    for (int c = 0; c < head_dim_; ++c) x[c] = conditioned(x[c]);
+    for (int c = 0; c < head_dim_; ++c) x[c] = std::min(std::max(x[c], -kValueLimit), kValueLimit);
     store_elements(x, type_, 0, head_dim_, to);
   }
 
@@ -342,8 +335,7 @@ class Append {
           from = rotated;
         }
       }
-      load_elements(from, type_, 0, head_dim_, to);
-      for (int c = 0; c < head_dim_; ++c) to[c] = conditioned(to[c]);
+      loops().load(from, type_, head_dim_, to);
     }
   }
 

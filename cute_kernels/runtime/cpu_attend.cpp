@@ -1,6 +1,6 @@
 // Attention over cache blocks and 16-bit tokens with vectors of eight floats.
 //
-// Compiled once per instruction set, BITDECODING_CPU_LOOPS names the result; see cpu_vectors.hpp.
+// Compiled once per instruction set; see cpu_vectors.hpp.
 //
 // A block, for up to kTileRows rows of queries at once:
 //   words    eight words whose codes lie in eight adjacent rows of A become a vector (CodeWalk); K and V alike
@@ -506,8 +506,12 @@ void attend_tokens(int head_dim, const Tokens& tokens, const Rows& rows, Scratch
 
 }  // namespace
 
-Quantise BITDECODING_CPU_QUANTISE;  // cpu_quantise.cpp
+namespace BITDECODING_CPU_ISA {
 
-const Loops BITDECODING_CPU_LOOPS = {attend_blocks, attend_tokens, BITDECODING_CPU_QUANTISE};
+Load load;  // cpu_quantise.cpp
+Quantise quantise;
 
+const Loops kLoops = {attend_blocks, attend_tokens, load, quantise};
+
+}  // namespace BITDECODING_CPU_ISA
 }  // namespace bitdecoding::cpu

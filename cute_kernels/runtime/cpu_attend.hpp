@@ -9,8 +9,9 @@
 namespace bitdecoding::cpu {
 
 constexpr int kMaxHeadDim = 256;
-constexpr int kMaxGroups = 8;  // parameter groups of a row: channels of a head in groups of 32
-constexpr int kTileRows = 4;   // rows of queries that are multiplied at once: what 16 vector registers hold
+constexpr float kValueLimit = 32768.0f;  // of what is quantised: products of the kernels stay finite
+constexpr int kMaxGroups = 8;            // parameter groups of a row: channels of a head in groups of 32
+constexpr int kTileRows = 4;             // rows of queries that are multiplied at once: what 16 vector registers hold
 constexpr int kMaxColumnSteps = kMaxHeadDim / 4;
 
 enum class Type { float16, bfloat16, float32 };
@@ -112,6 +113,9 @@ struct Extent {
   int valid = 0;  // the first ones; the others are not looked at
 };
 
+// count values (a multiple of eight) as fp32: NaN as 0, the others at most kValueLimit in magnitude.
+using Load = void(const unsigned char* from, Type type, int count, float* to);
+
 // x [rows, columns] -> codes [rows, columns], scale and zero fp16 [rows / group, columns]. Only what valid rows and
 // columns need is written, in whole vectors of columns.
 using Quantise = void(const Quantiser& quantiser, const float* x, const Extent& rows, const Extent& columns,
@@ -121,11 +125,16 @@ using Quantise = void(const Quantiser& quantiser, const float* x, const Extent& 
 struct Loops {
   void (*blocks)(const Format& format, const Blocks& blocks, const Rows& rows, Scratch* scratch);
   void (*tokens)(int head_dim, const Tokens& tokens, const Rows& rows, Scratch* scratch);
+  Load* load;
   Quantise* quantise;
 };
 
-extern const Loops kLoopsBaseline;
-extern const Loops kLoopsAvx2;  // where BITDECODING_CPU_AVX2 is defined
+namespace baseline {
+extern const Loops kLoops;
+}
+namespace avx2 {
+extern const Loops kLoops;  // where BITDECODING_CPU_AVX2 is defined
+}
 
 // Those that this machine has; the environment variable BITDECODING_CPU=baseline is for tests and for comparing.
 const Loops& loops();

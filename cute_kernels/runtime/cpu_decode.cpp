@@ -64,14 +64,14 @@ Format make_format(const BlockSpec& spec) {
 
 const Loops& loops() {
 #ifdef BITDECODING_CPU_AVX2
-  static const bool avx2 = [] {
+  static const bool has_avx2 = [] {
     const char* wanted = std::getenv("BITDECODING_CPU");
     if (wanted != nullptr && std::strcmp(wanted, "baseline") == 0) return false;
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // all of these have F16C
   }();
-  if (avx2) return kLoopsAvx2;
+  if (has_avx2) return avx2::kLoops;
 #endif
-  return kLoopsBaseline;
+  return baseline::kLoops;
 }
 
 namespace {
@@ -334,6 +334,6 @@ Status decode_cpu(const DecodeParams& params, const CpuDecodeOptions& options) n
   }
 }
 
-const char* cpu_instruction_set() noexcept { return &cpu::loops() == &cpu::kLoopsBaseline ? "baseline" : "avx2"; }
+const char* cpu_instruction_set() noexcept { return &cpu::loops() == &cpu::baseline::kLoops ? "baseline" : "avx2"; }
 
 }  // namespace bitdecoding

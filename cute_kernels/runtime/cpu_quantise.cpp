@@ -1,7 +1,6 @@
 // Codes and parameters of a block's operand; python/bitdecoding/quantization.py says what they are, bit by bit.
 //
-// Compiled once per instruction set, BITDECODING_CPU_QUANTISE names the result; see cpu_vectors.hpp. Never with fused
-// multiply-add: every operation rounds.
+// Compiled once per instruction set; see cpu_vectors.hpp. Never with fused multiply-add: every operation rounds.
 #include "cpu_vectors.hpp"
 
 namespace bitdecoding::cpu {
@@ -104,8 +103,19 @@ BITDECODING_INLINE void quantise_group(const Quantiser& q, const float* from, in
 
 }  // namespace
 
-void BITDECODING_CPU_QUANTISE(const Quantiser& q, const float* x, const Extent& rows, const Extent& columns,
-                              unsigned char* codes, std::uint16_t* scale, std::uint16_t* zero) {
+namespace BITDECODING_CPU_ISA {
+
+void load(const unsigned char* from, Type type, int count, float* to) {
+  const int bytes = type == Type::float32 ? 4 : 2;
+  for (int i = 0; i < count; i += kLanes) {
+    F32 x = load_element(from + bytes * i, type);
+    x = x == x ? x : splat(0.0f);
+    store(to + i, at_most(at_least(x, splat(-kValueLimit)), splat(kValueLimit)));
+  }
+}
+
+void quantise(const Quantiser& q, const float* x, const Extent& rows, const Extent& columns, unsigned char* codes,
+              std::uint16_t* scale, std::uint16_t* zero) {
   for (int first = 0; first < rows.valid; first += q.group) {
     const int left = rows.valid - first;
     const std::int64_t params = static_cast<std::int64_t>(first / q.group) * columns.size;
@@ -117,4 +127,5 @@ void BITDECODING_CPU_QUANTISE(const Quantiser& q, const float* x, const Extent& 
   }
 }
 
+}  // namespace BITDECODING_CPU_ISA
 }  // namespace bitdecoding::cpu

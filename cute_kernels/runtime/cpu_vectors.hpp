@@ -1,7 +1,7 @@
 // Vectors of eight floats, for the sources that are compiled once per instruction set (cpu_attend.cpp,
-// cpu_quantise.cpp); which of the results runs is decided on the machine (cpu_decode.cpp). So nothing in those sources
-// may be shared by the linker with code for other machines: no inline function of a standard header, and all of this
-// has internal linkage.
+// cpu_quantise.cpp) into a namespace of its name, BITDECODING_CPU_ISA; which of them runs is decided on the machine
+// (cpu_decode.cpp). So nothing in those sources may be shared by the linker with code for other machines: no inline
+// function of a standard header, and all of this has internal linkage.
 #pragma once
 
 #include <cstdint>
