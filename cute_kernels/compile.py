@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import re
@@ -23,7 +24,7 @@ from typing import TypeVar
 from .config import KernelConfig, QuantSpec
 from .cubin import read_cubin
 from .errors import UnsupportedConfig
-from .pack import DSL, CompiledKernel, write_pack
+from .pack import DSL, CompiledKernel, describe_pack, write_pack
 from .plan import Plan
 
 # "a": instructions of this architecture only; "f": runs on its family (sm_100 and 103, sm_120 and 121)
@@ -134,15 +135,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", required=True, choices=sorted(GPU_ARCHS))
     parser.add_argument("--out", required=True, type=Path, help="the pack to write")
     parser.add_argument("--name", action="append", help="a kernel's name, instead of the manifest (may be repeated)")
+    parser.add_argument("--manifest", type=Path, help="JSON to write: what the pack holds and what it was made of")
     parser.add_argument("--dsl-version", help="fail if another version of the DSL is installed")
+    parser.add_argument("--toolkit", help="fail if the DSL compiles with another CUDA toolkit: cu12 or cu13")
     args = parser.parse_args(arguments)
-    version = metadata.version(DSL)
+    version, used = metadata.version(DSL), toolkit()
     if args.dsl_version not in (None, version):
         parser.error(f"--dsl-version {args.dsl_version}: {DSL} {version} is installed")
+    if args.toolkit not in (None, used):
+        parser.error(f"--toolkit {args.toolkit}: {DSL} compiles with {used} here; pip install '{DSL}[{args.toolkit}]'")
     configs = [KernelConfig.from_name(name) for name in args.name] if args.name else manifest(args.arch)
     kernels = compile_all(configs)
-    write_pack(args.out, kernels, {"arch": args.arch, "dsl": version})
+    write_pack(args.out, kernels, {"arch": args.arch, "dsl": version, "toolkit": used})
+    if args.manifest:
+        args.manifest.write_text(json.dumps(describe_pack(args.out), indent=1) + "\n")
     return 0
+
+
+def toolkit() -> str:
+    """The CUDA toolkit that the DSL compiles with here, such as cu12: drivers of that major version run its cubins."""
+    import cutlass  # noqa: F401
+
+    (name,) = re.findall(r"\.(cu\d+)\.", Path(sys.modules["cutlass._mlir._mlir_libs._cutlass_ir"].__file__).name)
+    return name
 
 
 Made = TypeVar("Made")
