@@ -80,7 +80,7 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
         ]
         done = subprocess.run(command, env=os.environ | {"PATH": search}, capture_output=True, text=True)
         if done.returncode != 0:  # such as a libc that no manylinux describes
-            print(f"the wheel keeps the tag of this machine: {done.stderr.strip()}", file=sys.stderr)
+            print(f"the wheel keeps the tag of this machine: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             return name
         (repaired,) = Path(scratch).glob("*.whl")
         built.unlink()

@@ -46,9 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        python = args.python or make_environment(Path(scratch), args.cuda)
+        python = args.python or make_environment(Path(scratch, "venv"), args.cuda)
         for arch in args.arch:
-            wheel = build(python, arch, args.cuda, args.out / ("cpu" if arch == "cpu" else f"{args.cuda}/{arch}"))
+            folder = args.out / ("cpu" if arch == "cpu" else f"{args.cuda}/{arch}")
+            wheel = build(python, arch, args.cuda, folder, Path(scratch, "build"))
             print(f"{wheel.name}: {wheel.stat().st_size / 2**20:.1f} MiB", file=sys.stderr, flush=True)
     write_index(args.out)
     return 0
@@ -71,14 +72,14 @@ def make_environment(folder: Path, cuda: str) -> Path:
     return python
 
 
-def build(python: Path, arch: str, cuda: str, folder: Path) -> Path:
+def build(python: Path, arch: str, cuda: str, folder: Path, build_dir: Path) -> Path:
     """One wheel into ``folder``/bitdecoding, whose others are removed."""
     folder = folder / "bitdecoding"
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.whl"):
         old.unlink()
-    command = [python, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder, ROOT]
-    run(command, {"BITDECODING_ARCH": arch, "BITDECODING_CUDA": cuda})
+    command = [python, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder]
+    run([*command, "-C", f"build-dir={build_dir}", ROOT], {"BITDECODING_ARCH": arch, "BITDECODING_CUDA": cuda})
     (wheel,) = folder.glob("*.whl")
     return wheel
 

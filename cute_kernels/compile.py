@@ -24,7 +24,7 @@ from typing import TypeVar
 from .config import KernelConfig, QuantSpec
 from .cubin import read_cubin
 from .errors import UnsupportedConfig
-from .pack import DSL, CompiledKernel, describe_pack, write_pack
+from .pack import DSL, CompiledKernel, describe_pack, source_digest, write_pack
 from .plan import Plan
 
 # "a": instructions of this architecture only; "f": runs on its family (sm_100 and 103, sm_120 and 121)
@@ -44,8 +44,28 @@ class Compiled:
 
 
 def compile_config(config: KernelConfig) -> Compiled:
-    """Compile one kernel in this process; raises UnsupportedConfig or InvalidArgument before the DSL starts."""
+    """Compile one kernel in this process; raises UnsupportedConfig or InvalidArgument before the DSL starts.
+
+    $BITDECODING_COMPILED, a folder, keeps what was compiled for whoever compiles the same kernel from the same sources:
+    builds of several wheels, and tests of what a wheel holds.
+    """
     config.validate()
+    kept = os.environ.get("BITDECODING_COMPILED")
+    if not kept:
+        return _compile(config)
+    digest = source_digest(f"{metadata.version(DSL)} {toolkit()}")
+    cubin, ptx = (Path(kept, f"{config.name()}-{digest}.{kind}") for kind in ("cubin", "ptx"))
+    if not ptx.is_file():
+        made = _compile(config)
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        for path, data in ((cubin, made.cubin), (ptx, made.ptx.encode())):  # ptx last: with it both are whole
+            with tempfile.NamedTemporaryFile(dir=kept, delete=False) as file:
+                file.write(data)
+            os.replace(file.name, path)
+    return _compiled(ptx.read_text(), cubin.read_bytes())
+
+
+def _compile(config: KernelConfig) -> Compiled:
     arch = GPU_ARCHS[config.arch]
     os.environ["CUTE_DSL_ARCH"] = arch  # without it the DSL asks a driver
     os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"  # packs are the cache
@@ -59,6 +79,10 @@ def compile_config(config: KernelConfig) -> Compiled:
         ptx, cubin = made.__ptx__, made.__cubin__
     if not ptx or not cubin:
         raise UnsupportedConfig(f"{config.name()}: the CuTe DSL produced no code for {arch}")
+    return _compiled(ptx, cubin)
+
+
+def _compiled(ptx: str, cubin: bytes) -> Compiled:
     entry = re.search(r"\.visible \.entry (\w+)\(", ptx)
     return Compiled(ptx, cubin, entry.group(1))
 
@@ -154,6 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def toolkit() -> str:
     """The CUDA toolkit that the DSL compiles with here, such as cu12: drivers of that major version run its cubins."""
+    os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"
     import cutlass  # noqa: F401
 
     (name,) = re.findall(r"\.(cu\d+)\.", Path(sys.modules["cutlass._mlir._mlir_libs._cutlass_ir"].__file__).name)
