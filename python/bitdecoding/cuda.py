@@ -265,11 +265,19 @@ def install_command(arch: str) -> str:
     return f"BITDECODING_ARCH={arch} pip install ."
 
 
+def _why_missing(arch: str) -> str:
+    built = [path.stem.removeprefix("bitdecoding-") for path in sorted(native.PACKS_DIR.glob("*.bdpack"))]
+    if arch in built:
+        return f"the kernels for {arch} of this installation lack one"
+    has = f"those for {', '.join(built)}" if built else "none"
+    return f"the GPU needs kernels for {arch}, this installation has {has}"
+
+
 def _compile(config: KernelConfig, name: str) -> int:
     version = dsl_version()
     if version is None:
         raise KernelNotFound(
-            f"kernel {name} is in no kernel pack, and {DSL} is not installed to compile it; "
+            f"{_why_missing(config.arch)}, and {DSL} is not installed to compile {name}; "
             f"install with `{install_command(config.arch)}`, or `pip install '.[jit]'` to compile at first use"
         )
     from .cute_kernels.compile import compile_kernel
