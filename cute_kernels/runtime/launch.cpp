@@ -237,15 +237,7 @@ Status validate_cache(const AppendParams& p) {
   return Status::ok;
 }
 
-// CTAs of an operand (K or V) of a sequence's head: one per block, and when appending one for the 16-bit tokens.
-std::int64_t append_items(const AppendParams& p) {
-  if (p.pack_all != 0) return (std::int64_t{p.new_tokens} + kBlockTokens - 1) / kBlockTokens;
-  return 1 + p.new_tokens / kBlockTokens;
-}
-
-}  // namespace
-
-Status validate_params(const AppendParams& p) {
+Status validate(const AppendParams& p) {
   BITDECODING_TRY(positive("batch", p.batch));
   BITDECODING_TRY(positive("new_tokens", p.new_tokens));
   BITDECODING_TRY(positive("num_kv_heads", p.num_kv_heads));
@@ -264,6 +256,16 @@ Status validate_params(const AppendParams& p) {
   BITDECODING_TRY(check_clip_factor("v_clip", p.v_clip));
   return validate_cache(p);
 }
+
+// CTAs of an operand (K or V) of a sequence's head: one per block, and when appending one for the 16-bit tokens.
+std::int64_t append_items(const AppendParams& p) {
+  if (p.pack_all != 0) return (std::int64_t{p.new_tokens} + kBlockTokens - 1) / kBlockTokens;
+  return 1 + p.new_tokens / kBlockTokens;
+}
+
+}  // namespace
+
+Status validate_params(const AppendParams& p) { return validate(p); }
 
 Status validate_params(const DecodeParams& p) {
   BITDECODING_TRY(positive("batch", p.batch));
@@ -416,7 +418,7 @@ Status append(int handle, const AppendParams& params, std::int64_t workspace_byt
   Registered* r = nullptr;
   const DeviceInfo* info = nullptr;
   BITDECODING_TRY(find_kind(handle, "append", &r));
-  BITDECODING_TRY(validate_params(params));
+  BITDECODING_TRY(validate(params));
   const std::int64_t num_heads = std::int64_t{params.batch} * params.num_kv_heads;
   const std::int64_t items = append_items(params);
   if (num_heads > kMaxGrid / (kOperands * items)) {
