@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.dsl_version not in (None, version):
         parser.error(f"--dsl-version {args.dsl_version}: {DSL} {version} is installed")
     if args.toolkit not in (None, used):
-        parser.error(f"--toolkit {args.toolkit}: {DSL} compiles with {used} here; pip install '{DSL}[{args.toolkit}]'")
+        parser.error(f"--toolkit {args.toolkit}: {DSL} compiles with {used} here")
     configs = [KernelConfig.from_name(name) for name in args.name] if args.name else manifest(args.arch)
     kernels = compile_all(configs)
     write_pack(args.out, kernels, {"arch": args.arch, "dsl": version, "toolkit": used})
