@@ -50,9 +50,12 @@ def programs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory):
-    """A pack with two kernels, which no driver would load, and a file that is none."""
+    """A pack with three kernels, which no driver would load, and a file that is none."""
     folder = tmp_path_factory.mktemp("packs")
-    configs = [KernelConfig(arch="sm80", copy="cp_async"), KernelConfig(arch="sm80", kind="append")]
+    configs = [
+        KernelConfig(arch="sm80", copy="cp_async"),
+        *(KernelConfig(arch="sm80", kind=x) for x in ("append", "merge")),
+    ]
     launch = {"entry": "entry", "threads": 160, "smem": 4096, "regs": 128, "ctas_per_sm": 1}
     kernels = [CompiledKernel(name=each.name(), cubin=each.kind.encode(), **launch) for each in configs]
     write_pack(folder / "sm80.bdpack", kernels, {"arch": "sm80"})

@@ -405,6 +405,30 @@ bitdecoding_status bitdecoding_quantize_cpu(const bitdecoding_quant_spec* quant,
   return bd::guarded([&] { return bd::append_on_host(quant, params, true, num_threads); });
 }
 
+bitdecoding_status bitdecoding_merge(const bitdecoding_device* device, int32_t dtype, int32_t num_parts,
+                                     const void* outs, const float* lses, int64_t rows, int64_t head_dim, void* out,
+                                     float* lse, void* stream) {
+  return bd::guarded([&] {
+    bitdecoding_device given = {};
+    int kernel = -1;
+    BITDECODING_TRY(bd::read("device", device, &given));
+    BITDECODING_TRY(bd::check_one_of<std::int32_t>("dtype", dtype, {BITDECODING_FLOAT16, BITDECODING_BFLOAT16}));
+    BITDECODING_TRY(bd::plan_merge(head_dim, bd::to_device(given), &kernel));
+    bd::MergeParams params;
+    params.outs = outs;
+    params.lses = lses;
+    params.out = out;
+    params.lse = lse;
+    params.rows = rows;
+    params.num_parts = num_parts;
+    params.bfloat16 = dtype == BITDECODING_BFLOAT16 ? 1 : 0;
+    bd::LaunchOptions options;
+    options.device = given.index;
+    options.stream = stream;
+    return bd::merge(kernel, params, options);
+  });
+}
+
 bitdecoding_status bitdecoding_merge_cpu(int32_t dtype, int32_t num_parts, const void* const* outs,
                                          const float* const* lses, int64_t rows, int64_t head_dim, void* out,
                                          float* lse) {

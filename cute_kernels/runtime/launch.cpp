@@ -478,6 +478,30 @@ Status append(int handle, const AppendParams& params, std::int64_t workspace_byt
   return launch(*driver, *info, r, num_heads * items * kOperands, arguments, options);
 }
 
+Status merge(int handle, const MergeParams& params, const LaunchOptions& options) noexcept {
+  constexpr std::int64_t kVectorValues = 8;  // of a thread
+  constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
+  const cuda::Driver* driver = nullptr;
+  Registered* r = nullptr;
+  const DeviceInfo* info = nullptr;
+  BITDECODING_TRY(find_kind(handle, "merge", &r));
+  BITDECODING_TRY(positive("num_parts", params.num_parts));
+  BITDECODING_TRY(not_negative("rows", params.rows));
+  BITDECODING_TRY(vectors("outs", params.outs));
+  BITDECODING_TRY(check_present("lses", params.lses));
+  BITDECODING_TRY(vectors("out", params.out));
+  const std::int64_t row_vectors = r->config.head_dim / kVectorValues, threads = r->kernel.threads;
+  if (params.rows > kMaxGrid / row_vectors * threads) {
+    return fail(Status::unsupported_config, "rows=", params.rows, ": one launch would need more than ", kMaxGrid,
+                " thread blocks");
+  }
+  BITDECODING_TRY(find_target(*r, options.device, &driver, &info));
+  if (params.rows == 0) return Status::ok;
+  MergeParams p = params;
+  void* arguments[] = {&p.outs, &p.lses, &p.out, &p.lse, &p.rows, &p.num_parts, &p.bfloat16};
+  return launch(*driver, *info, r, (p.rows * row_vectors + threads - 1) / threads, arguments, options);
+}
+
 Status capture_id(int device, void* stream, std::uint64_t* out) noexcept {
   BITDECODING_TRY(check_present("out", out));
   const cuda::Driver* driver = nullptr;

@@ -1,4 +1,4 @@
-// Which registered kernel decodes a problem, or appends to blocks of a format.
+// Which registered kernel decodes a problem, appends to blocks of a format, or merges.
 #include <new>
 #include <string>
 #include <vector>
@@ -96,13 +96,18 @@ Status choose(const DecodeProblem& problem, const DeviceInfo& device, DecodePlan
   return Status::ok;
 }
 
+// Of kinds whose kernels have no tiling there is one.
+Status find_only(const Wanted& wanted, int* handle) {
+  const auto better = [](const KernelConfig&, const KernelConfig&) { return false; };
+  const KernelConfig* best = nullptr;
+  return find_best(wanted, better, handle, &best);
+}
+
 Status choose(const QuantSpec& quant, std::int64_t head_dim, const DeviceInfo& device, AppendPlan* out) {
   BITDECODING_TRY(quant.validate(head_dim));
   BITDECODING_TRY(check_device(device));
-  const auto first = [](const KernelConfig&, const KernelConfig&) { return false; };
-  const KernelConfig* best = nullptr;
   AppendPlan plan;
-  BITDECODING_TRY(find_best({"append", head_dim, quant.name(), device.arch}, first, &plan.handle, &best));
+  BITDECODING_TRY(find_only({"append", head_dim, quant.name(), device.arch}, &plan.handle));
   plan.workspace_bytes = kCounterBytes;
   *out = plan;
   return Status::ok;
@@ -139,6 +144,18 @@ Status plan_append(const QuantSpec& quant, std::int64_t head_dim, const DeviceIn
   *out = AppendPlan{};
   try {
     return choose(quant, head_dim, device, out);
+  } catch (const std::bad_alloc&) {
+    return fail(Status::out_of_memory, "plan: no memory for the names of kernels");
+  }
+}
+
+Status plan_merge(std::int64_t head_dim, const DeviceInfo& device, int* handle) noexcept {
+  BITDECODING_TRY(check_present("handle", handle));
+  *handle = -1;
+  BITDECODING_TRY(check_one_of<std::int64_t>("head_dim", head_dim, {64, 96, 128, 256}));
+  BITDECODING_TRY(check_device(device));
+  try {
+    return find_only({"merge", head_dim, QuantSpec{}.name(), device.arch}, handle);
   } catch (const std::bad_alloc&) {
     return fail(Status::out_of_memory, "plan: no memory for the names of kernels");
   }

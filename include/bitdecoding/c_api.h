@@ -304,9 +304,19 @@ BITDECODING_MUST_USE bitdecoding_status bitdecoding_quantize_cpu(const bitdecodi
 
 /* ---- merge ---- */
 
-/* Combines attention over disjoint sets of keys, on the CPU; outs may be out's parts of any decode.
- * outs: num_parts pointers to dtype [rows, head_dim]; lses: num_parts pointers to [rows], -inf where a part has no key.
- * out: dtype [rows, head_dim]; lse: optional [rows]. Zeros and -inf where no part has a key. */
+/* Combines attention over disjoint sets of keys. head_dim: 64, 96, 128 or 256. dtype: float16 or bfloat16.
+ * outs: dtype [num_parts, rows, head_dim]; lses: [num_parts, rows], -inf where a part has no key.
+ * out: dtype [rows, head_dim]; lse: optional [rows]. Zeros and -inf where no part has a key. Device pointers, outs and
+ * out multiples of 16 bytes. Enqueued on a stream of the device, for which a kernel must be registered; the device is
+ * one that bitdecoding_get_device has filled. */
+BITDECODING_MUST_USE bitdecoding_status bitdecoding_merge(const bitdecoding_device* device, int32_t dtype,
+                                                          int32_t num_parts, const void* outs, const float* lses,
+                                                          int64_t rows, int64_t head_dim, void* out, float* lse,
+                                                          void* stream);
+
+/* The same on the CPU, done when it returns; head_dim: 1 to 256, any dtype.
+ * outs: num_parts pointers to dtype [rows, head_dim]; lses: num_parts pointers to [rows]; out and lse may be among
+ * them. */
 BITDECODING_MUST_USE bitdecoding_status bitdecoding_merge_cpu(int32_t dtype, int32_t num_parts, const void* const* outs,
                                                               const float* const* lses, int64_t rows, int64_t head_dim,
                                                               void* out, float* lse);

@@ -194,6 +194,26 @@ Status plan_append(const QuantSpec& quant, std::int64_t head_dim, const DeviceIn
 Status append(int handle, const AppendParams& params, std::int64_t workspace_bytes,
               const LaunchOptions& options) noexcept;
 
+// ---- merge ----
+
+// The parameters of a kernel of kind=merge, in its order. Tensors are without gaps and begin at multiples of 16 bytes.
+struct MergeParams {
+  const void* outs = nullptr;   // [num_parts, rows, head_dim], float16 or bfloat16 like out
+  const float* lses = nullptr;  // [num_parts, rows], natural logarithm; -inf: the part has no key there
+  void* out = nullptr;          // [rows, head_dim]; may be one part of outs
+  float* lse = nullptr;         // [rows], optional; must not be a part of lses
+  std::int64_t rows = 0;
+  std::int32_t num_parts = 0;
+  std::int32_t bfloat16 = 0;  // 1: bfloat16; 0: float16
+};
+
+// Finds the registered kernel that merges rows of head_dim values; as plan_decode. It needs no workspace.
+Status plan_merge(std::int64_t head_dim, const DeviceInfo& device, int* handle) noexcept;
+
+// Launches a registered kernel of kind=merge, which combines attention over disjoint sets of keys: zeros and -inf where
+// no part has a key.
+Status merge(int handle, const MergeParams& params, const LaunchOptions& options) noexcept;
+
 // An id of the graph capture that a stream is in, or 0.
 Status capture_id(int device, void* stream, std::uint64_t* out) noexcept;
 

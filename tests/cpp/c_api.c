@@ -1,6 +1,6 @@
 /* A C user without a GPU: appends and decodes on the CPU, plans, and makes every mistake. Arguments: a kernel pack for
- * sm80 that holds one decode and one append kernel of the default format, and a file that is none. Prints what fails;
- * silence is success. */
+ * sm80 that holds a decode, an append and a merge kernel of the default format, and a file that is none. Prints what
+ * fails; silence is success. */
 #include <bitdecoding/c_api.h>
 #include <math.h>
 #include <stdio.h>
@@ -289,7 +289,7 @@ static void plans(const char* pack, const char* no_pack) {
   REJECTED(bitdecoding_load_pack("/nowhere", NULL), "path='/nowhere': cannot be opened");
   FAILS(bitdecoding_load_pack(no_pack, NULL), BITDECODING_FORMAT_ERROR, "not a usable kernel pack");
   OK(bitdecoding_load_pack(pack, &kernels));
-  CHECK(kernels == 2);
+  CHECK(kernels == 3);
   REJECTED(bitdecoding_list_kernels(names, 3, &needed), "capacity=3");
   REJECTED(bitdecoding_list_kernels(NULL, 3, &needed), "names: is null");
   REJECTED(bitdecoding_list_kernels(names, sizeof(names), NULL), "needed: is null");
@@ -333,6 +333,20 @@ static void plans(const char* pack, const char* no_pack) {
   REJECTED(bitdecoding_plan_append(NULL, 128, &device, &append_plan), "quant: is null");
   REJECTED(bitdecoding_plan_append(&quant, 128, NULL, &append_plan), "device: is null");
   REJECTED(bitdecoding_plan_append(&quant, 128, &device, NULL), "plan: is null");
+
+  float lses[2] = {0.0f, 0.0f};
+  _Alignas(16) char rows[2][256] = {{0}};
+  REJECTED(bitdecoding_merge(NULL, 0, 2, rows, lses, 1, 128, rows, NULL, NULL), "device: is null");
+  REJECTED(bitdecoding_merge(&device, 2, 2, rows, lses, 1, 128, rows, NULL, NULL), "dtype=2: allowed are 0, 1");
+  REJECTED(bitdecoding_merge(&device, 0, 0, rows, lses, 1, 128, rows, NULL, NULL), "num_parts=0");
+  REJECTED(bitdecoding_merge(&device, 0, 2, NULL, lses, 1, 128, rows, NULL, NULL), "outs: is null");
+  REJECTED(bitdecoding_merge(&device, 0, 2, rows, NULL, 1, 128, rows, NULL, NULL), "lses: is null");
+  REJECTED(bitdecoding_merge(&device, 0, 2, rows, lses, 1, 128, NULL, NULL, NULL), "out: is null");
+  REJECTED(bitdecoding_merge(&device, 0, 2, rows[0] + 2, lses, 1, 128, rows, NULL, NULL), "outs: address");
+  REJECTED(bitdecoding_merge(&device, 0, 2, rows, lses, -1, 128, rows, NULL, NULL), "rows=-1");
+  REJECTED(bitdecoding_merge(&device, 0, 2, rows, lses, 1, 80, rows, NULL, NULL), "head_dim=80");
+  FAILS(bitdecoding_merge(&device, 0, 2, rows, lses, 1, 64, rows, NULL, NULL), BITDECODING_KERNEL_NOT_FOUND,
+        "kind=merge for head_dim=64");
 
   strcpy(device.arch, "sm90a");
   FAILS(bitdecoding_plan_append(&quant, 128, &device, &append_plan), BITDECODING_KERNEL_NOT_FOUND, "some for sm80");
