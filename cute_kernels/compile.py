@@ -25,6 +25,8 @@ from .append_plan import AppendPlan
 from .config import KernelConfig, QuantSpec
 from .cubin import read_cubin
 from .errors import UnsupportedConfig
+from .layouts import HEAD_DIMS
+from .merge_plan import MergePartsPlan
 from .pack import DSL, CompiledKernel, describe_pack, source_digest, write_pack
 from .plan import Plan
 
@@ -72,14 +74,16 @@ def _compile(config: KernelConfig) -> Compiled:
     os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"  # packs are the cache
     from cutlass import Int32, cute
 
-    from .append import AppendKernel
-    from .append import example_params as append_params
-    from .decode import DecodeKernel, example_params
+    from . import append, decode, merge_parts
 
-    kernel, params = (AppendKernel, append_params) if config.kind == "append" else (DecodeKernel, example_params)
+    kernel, module = {
+        "append": (append.AppendKernel, append),
+        "decode": (decode.DecodeKernel, decode),
+        "merge": (merge_parts.MergePartsKernel, merge_parts),
+    }[config.kind]
     options = f"--gpu-arch {arch} --keep-ptx --keep-cubin"
     with _scratch_directory():
-        made = cute.compile(kernel(config), params(), Int32(1), options=options)
+        made = cute.compile(kernel(config), module.example_params(), Int32(1), options=options)
         ptx, cubin = made.__ptx__, made.__cubin__
     if not ptx or not cubin:
         raise UnsupportedConfig(f"{config.name()}: the CuTe DSL produced no code for {arch}")
@@ -107,9 +111,9 @@ def compile_kernel(config: KernelConfig) -> CompiledKernel:
     )
 
 
-def plan_of(config: KernelConfig) -> Plan | AppendPlan:
+def plan_of(config: KernelConfig) -> Plan | AppendPlan | MergePartsPlan:
     """What a launch of the kernel must know: ``threads`` and ``smem_bytes``."""
-    return AppendPlan(config) if config.kind == "append" else Plan(config)
+    return {"append": AppendPlan, "decode": Plan, "merge": MergePartsPlan}[config.kind](config)
 
 
 @contextlib.contextmanager
@@ -153,9 +157,9 @@ def manifest_specs(head_dim: int) -> list[QuantSpec]:
 
 def manifest(arch: str) -> list[KernelConfig]:
     """The kernels that a build for ``arch`` compiles: of decode all formats for up to 8 query columns, the presets' for
-    more; of append all formats.
+    more; of append all formats; of merge all head_dims.
     """
-    configs = []
+    configs = [KernelConfig(kind="merge", arch=arch, head_dim=head_dim) for head_dim in HEAD_DIMS]
     for head_dim in MANIFEST_HEAD_DIMS:
         for columns, specs in ((8, manifest_specs(head_dim)), (16, preset_specs(head_dim))):
             configs += [

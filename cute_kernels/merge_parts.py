@@ -11,11 +11,9 @@ from cutlass import Float32, Int32, Int64, cute, range_constexpr
 from cutlass.cute.runtime import make_ptr
 
 from . import ptx
-from .config import HOPPER_ARCHS
+from .merge_plan import THREADS, VECTOR, MergePartsPlan
 from .queries import floats
 
-THREADS = 128
-VECTOR = 8  # values of 16 bit
 LOG2E = 1.4426950408889634
 
 
@@ -29,18 +27,6 @@ class Params(NamedTuple):
     rows: Int64
     num_parts: Int32
     bfloat16: Int32  # 1: outs and out are bf16; 0: fp16
-
-
-class MergePartsPlan:
-    """The constants of a launch; read-only."""
-
-    threads = THREADS
-    smem_bytes = 0
-
-    def __init__(self, config):
-        self.head_dim = config.head_dim
-        self.vectors = config.head_dim // VECTOR  # of a row
-        self.programmatic = config.arch in HOPPER_ARCHS
 
 
 class MergePartsKernel:

@@ -29,6 +29,7 @@ MAX_PLANS = 4096  # a bound for callers that make a new QuantSpec for every call
 _decode = native.function("decode")
 _append = native.function("append")
 _quantize = native.function("quantize")
+_merge = native.function("merge")
 _device_info = native.function("device_info")
 _find_kernel = native.function("find_kernel")
 _add_kernel = native.function("add_kernel")
@@ -136,6 +137,17 @@ def quantize(
     device = k.get_device()
     plan = _append_plans.get((device, k.shape[-1], id(spec))) or _append_plan(device, k.shape[-1], spec)
     _quantize(plan.handle, *_alike(k, v), pages, block_table, cu_seqlens, max_seqlen, *plan.options)
+
+
+def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`bitdecoding.merge` on CUDA tensors of 16 bit with a head_dim of :data:`HEAD_DIMS`, parts stacked."""
+    device = outs.get_device()
+    outs, lses = outs.contiguous(), lses.contiguous()
+    out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    if out.numel():
+        config = KernelConfig(kind="merge", arch=device_arch(device), head_dim=outs.shape[-1])
+        _merge(kernel_handle(config), outs, lses, out, lse)
+    return out, lse
 
 
 def _alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
