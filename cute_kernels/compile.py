@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
+from .append_plan import AppendPlan
 from .config import KernelConfig, QuantSpec
 from .cubin import read_cubin
 from .errors import UnsupportedConfig
@@ -50,11 +51,14 @@ def compile_config(config: KernelConfig) -> Compiled:
     os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"  # packs are the cache
     from cutlass import Int32, cute
 
+    from .append import AppendKernel
+    from .append import example_params as append_params
     from .decode import DecodeKernel, example_params
 
+    kernel, params = (AppendKernel, append_params) if config.kind == "append" else (DecodeKernel, example_params)
     options = f"--gpu-arch {arch} --keep-ptx --keep-cubin"
     with _scratch_directory():
-        made = cute.compile(DecodeKernel(config), example_params(), Int32(1), options=options)
+        made = cute.compile(kernel(config), params(), Int32(1), options=options)
         ptx, cubin = made.__ptx__, made.__cubin__
     if not ptx or not cubin:
         raise UnsupportedConfig(f"{config.name()}: the CuTe DSL produced no code for {arch}")
@@ -66,7 +70,7 @@ def compile_kernel(config: KernelConfig) -> CompiledKernel:
     """Compile one kernel for a pack."""
     made = compile_config(config)
     resources = read_cubin(made.cubin)[made.entry]
-    plan = Plan(config)
+    plan = plan_of(config)
     return CompiledKernel(
         name=config.name(),
         entry=made.entry,
@@ -76,6 +80,11 @@ def compile_kernel(config: KernelConfig) -> CompiledKernel:
         regs=resources.registers,
         ctas_per_sm=config.ctas_per_sm,
     )
+
+
+def plan_of(config: KernelConfig) -> Plan | AppendPlan:
+    """What a launch of the kernel must know: ``threads`` and ``smem_bytes``."""
+    return AppendPlan(config) if config.kind == "append" else Plan(config)
 
 
 @contextlib.contextmanager
@@ -118,7 +127,9 @@ def manifest_specs(head_dim: int) -> list[QuantSpec]:
 
 
 def manifest(arch: str) -> list[KernelConfig]:
-    """The kernels that a build for ``arch`` compiles: all formats for up to 8 query columns, the presets' for more."""
+    """The kernels that a build for ``arch`` compiles: of decode all formats for up to 8 query columns, the presets' for
+    more; of append all formats.
+    """
     configs = []
     for head_dim in MANIFEST_HEAD_DIMS:
         for columns, specs in ((8, manifest_specs(head_dim)), (16, preset_specs(head_dim))):
@@ -126,6 +137,9 @@ def manifest(arch: str) -> list[KernelConfig]:
                 KernelConfig.for_problem(head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch)
                 for spec in specs
             ]
+        configs += [
+            KernelConfig(kind="append", arch=arch, head_dim=head_dim, quant=spec) for spec in manifest_specs(head_dim)
+        ]
     return list(dict.fromkeys(configs))  # 16 columns may come down to 8
 
 
