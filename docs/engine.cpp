@@ -16,8 +16,7 @@ namespace bd = bitdecoding;
 
 namespace {
 
-constexpr int kBatch = 4, kQueryHeads = 32, kHeads = 8, kHeadDim = 128;
-constexpr int kPrompt = 3000, kSteps = 1000;
+constexpr int kBatch = 4, kQueryHeads = 32, kHeads = 8, kHeadDim = 128, kPrompt = 3000, kSteps = 1000;
 constexpr int kRecent = 128, kTailCapacity = kRecent + 127;  // newest tokens that stay in 16 bit; what append asks for
 constexpr int kMaxPages = (kPrompt + kSteps + 127) / 128;    // of a sequence
 
@@ -102,6 +101,7 @@ int main(int argc, char** argv) {
   decode.batch = kBatch;
   decode.num_q_heads = kQueryHeads;
   decode.num_kv_heads = kHeads;
+  decode.num_pages = append.num_pages;
   decode.max_pages = kMaxPages;
   decode.tail_capacity = kTailCapacity;
   decode.softmax_scale_log2 = 1.4426950f * 0.088388348f;  // log2(e) / sqrt(head_dim)

@@ -55,8 +55,9 @@ Status find_best(const Wanted& wanted, const Better& better, int* handle, const 
     }
   }
   if (*best != nullptr) return Status::ok;
+  const std::string format = std::string(wanted.kind) == "merge" ? "" : " and " + wanted.format;
   return fail(Status::kernel_not_found, "arch=", wanted.arch, ": no kernel of kind=", wanted.kind,
-              " for head_dim=", wanted.head_dim, " and ", wanted.format, " is registered; there are some for ",
+              " for head_dim=", wanted.head_dim, format, " is registered; there are some for ",
               other_archs.empty() ? "no arch" : other_archs, "; load a kernel pack");
 }
 

@@ -321,7 +321,7 @@ static void plans(const char* pack, const char* no_pack) {
   bitdecoding_append_plan append_plan = BITDECODING_APPEND_PLAN_INIT;
   bitdecoding_append_params new_tokens = BITDECODING_APPEND_PARAMS_INIT;
   OK(bitdecoding_plan_append(&quant, 128, &device, &append_plan));
-  CHECK(append_plan.kernel == 1 && append_plan.workspace_bytes == 1 << 20 && append_plan.k_clip == 1.0f);
+  CHECK(append_plan.kernel == 1 && append_plan.workspace_bytes == 4 << 20 && append_plan.k_clip == 1.0f);
   REJECTED(bitdecoding_append(&append_plan, &new_tokens, workspace, 16, NULL), "is null");
   REJECTED(bitdecoding_quantize(&append_plan, &new_tokens, NULL), "is null");
   new_tokens.dtype = BITDECODING_FLOAT32;

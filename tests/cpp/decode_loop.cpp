@@ -197,6 +197,7 @@ int main(int argc, char** argv) {
     p.batch = kBatch;
     p.num_q_heads = kQueryHeads;
     p.num_kv_heads = kHeads;
+    p.num_pages = kNumPages;
     p.max_pages = kMaxPages;
     p.tail_capacity = kTailCapacity;
     p.num_sink = kSinks;
