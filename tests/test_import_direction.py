@@ -18,7 +18,7 @@ LAYERS = [
     {"cute_kernels.*"},  # the kernels
     {"cute_kernels.compile"},
     {"bitdecoding.quantization", "bitdecoding.cpu", "bitdecoding.tuned", "bitdecoding.cuda"},
-    {"bitdecoding.ops"},
+    {"bitdecoding.ops", "bitdecoding.torch_ops"},
     {"bitdecoding.cache", "bitdecoding"},
     {"bitdecoding.integrations.*"},
     {"bitdecoding.info", "bitdecoding.models", "bitdecoding.*"},  # what the commands run

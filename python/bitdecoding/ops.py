@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import cpu, quantization
+from . import cpu, quantization, torch_ops
 from .cute_kernels import native
 from .cute_kernels.config import QuantSpec
 from .cute_kernels.errors import InvalidArgument, OutOfPages
@@ -24,6 +24,7 @@ REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _decode_cpu = native.function("decode_cpu")
 
 
+@torch.compiler.assume_constant_result
 def block_bytes(head_dim: int, spec: QuantSpec) -> int:
     """Bytes of a block: 128 tokens of one KV head, K and V, codes and parameters. A multiple of 128."""
     return block_format(head_dim, spec).block_bytes
@@ -68,7 +69,7 @@ def quantize(
             f"only {', '.join(names)} given: allowed are pages with block_table, cu_seqlens with both"
         )
     if pages is None or block_table is None:
-        if k.device.type != "cuda":
+        if k.device.type != "cuda" and not torch.compiler.is_compiling():
             _check_device(k=k, v=v)
             return quantization.quantise(k, v, spec)
         num_blocks = -(-num_tokens // BLOCK_TOKENS)
@@ -87,6 +88,10 @@ def quantize(
     needed, max_pages = -(-longest // BLOCK_TOKENS), block_table.shape[1]
     if needed > max_pages and (cu_seqlens is None or max_seqlen is not None):
         raise OutOfPages(f"{longest} tokens need {needed} pages, a row of block_table has {max_pages}")
+
+    if torch.compiler.is_compiling():
+        torch_ops.quantize(k, v, pages, block_table, cu_seqlens, max_seqlen, torch_ops.json_of(spec))
+        return pages
 
     if k.device.type == "cuda":
         from . import cuda
@@ -136,6 +141,8 @@ def dequantize(
     )
     if dtype not in REAL_DTYPES:
         raise InvalidArgument(f"dtype={dtype}: allowed are {_names(REAL_DTYPES)}")
+    if torch.compiler.is_compiling():
+        return torch_ops.dequantize(blocks, head_dim, torch_ops.json_of(spec), dtype)
     return quantization.dequantise(blocks, head_dim, spec, dtype)
 
 
@@ -159,6 +166,7 @@ def decode(
     out: Tensor | None = None,
     return_lse: bool = False,
     config: KernelConfig | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the newest tokens of each sequence over its cache.
 
@@ -177,19 +185,29 @@ def decode(
     sink_logits: fp32 [num_q_heads], a score per head that takes part in the softmax with a value of zero.
     out: written and returned, like q, which it must not overlap.
     config: the kernel to use on CUDA; CPU tensors need none.
+    workspace: from :func:`workspace`, for calls that do not overlap; default: one per stream or captured graph.
     All tensors contiguous and 16-byte aligned but pages, of which only the blocks must be. CPU tensors may be fp32.
     Where the spec rotates, tail and sinks hold rotated tokens, as :func:`append` writes them (:func:`rotate` for those
     who write them on their own); q and out are in the original space.
     -> out; with return_lse also lse fp32 [batch, q_len, num_q_heads], the natural logarithm of the softmax's
     denominator (sink_logits included). A query that sees no key gives zeros, and -inf or its sink logit.
     """
+    if torch.compiler.is_compiling():
+        new_out, lse = torch_ops.decode(
+            q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits,
+            _workspace_to_trace(q, workspace), torch_ops.json_of(spec), softmax_scale, window, softcap, return_lse,
+            None if config is None else torch_ops.json_of(config),
+        )  # fmt: skip
+        out = new_out if out is None else out.copy_(new_out)
+        return (out, lse) if return_lse else out
+
     if q.device.type == "cuda":
         from . import cuda
 
         return cuda.decode(
             q, pages, block_table, seqlens, spec, packed_lens=packed_lens, tail_k=tail_k, tail_v=tail_v,
             sink_k=sink_k, sink_v=sink_v, softmax_scale=softmax_scale, window=window, softcap=softcap,
-            sink_logits=sink_logits, out=out, return_lse=return_lse, config=config,
+            sink_logits=sink_logits, out=out, return_lse=return_lse, config=config, workspace=workspace,
         )  # fmt: skip
 
     if out is None:
@@ -220,6 +238,7 @@ def append(
     lengths: Tensor | None = None,
     recent: int = 0,
     status: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> None:
     """Append new tokens to each sequence, in place; any number of them, so that it also fills a cache with a prompt.
 
@@ -240,16 +259,24 @@ def append(
     lengths: int32 [batch], how many of the new tokens count for each sequence; default: all.
     status: int32 [1]; where sequence b has no page for a full block, because its row of the table ends or its entry
         names no page, it stays as it was and status becomes 1 + b, unless it is greater already. Zero it beforehand.
+    workspace: as for :func:`decode`.
     Without status, the CPU raises OutOfPages where a row ends, InvalidArgument for an entry that names no page; errors
     leave everything as it was. On CUDA nothing waits for the device, so that a step can be captured in a graph: lengths
     are trusted (``lengths`` are clamped), and without status a sequence that has no page stays as it was silently.
     """
+    if torch.compiler.is_compiling():
+        torch_ops.append(
+            k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, lengths, status,
+            _workspace_to_trace(k_new, workspace), torch_ops.json_of(spec), recent,
+        )  # fmt: skip
+        return None
+
     if isinstance(k_new, Tensor) and k_new.device.type == "cuda" and k_new.dim() == 4:
         from . import cuda
 
         return cuda.append(
             k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v, spec, sink_k=sink_k, sink_v=sink_v,
-            lengths=lengths, recent=recent, status=status,
+            lengths=lengths, recent=recent, status=status, workspace=workspace,
         )  # fmt: skip
 
     check_tensor("k_new", k_new, REAL_DTYPES, batch=None, new_tokens=None, num_kv_heads=None, head_dim=None)
@@ -331,6 +358,28 @@ def merge(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor]) -> t
     stacked = [x if isinstance(x, Tensor) else torch.stack(tuple(x)) for x in (outs, lses)]
     out, lse = cpu.merge(*stacked)
     return out.to(outs[0].dtype), lse
+
+
+def workspace(device: torch.device | str, head_dim: int) -> Tensor | None:
+    """A workspace for every call of :func:`decode` and :func:`append` at this head_dim; None on the CPU.
+
+    For torch.compile: calls that share it must not overlap, and it must outlive the functions compiled with it.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    from . import cuda
+
+    return cuda.new_workspace(device, head_dim)
+
+
+def _workspace_to_trace(x: Tensor, given: Tensor | None) -> Tensor | None:
+    """The workspace of an operator that is being traced: the given one, or one that is zeroed at every call."""
+    if given is not None or x.device.type != "cuda":
+        return given
+    from . import cuda
+
+    return torch.zeros(cuda.largest_workspace(x.get_device(), x.shape[-1]), dtype=torch.uint8, device=x.device)
 
 
 # ---------------------------------------------------------------------------------------------- checks
