@@ -11,6 +11,11 @@ HEADS, DIM, BATCH = 2, 64, 3
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
 def random(*shape, seed=0, dtype=torch.float16, device="cpu"):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
 

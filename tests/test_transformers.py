@@ -8,9 +8,10 @@ import torch
 
 pytest.importorskip("transformers")
 
-from bitdecoding.cute_kernels.errors import InvalidArgument, OutOfPages, UnsupportedConfig
+from bitdecoding.cute_kernels.errors import CacheFormatError, InvalidArgument, OutOfPages, UnsupportedConfig
 from transformers import (
     AutoModelForCausalLM,
+    CompileConfig,
     DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
@@ -22,11 +23,12 @@ from transformers import (
     StaticCache,
 )
 
-from bitdecoding import QuantSpec
+from bitdecoding import QuantPolicy, QuantSpec
 from bitdecoding.integrations.transformers import NAME, BitDecodingCache, disable, enable
 from bitdecoding.quantization import CachePolicy, preset
 
 VOCABULARY = 97
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 128,
@@ -48,9 +50,15 @@ CONFIGS = {
     "mistral": MistralConfig(**SIZES, sliding_window=100),
     "gemma2": Gemma2Config(**SIZES, sliding_window=100, attn_logit_softcapping=2.0, query_pre_attn_scalar=64),
     "gemma3": Gemma3TextConfig(**SIZES, sliding_window=100, sliding_window_pattern=2, query_pre_attn_scalar=64),
+    "mqa": LlamaConfig(**SIZES | {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 192}),
     "gpt_oss": GptOssConfig(**SIZES, sliding_window=100, num_local_experts=2, num_experts_per_tok=2),
 }
 EIGHT_BIT = (QuantSpec(k_bits=8, v_bits=8, k_group=32, v_group=32), CachePolicy(recent=16, sink_tokens=2))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
 
 
 def build(family="llama"):
@@ -223,6 +231,149 @@ def test_assisted_decoding_gives_the_same_text():
     with torch.no_grad():  # wrong often enough for drafts to be rolled back
         assistant.lm_head.weight += 0.2 * torch.randn_like(assistant.lm_head.weight)
     assert model.generate(ids, assistant_model=assistant, max_new_tokens=24, do_sample=False).equal(plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_steps_equal_plain_ones(family, device):
+    """A whole model's step, over the border of a block, in one graph that is compiled once; layers of four formats."""
+    model, ids = build(family).to(device), tokens(2, 264).to(device)
+    model.set_attn_implementation(NAME)
+    policy = QuantPolicy("kv4", {0: "16bit"} if family == "qwen3" else {0: "kv8"} if family == "llama" else {})
+    plain, compiled = (BitDecodingCache(model.config, policy, max_tokens=264) for _ in range(2))
+    feed(model, ids[:, :257], plain, [257])
+    feed(model, ids[:, :257], compiled, [257])
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(model, fullgraph=True, backend=count)
+    with torch.no_grad():
+        for i in range(257, 264):
+            expected = model(ids[:, i : i + 1], past_key_values=plain).logits
+            actual = step(ids[:, i : i + 1], past_key_values=compiled).logits
+            torch.testing.assert_close(actual, expected)
+    assert len(graphs) == 1
+    compiled.sync()
+    assert int(compiled.get_seq_length()) == 264
+    assert compiled.layers[1].kv.packed_lens.tolist() == plain.layers[1].kv.packed_lens.tolist() == [128, 128]
+
+
+def test_generate_compiles_its_steps():
+    model, ids = build(), tokens(2, 120)
+    mask = torch.ones_like(ids)
+    mask[1, :30] = 0
+    enable(model, "kv4")
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiling = CompileConfig(fullgraph=True, backend=count, mode=None)
+    compiling._compile_all_devices = True
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    plain = model.generate(ids, **options)
+    assert not graphs
+    for _ in range(2):  # a second generation has another cache and the same graph
+        assert model.generate(ids, **options, compile_config=compiling).equal(plain)
+        assert len(graphs) == 1
+    plain = model.generate(ids, max_new_tokens=2, do_sample=False, prefill_chunk_size=60)
+    chunked = model.generate(ids, max_new_tokens=2, do_sample=False, prefill_chunk_size=60, compile_config=compiling)
+    assert chunked.equal(plain)
+    assert len(graphs) > 1
+
+
+def test_compiled_prompts_with_padding():
+    model, ids = build(), tokens(2, 40)
+    model.set_attn_implementation(NAME)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    plain, compiled = (BitDecodingCache(model.config, "kv8", max_tokens=64) for _ in range(2))
+    with pytest.raises(Exception, match="early_initialization"):
+        step(ids, attention_mask=mask, past_key_values=BitDecodingCache(model.config, "kv8", max_tokens=64))
+    compiled.initialize(model, 2)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, past_key_values=plain).logits
+        actual = step(ids, attention_mask=mask, past_key_values=compiled).logits
+        torch.testing.assert_close(actual[0], expected[0])
+        torch.testing.assert_close(actual[1, 9:], expected[1, 9:])
+        with pytest.raises(RuntimeError, match="padding on the left"):
+            step(ids, attention_mask=1 - mask, past_key_values=compiled)
+
+
+def test_layers_in_16_bit_are_exact():
+    model, ids, sizes = build(), tokens(2, 400), [150, 1, 147, 99, 1, 1, 1]
+    expected = feed(model, ids, DynamicCache(config=model.config), sizes)
+    model.set_attn_implementation(NAME)
+    cache = BitDecodingCache(model.config, "16bit", max_tokens=400)
+    assert (feed(model, ids, cache, sizes) - expected).std() < 1e-3 * expected.std()  # K and V are rounded to fp16
+    assert cache.used_nbytes == 2 * 2 * 2 * 400 * 2 * 64 * 2
+
+
+def test_saved_cache_goes_on_where_it_was(tmp_path):
+    model, ids = build(), tokens(2, 320)
+    model.set_attn_implementation(NAME)
+    cache = BitDecodingCache(model.config, QuantPolicy("kv4", {0: "16bit"}, recent=32), max_tokens=400)
+    feed(model, ids[:, :300], cache, [300])
+    cache.save(tmp_path / "prompt")
+    loaded = BitDecodingCache.load(tmp_path / "prompt", model.config)
+    assert loaded.policy == cache.policy
+    assert int(loaded.get_seq_length()) == 300
+    assert feed(model, ids[:, 300:], loaded, 1).equal(feed(model, ids[:, 300:], cache, 1))
+
+    (tmp_path / "prompt" / "policy.json").write_text('{"policy": {"default": "kv2"}, "length": 300}')
+    with pytest.raises(CacheFormatError, match="layer"):
+        BitDecodingCache.load(tmp_path / "prompt", model.config)
+    with pytest.raises(CacheFormatError, match="policy.json"):
+        BitDecodingCache.load(tmp_path / "nothing", model.config)
+
+
+@pytest.mark.gpu
+def test_a_thousand_tokens_on_the_gpu_are_those_of_the_cpu(tmp_path):
+    """From the same cache bytes, the same text fed to both: logits within rounding, so that likeliest tokens agree
+    wherever the two likeliest are farther apart."""
+    model, ids = build(), tokens(2, 1000)
+    model.set_attn_implementation(NAME)
+    cache = BitDecodingCache(model.config, "kv4", max_tokens=2100)
+    feed(model, ids, cache, [1000])
+    cache.save(tmp_path)
+    twin = build().cuda()
+    twin.set_attn_implementation(NAME)
+    on_gpu = BitDecodingCache.load(tmp_path, model.config, "cuda")
+    token, worst, margins = ids[:, :1], 0.0, 0
+    with torch.no_grad():
+        for _ in range(1000):
+            expected = model(token, past_key_values=cache).logits[:, -1]
+            actual = twin(token.cuda(), past_key_values=on_gpu).logits[:, -1].cpu()
+            error = (actual - expected).abs().max().item()
+            worst = max(worst, error)
+            top = expected.topk(2).values
+            same = actual.argmax(-1) == expected.argmax(-1)
+            assert (same | (top[:, 0] - top[:, 1] < 2 * error)).all()
+            margins += int((top[:, 0] - top[:, 1] >= 2 * error).sum())
+            token = actual.argmax(-1, keepdim=True)
+    assert worst < 0.02 * expected.std()
+    assert margins > 1900, "hardly any token was decided"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_reduce_overhead_on_the_gpu(family):
+    """generate() compiles by itself on a GPU: CUDA graphs, and the same text as without."""
+    model, ids = build(family).cuda().to(torch.bfloat16), tokens(2, 200).cuda()
+    enable(model, "kv4")
+    options = {"max_new_tokens": 100, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    compiled = model.generate(ids, **options, compile_config=CompileConfig(fullgraph=True, mode="reduce-overhead"))
+    plain = model.generate(ids, **options, disable_compile=True)
+    compiled.past_key_values.sync()
+    first = compiled.sequences[:, 200:201].equal(plain.sequences[:, 200:201])
+    assert first
+    same = (compiled.sequences == plain.sequences)[:, 200:].float().mean()
+    assert same > 0.5, "bfloat16 models may part at a near tie, not at once"
 
 
 def test_beam_search():

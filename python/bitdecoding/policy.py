@@ -14,6 +14,7 @@ from .cute_kernels.errors import InvalidArgument
 from .cute_kernels.layouts import BLOCK_TOKENS
 from .ops import block_bytes
 from .quantization import PRESETS, CachePolicy, preset
+from .torch_ops import spec_from_json
 
 UNQUANTISED = "16bit"  # the format of a layer that is kept in 16 bit
 DEFAULT_POLICY = CachePolicy(recent=128, sink_tokens=4)  # of a bare QuantSpec
@@ -89,7 +90,8 @@ class QuantPolicy:
         else:
             spec, kept = preset(wanted, head_dim)
         if spec is not None and self.hadamard is not None:
-            spec = QuantSpec(**spec.to_dict() | {"rotate_k": self.hadamard, "rotate_v": self.hadamard})
+            rotation = {"rotate_k": self.hadamard, "rotate_v": self.hadamard}
+            spec = spec_from_json(json.dumps(spec.to_dict() | rotation))  # the same object at every call
         if self.sink_tokens is not None:
             kept = replace(kept, sink_tokens=self.sink_tokens)
         if self.recent is not None:
@@ -162,4 +164,4 @@ def _format_name(wanted: Format) -> str:
 
 
 def _parsed(wanted: Any) -> Format:
-    return QuantSpec.from_json(json.dumps(wanted)) if isinstance(wanted, dict) else wanted
+    return spec_from_json(json.dumps(wanted)) if isinstance(wanted, dict) else wanted

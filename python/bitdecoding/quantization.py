@@ -88,8 +88,9 @@ _PRESETS: dict[str, tuple[dict[str, Any], CachePolicy]] = {
 PRESETS = tuple(_PRESETS)
 
 
+@lru_cache(maxsize=None)
 def preset(name: str, head_dim: int = 128) -> tuple[QuantSpec, CachePolicy]:
-    """The named quantisation and cache policy: one of :data:`PRESETS`.
+    """The named quantisation and cache policy: one of :data:`PRESETS`; the same objects at every call.
 
     Channel groups that do not divide ``head_dim`` shrink to the largest group that does.
     """

@@ -45,7 +45,7 @@ from ..cache import KVCache
 from ..cute_kernels.config import QuantSpec
 from ..cute_kernels.errors import CacheFormatError, InvalidArgument, OutOfPages, UnsupportedConfig
 from ..policy import QuantPolicy
-from ..quantization import CachePolicy, preset, rotated
+from ..quantization import CachePolicy, preset, rotate
 
 NAME = "bitdecoding"  # of the attention and of the mask function
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -126,6 +126,7 @@ class BitDecodingLayer(CacheLayerMixin):
 
     def _use(self, kv: KVCache) -> None:
         self.kv = kv
+        self.rotates = bool(kv.quant.rotate_k), bool(kv.quant.rotate_v)  # torch.compile cannot read a QuantSpec
         self.batch_size = kv.batch_size
         for x in kv._buffers():
             _static(x)
@@ -183,13 +184,48 @@ class BitDecodingLayer(CacheLayerMixin):
         elif first:
             out = _dense_attention(q, k, v, None, **options)
         elif new_tokens > 1:
-            out = _decode_with(kv, q16, k16, v16, lengths, **options).to(q.dtype)
+            out = self._decode_with(q16, k16, v16, lengths, **options).to(q.dtype)
         # a step on the device does not ask the device for lengths
         alone = torch.compiler.is_compiling() or (new_tokens == 1 and kv.device.type == "cuda")
         kv.append(k16, v16, lengths, reserved=alone)
         if not first and new_tokens == 1:
             out = kv.decode(q16, **options).to(q.dtype)
         return out
+
+    def _decode_with(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, **options) -> Tensor:
+        """Attention over the cache as if it also held new tokens, all in 16 bit; the cache does not change.
+
+        lengths: int32 [batch], how many of the new tokens count; the others come last. Otherwise as for `bd.decode`.
+        """
+        kv, (batch, new_tokens) = self.kv, k.shape[:2]
+        k, v = (rotate(x) if rotates else x for x, rotates in zip((k, v), self.rotates, strict=True))
+        if lengths is None:
+            lengths = torch.full_like(kv.seqlens, new_tokens)
+        order = torch.arange(new_tokens, device=k.device)
+        position = kv.seqlens[:, None] + order  # [batch, new_tokens]
+        exists = order < lengths[:, None]
+        in_sink = position < kv.sink_tokens
+        slot = position - kv.sink_tokens - kv.packed_lens[:, None]
+
+        def with_new(old: Tensor, new: Tensor, room: int, slots: Tensor, here: Tensor) -> Tensor:
+            """old with room for more tokens, and those of the new ones that belong here at their slots."""
+            old = torch.cat((old, new.new_zeros(batch, room + 1, *new.shape[2:])), dim=1)
+            index = torch.where(here, slots, old.shape[1] - 1)  # the last slot is for those that do not
+            old = old.scatter(1, index.long()[:, :, None, None].expand_as(new), new)
+            return old[:, :-1].contiguous()
+
+        tail_k, tail_v = (
+            with_new(old, new, new_tokens, slot, exists & ~in_sink) for old, new in ((kv.tail_k, k), (kv.tail_v, v))
+        )
+        sink_k = sink_v = None
+        if kv.sink_tokens:
+            sink_k, sink_v = (
+                with_new(old, new, 0, position, exists & in_sink) for old, new in ((kv.sink_k, k), (kv.sink_v, v))
+            )
+        return ops.decode(
+            q, kv.pages, kv.block_table, kv.seqlens + lengths, kv.quant, packed_lens=kv.packed_lens, tail_k=tail_k,
+            tail_v=tail_v, sink_k=sink_k, sink_v=sink_v, workspace=kv.workspace, **options,
+        )  # fmt: skip
 
     def sync(self) -> None:
         """Raise OutOfPages if a sequence got more than max_tokens in steps on the device, which nobody awaits."""
@@ -446,15 +482,16 @@ def padding_mask(
     For a BitDecodingCache the keys are those of the new tokens. Causality and sliding windows need no mask here; any
     other pattern raises UnsupportedConfig. A single new token is not looked at: that would wait for the device.
     """
-    if not _is_causal(mask_function):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not _is_causal(mask_function):  # it looks into closures, which cannot be traced
         raise UnsupportedConfig(f"{NAME} attention knows causal masks and sliding windows, not this model's mask")
     if kv_length != q_length and (isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length):
         raise UnsupportedConfig(f"{NAME} attention does not work with static caches of other classes")
     if attention_mask is None:
         return None
     mask = attention_mask[:, -kv_length:].to(torch.bool)
-    if torch.compiler.is_compiling():
-        if mask.shape[1] > 1:
+    if compiling:
+        if kv_length > 1:
             torch._assert_async((~mask[:, :-1] | mask[:, 1:]).all(), PADDING_ERROR)
     elif kv_length > 1:
         if mask.all():
@@ -551,42 +588,6 @@ def _special_attention(
     else:
         weights = scores.softmax(-1)
     return functional.dropout(weights, dropout).to(v.dtype).matmul(v)
-
-
-def _decode_with(kv: KVCache, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, **options) -> Tensor:
-    """Attention over a cache as if it also held new tokens, all in 16 bit; the cache does not change.
-
-    lengths: int32 [batch], how many of the new tokens count; the others come last. Otherwise as for `bd.decode`.
-    """
-    batch, new_tokens = k.shape[:2]
-    k, v = rotated(k, v, kv.quant)
-    if lengths is None:
-        lengths = torch.full_like(kv.seqlens, new_tokens)
-    order = torch.arange(new_tokens, device=k.device)
-    position = kv.seqlens[:, None] + order  # [batch, new_tokens]
-    exists = order < lengths[:, None]
-    in_sink = position < kv.sink_tokens
-    slot = position - kv.sink_tokens - kv.packed_lens[:, None]
-
-    def with_new(old: Tensor, new: Tensor, room: int, slots: Tensor, here: Tensor) -> Tensor:
-        """old with room for more tokens, and those of the new ones that belong here at their slots."""
-        old = torch.cat((old, new.new_zeros(batch, room + 1, *new.shape[2:])), dim=1)
-        index = torch.where(here, slots, old.shape[1] - 1)  # the last slot is for those that do not
-        old = old.scatter(1, index.long()[:, :, None, None].expand_as(new), new)
-        return old[:, :-1].contiguous()
-
-    tail_k, tail_v = (
-        with_new(old, new, new_tokens, slot, exists & ~in_sink) for old, new in ((kv.tail_k, k), (kv.tail_v, v))
-    )
-    sink_k = sink_v = None
-    if kv.sink_tokens:
-        sink_k, sink_v = (
-            with_new(old, new, 0, position, exists & in_sink) for old, new in ((kv.sink_k, k), (kv.sink_v, v))
-        )
-    return ops.decode(
-        q, kv.pages, kv.block_table, kv.seqlens + lengths, kv.quant, packed_lens=kv.packed_lens, tail_k=tail_k,
-        tail_v=tail_v, sink_k=sink_k, sink_v=sink_v, workspace=kv.workspace, **options,
-    )  # fmt: skip
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
