@@ -15,6 +15,8 @@ COMMANDS = {
     "demo": ("demo", "a real model on a real text with 16-bit and low-bit caches"),
     "tune": ("tune", "finds the fastest kernels for this GPU, which decode then uses"),
     "cmake-dir": ("cmake_dir", "where CMake finds the C++ library"),
+    "eval": ("evaluate", "quality of policies against the 16-bit cache, on small real models"),
+    "bench-model": ("bench_model", "a whole model's decode step with 16-bit and low-bit caches, against its floor"),
     "bench": ("bench", "times decode against torch SDPA, FlashInfer and the read bandwidth"),
 }
 USAGE_ERROR = 2

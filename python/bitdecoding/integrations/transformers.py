@@ -88,12 +88,13 @@ class BitDecodingLayer(CacheLayerMixin):
     is_croppable = False  # only tokens that still are in 16 bit come back exactly, see `crop`
 
     def __init__(self, quant: QuantSpec | None, policy: CachePolicy, max_tokens: int, index: int, shared: _Shared):
-        """quant: None keeps all tokens in 16 bit. index: of the layer; the first one counts the tokens."""
+        """quant: None keeps all tokens in 16 bit. index: of the layer."""
         super().__init__()
         self.quant = quant
         self.policy = policy
         self.max_tokens = max_tokens
         self.index = index
+        self.counts = index == 0  # the tokens, for all layers
         self.shared = shared
         self.kv: KVCache | None = None
         self.empty = True  # no tokens yet
@@ -148,7 +149,7 @@ class BitDecodingLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.awaiting_attention = True
-        if self.index == 0:
+        if self.counts:
             self.shared.length.add_(key_states.shape[-2])
         key_states = key_states.detach()  # a new tensor object, to carry the mark
         key_states.bitdecoding_layer = self
@@ -258,7 +259,7 @@ class BitDecodingLayer(CacheLayerMixin):
         self.kv.truncate(lengths)
         self._reserve()
         self.empty, self.begun = not any(lengths), all(lengths)
-        if self.index == 0:
+        if self.counts:
             self.shared.length.add_(int(tokens_to_remove)).clamp_(min=0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
