@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    policies = [(name, named_policy(name)) for name in args.policies]
+    policies = [(name, QuantPolicy.parse(name)) for name in args.policies]
     for batch in args.batches:
         if batch != "largest" and not (batch.isdigit() and int(batch)):
             raise InvalidArgument(f"--batches {batch}: allowed are numbers from 1 and `largest`")
@@ -126,11 +126,6 @@ def run(args: argparse.Namespace) -> int:
     plot(report).savefig(args.out / "bench-model.png", dpi=160)
     print(f"\nwrote {args.out / 'bench-model.json'} and {args.out / 'bench-model.png'}")
     return 0
-
-
-def named_policy(name: str) -> QuantPolicy:
-    """A policy by its name on a command line: a preset, or a file that QuantPolicy.save wrote."""
-    return QuantPolicy.load(name) if name.endswith(".json") else QuantPolicy.of(name)
 
 
 # ------------------------------------------------------------------------------------------------------- measuring

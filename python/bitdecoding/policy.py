@@ -71,6 +71,24 @@ class QuantPolicy:
             return cls(value[0], dict(enumerate(value)))
         raise InvalidArgument(f"{value!r}: allowed are a QuantPolicy, {_FORMATS}, (QuantSpec, CachePolicy), or a list")
 
+    @classmethod
+    def parse(cls, text: str) -> QuantPolicy:
+        """A policy from a command line: a preset or "16bit", with changes such as ``kv2:recent=32:sinks=4:hadamard=off``,
+        or a JSON file that :meth:`save` wrote."""
+        if text.endswith(".json"):
+            return cls.load(text)
+        head, *changes = text.split(":")
+        values: dict[str, Any] = {}
+        for change in changes:
+            key, _, value = change.partition("=")
+            if key in ("sinks", "recent") and value.isdigit():
+                values["sink_tokens" if key == "sinks" else key] = int(value)
+            elif key == "hadamard" and value in ("on", "off"):
+                values[key] = value == "on"
+            else:
+                raise InvalidArgument(f"{text!r}: allowed changes are sinks=N, recent=N, hadamard=on, hadamard=off")
+        return cls(head, **values)
+
     def resolve(self, num_layers: int, head_dim: int) -> list[tuple[QuantSpec | None, CachePolicy]]:
         """What each layer does: its spec, None where it is not quantised, and what it keeps in 16 bit."""
         chosen = [self.default] * num_layers
