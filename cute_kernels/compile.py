@@ -50,11 +50,14 @@ def compile_config(config: KernelConfig) -> Compiled:
     os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"  # packs are the cache
     from cutlass import Int32, cute
 
+    from .append import AppendKernel
+    from .append import example_params as append_params
     from .decode import DecodeKernel, example_params
 
+    kernel, params = (AppendKernel, append_params) if config.kind == "append" else (DecodeKernel, example_params)
     options = f"--gpu-arch {arch} --keep-ptx --keep-cubin"
     with _scratch_directory():
-        made = cute.compile(DecodeKernel(config), example_params(), Int32(1), options=options)
+        made = cute.compile(kernel(config), params(), Int32(1), options=options)
         ptx, cubin = made.__ptx__, made.__cubin__
     if not ptx or not cubin:
         raise UnsupportedConfig(f"{config.name()}: the CuTe DSL produced no code for {arch}")
