@@ -108,8 +108,9 @@ def _parse_budget(text: str) -> tuple[float, dict[str, Any]]:
 
 def read_texts(files: list[Path] | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """name -> tokens [length]."""
-    named = {TEXT: load_text(), REFERENCE_TEXT: load_reference_text()}
-    if files is not None:
+    if files is None:
+        named = {TEXT: load_text(), REFERENCE_TEXT: load_reference_text()}
+    else:
         named = {file.name: file.read_text(encoding="utf-8") for file in files}
     return {name: tokenizer(text, return_tensors="pt").input_ids[0] for name, text in named.items()}
 
