@@ -1,5 +1,5 @@
-"""Append to caches, or quantise whole sequences: one kernel. New tokens go to sinks and tails; blocks that get full go to
-pages, all decided on the device from the lengths.
+"""Append to caches, or quantise whole sequences: one kernel. New tokens go to sinks and tails, blocks that get full to
+pages; all is decided on the device from the lengths.
 
 An *item* is K or V of one KV head of a sequence, and a share of its blocks: item 0 of several copies the 16-bit tokens
 and packs the blocks that begin in the old tail, the others pack one block of new tokens each. Quantising, an item is a
@@ -13,7 +13,6 @@ the four lanes, then between a lane's vectors. Which thread copies a row depends
 move by multiples of 128, so a thread has read a row before it overwrites it.
 """
 
-from functools import cached_property
 from typing import NamedTuple
 
 import cutlass
@@ -21,15 +20,12 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 from cutlass.cute.runtime import make_ptr
 
 from . import ptx
-from .config import HOPPER_ARCHS
-from .encode import VECTOR, Encoder
-from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES, block_format
+from .append_plan import JOB_BYTES, ROW_LANES, SMEM_ALIGN, VECTOR, AppendPlan
+from .encode import Encoder
+from .layouts import BLOCK_TOKENS, LANES
 from .queries import floats, hadamard_lanes, hadamard_registers
 
-ROW_PAD = 16  # bytes behind a row in shared memory: its vectors and the next row's are in other banks
-ROW_LANES = 4  # that share a row
 WARP_ROWS = LANES // ROW_LANES
-SMEM_ALIGN = 128
 VALUE_LIMIT = 32768.0  # as in quantization.py
 HALF2_ABS = 0x7FFF7FFF
 HALF2_SIGNS = -0x7FFF8000  # 0x80008000
@@ -37,9 +33,6 @@ HALF2_SIGNS = -0x7FFF8000  # 0x80008000
 HALF2_EXCESS = 0x07FF07FF
 BFLOAT2_EXCESS = 0x38FF38FF
 OPERANDS = 2  # K and V
-MAX_CTAS = 5  # per SM: that many are to fit by their registers, if they do by their shared memory ..
-SM_SMEM = 228 * 1024  # .. of Hopper, and what every CTA takes besides its own
-CTA_SMEM = 1024
 
 
 class Params(NamedTuple):
@@ -82,7 +75,7 @@ class Params(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What there is to do for an item. Tokens that do not go to sinks, the old tail and then new ones, are the *stream*."""
+    """What there is to do for an item. The old tail, then the new tokens that do not go to sinks, are the *stream*."""
 
     b: Int32
     head: Int32
@@ -98,52 +91,6 @@ class Job(NamedTuple):
     end: Int32
     copies: Int32  # 16-bit tokens that this item copies
     unused: tuple = (0, 0, 0)
-
-
-JOB_BYTES = 64
-
-
-class AppendPlan:
-    """The constants of one kernel; read-only."""
-
-    def __init__(self, config):
-        self.config, self.quant = config, config.quant
-        self.fmt = block_format(config.head_dim, config.quant)
-        self.head_dim = config.head_dim
-        self.hadamard = config.head_dim & -config.head_dim  # size of the transform
-        self.vectors = 2 * config.head_dim // (VECTOR * ROW_LANES)  # of a row, a lane's
-        self.warps = NUM_SLICES
-        self.threads = LANES * self.warps
-        self.programmatic = config.arch in HOPPER_ARCHS
-        self.row_bytes = 2 * config.head_dim + ROW_PAD
-
-    # shared memory: rows [128][row_bytes] | image of the sections of parameters, of K or V | 1 / scale | jobs
-
-    @cached_property
-    def image_at(self) -> int:
-        return BLOCK_TOKENS * self.row_bytes
-
-    @cached_property
-    def image_bytes(self) -> dict:
-        """From an operand's scales to the end of its part of the block."""
-        fmt = self.fmt
-        return {"k": fmt.v_codes.offset - fmt.k_scale.offset, "v": fmt.block_bytes - fmt.v_scale.offset}
-
-    @cached_property
-    def inverse_at(self) -> int:
-        return self.image_at + max(self.image_bytes.values())
-
-    @cached_property
-    def jobs_at(self) -> int:
-        return self.inverse_at + 2 * max(self.fmt.k_scale.nbytes, self.fmt.v_scale.nbytes)  # fp32 for fp16
-
-    @cached_property
-    def smem_bytes(self) -> int:
-        return -(-(self.jobs_at + self.warps * JOB_BYTES) // SMEM_ALIGN) * SMEM_ALIGN
-
-    @cached_property
-    def ctas_per_sm(self) -> int:
-        return min(MAX_CTAS, SM_SMEM // (self.smem_bytes + CTA_SMEM))
 
 
 class AppendKernel:
@@ -241,7 +188,7 @@ class AppendKernel:
         column = packed // BLOCK_TOKENS
         failed = Boolean(False)
         i = lane
-        while (i - lane < blocks):
+        while i - lane < blocks:
             missing = Int32(0)
             if i < blocks:
                 missing = cutlass.select_(self.page(p, b, column + i) < 0, Int32(1), Int32(0))
@@ -415,7 +362,9 @@ class AppendKernel:
 
 def chosen(condition: Boolean, a: list, b: list) -> list:
     """The vectors a or b."""
-    return [[cutlass.select_(condition, *xy) for xy in zip(*vectors, strict=True)] for vectors in zip(a, b, strict=True)]
+    return [
+        [cutlass.select_(condition, *xy) for xy in zip(*vectors, strict=True)] for vectors in zip(a, b, strict=True)
+    ]
 
 
 def number(x: Float32) -> Float32:

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
+from .append_plan import AppendPlan
 from .config import KernelConfig, QuantSpec
 from .cubin import read_cubin
 from .errors import UnsupportedConfig
@@ -69,7 +70,7 @@ def compile_kernel(config: KernelConfig) -> CompiledKernel:
     """Compile one kernel for a pack."""
     made = compile_config(config)
     resources = read_cubin(made.cubin)[made.entry]
-    plan = Plan(config)
+    plan = plan_of(config)
     return CompiledKernel(
         name=config.name(),
         entry=made.entry,
@@ -79,6 +80,11 @@ def compile_kernel(config: KernelConfig) -> CompiledKernel:
         regs=resources.registers,
         ctas_per_sm=config.ctas_per_sm,
     )
+
+
+def plan_of(config: KernelConfig) -> Plan | AppendPlan:
+    """What a launch of the kernel must know: ``threads`` and ``smem_bytes``."""
+    return AppendPlan(config) if config.kind == "append" else Plan(config)
 
 
 @contextlib.contextmanager
@@ -121,7 +127,9 @@ def manifest_specs(head_dim: int) -> list[QuantSpec]:
 
 
 def manifest(arch: str) -> list[KernelConfig]:
-    """The kernels that a build for ``arch`` compiles: all formats for up to 8 query columns, the presets' for more."""
+    """The kernels that a build for ``arch`` compiles: of decode all formats for up to 8 query columns, the presets' for
+    more; of append all formats.
+    """
     configs = []
     for head_dim in MANIFEST_HEAD_DIMS:
         for columns, specs in ((8, manifest_specs(head_dim)), (16, preset_specs(head_dim))):
@@ -129,6 +137,9 @@ def manifest(arch: str) -> list[KernelConfig]:
                 KernelConfig.for_problem(head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch)
                 for spec in specs
             ]
+        configs += [
+            KernelConfig(kind="append", arch=arch, head_dim=head_dim, quant=spec) for spec in manifest_specs(head_dim)
+        ]
     return list(dict.fromkeys(configs))  # 16 columns may come down to 8
 
 

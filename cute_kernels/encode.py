@@ -2,9 +2,9 @@
 rounded one by one, so that the bytes are the same.
 
 A 16x16 tile of the rows comes as an MMA fragment (ldmatrix, transposed for V): a lane encodes what it will later read.
-With g = lane / 4, q = lane % 4, register r of a tile holds row g + 8 (r & 1), columns 2q and 2q + 1, + 8 (r >> 1) of the
-A tile: rows are tokens of K, channels of V. A *panel* is the parameters that the 32 lanes of a warp own, one each:
-    columns (K per channel, V)   of two column tiles over one group of rows; lane's column: tile g >> 2, bits g & 3 of r1, e
+With g = lane / 4, q = lane % 4, register r of a tile holds row g + 8 (r & 1), columns 2q and 2q + 1, + 8 (r >> 1), of the A
+tile: rows are tokens of K, channels of V. A *panel* is the parameters that the 32 lanes of a warp own, one each:
+    columns (K per channel, V)   of two column tiles over one group of rows; lane's column: g = 4 tile + 2 r1 + e
     rows (K per token)           of a slice's 32 rows over one group of columns; lane's row: g + 8 q
 Warps take panels in turn; then warp w encodes slice w, whose code vectors it stores straight into the block. Parameters
 pass through shared memory: an image of their sections, and 1 / scale in the same order.
@@ -16,11 +16,11 @@ import cutlass
 from cutlass import Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
+from .append_plan import VECTOR
 from .fragments import fragments
 from .layouts import BLOCK_TOKENS, HALF_BITS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS, symmetric_zero
 from .queries import floats
 
-VECTOR = 16  # bytes of the widest access
 MIN_SCALE = 2.0**-24  # these as in quantization.py
 ZERO_LIMIT = 2.0**-10
 MSE_FACTORS = 20
@@ -57,7 +57,9 @@ class Encoder:
         quant, fmt = plan.quant, plan.fmt
         self.plan, self.operand = plan, operand
         self.is_k = operand == "k"
-        self.bits, self.group, self.symmetric = (getattr(quant, f"{operand}_{x}") for x in ("bits", "group", "symmetric"))
+        self.bits, self.group, self.symmetric = (
+            getattr(quant, f"{operand}_{x}") for x in ("bits", "group", "symmetric")
+        )
         self.section = {name: getattr(fmt, f"{operand}_{name}") for name in ("codes", "scale", "zero")}
         self.mean = fmt.k_mean if self.is_k else None
         self.by_rows = self.is_k and quant.k_axis == "token"
@@ -100,7 +102,7 @@ class Encoder:
     # -- rows in shared memory ---------------------------------------------------------------------------------
 
     def fragment_lane(self, lane: Int32) -> Int32:
-        """The lane's part of a tile's address: it names row lane % 8 of 8x8 matrix lane / 8, and matrix r is register r."""
+        """The lane's part of a tile's address, which names row lane % 8 of 8x8 matrix lane / 8; matrix r is register r."""
         low, high = lane >> 3 & 1, lane >> 4
         tokens, channels = (low, high) if self.is_k else (high, low)
         return (lane % 8 + 8 * tokens) * self.plan.row_bytes + 16 * channels
@@ -306,7 +308,7 @@ class Encoder:
                 ptx.store_shared_half(smem + 2 * element, self.image(self.section[name]), ptx.to_half2(x, Float32(0.0)))
 
     def load_lines(self, smem: Int32, element: Int32, across: int | None = None) -> Lines:
-        """The coefficients of the lane's lines, which begin at ``element``: all, or with their scales those of one tile."""
+        """The coefficients of the lane's lines, from ``element`` on: all, or with their scales those of one tile."""
         count = self.lines if across is None else self.lines // 2
         first = 0 if across is None else across * count
         at, width = smem + 4 * element, min(count, 4)
@@ -419,7 +421,7 @@ class Encoder:
         for run in cutlass.range(self.run.count, unroll=1):
             vectors, masks = self.encoded(p, smem, base + run * (self.run.tiles * TILE * 2), element, lane, run)
             if count < BLOCK_TOKENS:  # tokens that do not exist have code 0
-                vectors = [[existing(word, mask, rest) for word, mask in zip(*both)] for both in zip(vectors, masks)]
+                vectors = [self.existing(*vector, rest) for vector in zip(vectors, masks, strict=True)]
             for v in range_constexpr(self.run.vectors):
                 ptx.store_global(target, vectors[v], v * LANES * lane_bytes)
             target += self.run.vectors * LANES * lane_bytes
@@ -448,6 +450,14 @@ class Encoder:
         # the sums of the upper bits of ``magic``, once for every code
         surplus = signed(self.magic_bits() * repeats(self.bits))
         return [[word - surplus for word in words] for words in vectors], masks
+
+    def existing(self, words: list, masks: list, rest: Int32) -> list:
+        """The words of a vector without the codes of tokens that do not exist: masks by token, of which ``rest`` do."""
+        kept = [Int32(0)] * len(words)
+        for i, by_token in enumerate(masks):
+            for token, mask in by_token.items():
+                kept[i] = kept[i] | cutlass.select_(token < rest, Int32(signed(mask)), Int32(0))
+        return [word & mask for word, mask in zip(words, kept, strict=True)]
 
     def code_lines(self, smem: Int32, element: Int32, run: Int32, c: int, known: dict) -> Lines:
         """The Lines for channel tile c of a run; element: of the slice's first lines of the lane."""
@@ -487,7 +497,9 @@ class Encoder:
         step = self.plan.threads * VECTOR
         for i in range_constexpr(-(-image // step)):
             if at + i * step < image:
-                ptx.store_global(target + Int64(at), ptx.load_shared(smem + at, self.plan.image_at + i * step, 4), i * step)
+                ptx.store_global(
+                    target + Int64(at), ptx.load_shared(smem + at, self.plan.image_at + i * step, 4), i * step
+                )
 
 
 # ---------------------------------------------------------------------------------------------- trace-time helpers
@@ -524,14 +536,6 @@ def joined(word, code: Int32, shift: int) -> Int32:
     """word + code << shift; None: the first code."""
     code = code << shift if shift else code
     return code if word is None else word + code
-
-
-def existing(word: Int32, masks: dict, rest: Int32) -> Int32:
-    """A word without the codes of tokens that do not exist: masks by token, of which ``rest`` do."""
-    kept = Int32(0)
-    for token, mask in masks.items():
-        kept = kept | cutlass.select_(token < rest, Int32(signed(mask)), Int32(0))
-    return word & kept
 
 
 def repeats(bits: int) -> int:

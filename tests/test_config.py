@@ -201,7 +201,7 @@ def test_names_of_append_kernels_have_no_tiling():
     )
     assert config.name() == "append_sm80_d64_k2c128m_v4g32"
     assert KernelConfig.from_name(config.name()) == config
-    assert KernelConfig(kind="append").smem_bytes() == 128 * (2 * 128 + 16) + 4 * 128 + 1024
+    assert KernelConfig(kind="append").smem_bytes() == 128 * (2 * 128 + 16) + 512 + 512 + 256
     assert config.smem_bytes() == 128 * (2 * 64 + 16) + 4 * 64 + 1024 * 2
 
 

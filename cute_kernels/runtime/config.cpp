@@ -206,12 +206,13 @@ Status KernelConfig::parse(const std::string& name, KernelConfig* out) noexcept 
 
 std::int64_t KernelConfig::smem_bytes() const noexcept {
   if (kind == "append") {
-    // as in cute_kernels/append.py: a block's rows of one operand, a value per channel, sums over the groups' values
+    // as in cute_kernels/append.py: a block's rows of one operand, its parameters, 1 / scale as fp32, a job per warp
     constexpr std::int64_t kRowPadBytes = 16;
-    constexpr std::int64_t kGroupBytes = 1024;
+    constexpr std::int64_t kJobsBytes = 4 * 64;
+    const BlockSections s = block_sections(block_spec(head_dim, quant));
     const std::int64_t rows = kBlockTokens * (2 * head_dim + kRowPadBytes);
-    const std::int64_t channels = head_dim * static_cast<std::int64_t>(sizeof(float));
-    return round_up(rows + channels + kGroupBytes * head_dim / std::min(quant.k_group, quant.v_group), kSmemAlign);
+    const std::int64_t image = std::max(s.v_codes.offset - s.k_scale.offset, s.block_bytes - s.v_scale.offset);
+    return round_up(rows + image + 2 * std::max(s.k_scale.bytes, s.v_scale.bytes) + kJobsBytes, kSmemAlign);
   }
   // as in cute_kernels/plan.py: ring, merge scratch, slots of pieces, barriers, flags
   constexpr std::int64_t kRowPad = 4;

@@ -263,6 +263,20 @@ std::int64_t append_items(const AppendParams& p) {
   return 1 + p.new_tokens / kBlockTokens;
 }
 
+// CTAs of an append or quantise of num_items in all. An append that would not fit on the device at once, one item per
+// CTA, and is not so large that this does not matter, is dealt evenly: most of its items are a few rows to copy.
+std::int64_t append_grid(const Kernel& kernel, const DeviceInfo& info, const AppendParams& p, std::int64_t num_items) {
+  constexpr std::int64_t kItemsOfCta = 4;  // at most, one per warp of the kernel
+  constexpr std::int64_t kRegisters = 65536;
+  constexpr std::int64_t kCtaSmem = 1024;  // that the driver reserves
+  if (p.pack_all != 0) return num_items;
+  const std::int64_t by_smem = (smem_limit(info.arch) + kCtaSmem) / (kernel.smem + kCtaSmem);
+  const std::int64_t by_registers = kRegisters / std::max(kernel.regs * kernel.threads, 1);
+  const std::int64_t resident = info.num_sms * std::max<std::int64_t>(std::min(by_smem, by_registers), 1);
+  const std::int64_t per_cta = (num_items + resident - 1) / resident;
+  return per_cta > kItemsOfCta ? num_items : (num_items + per_cta - 1) / per_cta;
+}
+
 }  // namespace
 
 Status validate_params(const DecodeParams& p) {
@@ -472,7 +486,8 @@ Status append(int handle, const AppendParams& params, std::int64_t workspace_byt
                        &p.rotate_v,
                        &p.bfloat16,
                        &p.pack_all};
-  return launch(*driver, *info, r, num_heads * items * kOperands, arguments, options);
+  const std::int64_t num_ctas = append_grid(r->kernel, *info, p, num_heads * items * kOperands);
+  return launch(*driver, *info, r, num_ctas, arguments, options);
 }
 
 Status capture_id(int device, void* stream, std::uint64_t* out) noexcept {
