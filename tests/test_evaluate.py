@@ -74,7 +74,9 @@ def test_command(monkeypatch, tmp_path, capsys):
     assert 0 < kv8["kl"] < 1e-3 < kv2["kl"]
     assert kv8["top1"] > kv2["top1"]
     assert abs(kv8["change"]) < 0.01
-    assert kv2["change"] == pytest.approx((rows[names[2], "one.txt"]["change"] + rows[names[2], "two.txt"]["change"]) / 2)
+    assert kv2["change"] == pytest.approx(
+        (rows[names[2], "one.txt"]["change"] + rows[names[2], "two.txt"]["change"]) / 2
+    )
     assert kv2["bits_per_value"] == pytest.approx(QuantPolicy("kv2", recent=32).bits_per_value(3, 64, 512))
     assert kv2["bits_per_value"] < found["bits_per_value"] <= 6.5
     assert found["kl"] < kv2["kl"]
@@ -91,7 +93,9 @@ def test_scores_are_those_of_single_steps():
     model, ids = build(), tokens(2, 500)
     first = 300
     plain = model(ids).logits.log_softmax(-1)[:, first:-1]
-    reference = evaluate.score(model, ids, DynamicCache(config=model.config), [0, 200, 500], first, None, evaluate.tqdm(disable=True))
+    reference = evaluate.score(
+        model, ids, DynamicCache(config=model.config), [0, 200, 500], first, None, evaluate.tqdm(disable=True)
+    )
     loss = torch.nn.functional.cross_entropy(plain.flatten(0, 1), ids[:, first + 1 :].flatten())
     assert reference.loss.mean() == pytest.approx(loss.item(), rel=1e-4)
 

@@ -150,7 +150,9 @@ def measure(args: argparse.Namespace, policies: list[tuple[str, QuantPolicy]], d
         per_sequence = sequence_bytes(config, policy, tokens + ROOM)
         batch = largest_batch(weights, per_sequence, device) if wanted == "largest" else int(wanted)
         try:
-            rows.append(_measure_case(args, model, name, policy, tokens, batch, wanted == "largest", weights, bandwidth))
+            rows.append(
+                _measure_case(args, model, name, policy, tokens, batch, wanted == "largest", weights, bandwidth)
+            )
         except torch.OutOfMemoryError:
             left_out.append({"candidate": name, "tokens": tokens, "batch": batch, "reason": "out of memory"})
         gc.collect()
@@ -322,7 +324,9 @@ def _first(inner: nn.Module, ids: Tensor, position: Tensor) -> tuple[Tensor, tup
 
 
 @torch.compile(fullgraph=True, dynamic=False)
-def _layer(layer: nn.Module, hidden: Tensor, rotation: Any, mask: Tensor | None, position: Tensor, cached: Any) -> Tensor:
+def _layer(
+    layer: nn.Module, hidden: Tensor, rotation: Any, mask: Tensor | None, position: Tensor, cached: Any
+) -> Tensor:
     out = layer(
         hidden, attention_mask=mask, position_embeddings=rotation, position_ids=position, past_key_values=cached,
         use_cache=True,
@@ -416,7 +420,12 @@ def plot(report: dict) -> Figure:
     FigureCanvasAgg(figure)
     width = 0.8 / len(names)
     for axes, largest, key, title in (
-        (figure.add_subplot(1, 2, 1), False, "ms", "ms per token, smallest batch; the mark is the floor (lower is better)"),
+        (
+            figure.add_subplot(1, 2, 1),
+            False,
+            "ms",
+            "ms per token, smallest batch; the mark is the floor (lower is better)",
+        ),
         (figure.add_subplot(1, 2, 2), True, "tokens_per_s", "tokens/s, largest batch that fits (higher is better)"),
     ):
         for i, name in enumerate(names):

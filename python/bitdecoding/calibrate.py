@@ -48,7 +48,9 @@ def calibrate(
     Raises InvalidArgument if the smallest format exceeds the budget. The model stays as it was.
     """
     if ids.dim() != 2 or ids.shape[1] < 8 * BLOCK_TOKENS:
-        raise InvalidArgument(f"ids is {list(ids.shape)}: allowed is [texts, tokens] with {8 * BLOCK_TOKENS} tokens or more")
+        raise InvalidArgument(
+            f"ids is {list(ids.shape)}: allowed is [texts, tokens] with {8 * BLOCK_TOKENS} tokens or more"
+        )
     config = model.config.get_text_config(decoder=True)
     num_layers = config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -26,7 +26,7 @@ from .calibrate import calibrate
 from .cute_kernels.errors import InvalidArgument
 from .cute_kernels.layouts import BLOCK_TOKENS
 from .integrations.transformers import NAME, BitDecodingCache
-from .models import MODEL, MODELS, REFERENCE_TEXT, TEXT, load_model, load_reference_text, load_text
+from .models import MODELS, REFERENCE_TEXT, TEXT, load_model, load_reference_text, load_text
 from .policy import UNQUANTISED, QuantPolicy
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "also find policies with formats per layer, of so many bits per value, on the text behind the scored tokens"
     ))  # fmt: skip
     parser.add_argument("--tokens", type=int, default=8192, help="of every text (default: %(default)s)")
-    parser.add_argument("--segments", type=int, default=1, help="so many stretches of every text (default: %(default)s)")
+    parser.add_argument(
+        "--segments", type=int, default=1, help="so many stretches of every text (default: %(default)s)"
+    )
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help=f"default: {TEXT}; {REFERENCE_TEXT}")
     parser.add_argument("--needle", type=int, nargs="*", default=[1024, 4096], metavar="TOKENS", help=(
         "lengths of the texts that a number is hidden in (default: 1024 4096)"
@@ -78,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
         behind = [ids[args.tokens * args.segments :][:CALIBRATION_TOKENS] for ids in texts.values()]
         least = min(map(len, behind))
         if least < CALIBRATION_TOKENS:
-            raise InvalidArgument(f"--calibrate: a text has {least} tokens behind the scored ones: {CALIBRATION_TOKENS} are needed")
+            raise InvalidArgument(
+                f"--calibrate: a text has {least} tokens behind the scored ones: {CALIBRATION_TOKENS} are needed"
+            )
         found = calibrate(model, torch.stack(behind).to(device), bits, tokens=args.tokens, **changes)
         found.save(args.out / f"calibrated-{text.replace(':', '-')}.json")
         policies[f"calibrated {text}"] = found
@@ -175,7 +179,9 @@ def measure(
     del reference
     for name, policy in {"16-bit": QuantPolicy(UNQUANTISED), **policies}.items():
         if needle_lengths:
-            needles[name] = {n: find_needle(model, tokenizer, ids[0], n, policy) for n in needle_lengths if n <= longest}
+            needles[name] = {
+                n: find_needle(model, tokenizer, ids[0], n, policy) for n in needle_lengths if n <= longest
+            }
         if generated_tokens:
             generations[name] = write(model, ids[:, :PROMPT_TOKENS], policy, generated_tokens, seed, name)
     model.set_attn_implementation(plain_attention)
@@ -277,7 +283,9 @@ def _rows(
 
 def _mean(values: Tensor) -> tuple[float, float]:
     """Mean of values [segments, tokens] and its standard error; neighbours hang together, so blocks are the sample."""
-    blocks = values[:, : values.shape[1] // BLOCK_TOKENS * BLOCK_TOKENS].unflatten(1, (-1, BLOCK_TOKENS)).mean(-1).flatten()
+    blocks = (
+        values[:, : values.shape[1] // BLOCK_TOKENS * BLOCK_TOKENS].unflatten(1, (-1, BLOCK_TOKENS)).mean(-1).flatten()
+    )
     error = (blocks.var() / len(blocks)).sqrt().item() if len(blocks) > 1 else math.nan
     return values.mean().item(), error
 
@@ -344,7 +352,9 @@ def write(
     whole = torch.cat((prompts, *written), dim=1)
     losses = []
     for row in whole:  # one at a time: the logits of all would not fit
-        log_probs = model(row[None], use_cache=False, logits_to_keep=new_tokens + 1).logits[0, :-1].float().log_softmax(-1)
+        log_probs = (
+            model(row[None], use_cache=False, logits_to_keep=new_tokens + 1).logits[0, :-1].float().log_softmax(-1)
+        )
         losses.append(-log_probs.gather(1, row[-new_tokens:, None]).mean())
     rows = [row[-new_tokens:].tolist() for row in whole]
     grams = [list(zip(*(row[i:] for i in range(NGRAM)), strict=False)) for row in rows]

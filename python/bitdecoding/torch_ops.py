@@ -69,9 +69,7 @@ def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op(
     "bitdecoding::append",
-    mutates_args=(
-        *("pages", "seqlens", "packed_lens", "tail_k", "tail_v", "sink_k", "sink_v", "status", "workspace"),
-    ),
+    mutates_args=(*("pages", "seqlens", "packed_lens", "tail_k", "tail_v", "sink_k", "sink_v", "status", "workspace"),),
 )
 def append(
     k_new: Tensor,

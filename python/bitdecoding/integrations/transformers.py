@@ -103,7 +103,9 @@ class BitDecodingLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         if torch.compiler.is_compiling():
-            raise InvalidArgument("a BitDecodingCache cannot be created within torch.compile: call early_initialization")
+            raise InvalidArgument(
+                "a BitDecodingCache cannot be created within torch.compile: call early_initialization"
+            )
         batch_size, num_kv_heads, _, head_dim = key_states.shape
         if value_states.shape[-1] != head_dim:
             raise UnsupportedConfig(f"values have head_dim {value_states.shape[-1]}, keys {head_dim}: must be equal")
