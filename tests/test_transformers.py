@@ -115,7 +115,7 @@ def test_other_caches_and_no_cache_get_exact_attention(family):
 
 @pytest.mark.parametrize("quant", ["kv8", "kv4", "kv2", "kc4"])
 def test_chunks_and_single_steps_agree(quant):
-    """A text in chunks sees the same 16-bit and packed tokens as in single steps, if tokens that fill a block come alone."""
+    """Chunks see the same 16-bit and packed tokens as single steps, if the tokens that fill a block come alone."""
     model, ids = build(), tokens(1, 420)
     model.set_attn_implementation(NAME)
     policy = preset(quant)[1]

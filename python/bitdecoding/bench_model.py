@@ -1,13 +1,13 @@
 """`bitdecoding bench-model`: a whole model's decode step with a 16-bit cache and with low-bit ones.
 
-The model has the shape of Llama-3.1-8B and random weights; the caches are filled with random keys and values, as full as a
-prompt would have left them. A step is transformers' own code, compiled by torch.compile, from a token to the likeliest
-next one, recorded once in a CUDA graph and replayed: nothing of Python is in the times.
+The model has the shape of Llama-3.1-8B and random weights; the caches are filled with random keys and values, as full
+as a prompt would have left them. A step is transformers' own code, compiled by torch.compile, from a token to the
+likeliest next one, recorded once in a CUDA graph and replayed: nothing of Python is in the times.
 
-Candidates: ``transformers`` is its StaticCache with SDPA as it comes (it repeats K and V for every query head, because of
-its mask); ``sdpa`` the same cache without the mask, so that SDPA reads K and V once: the fastest that a 16-bit cache gets;
-and every policy named. The floor of a step is the bytes that it must read, weights and cached tokens, over the measured
-read bandwidth.
+Candidates: ``transformers`` is its StaticCache with SDPA as it comes (because of its mask it repeats K and V for every
+query head); ``sdpa`` the same cache without the mask, so that SDPA reads K and V once: the fastest that a 16-bit cache
+gets; and every policy named. The floor of a step is the bytes that it must read, weights and cached tokens, over the
+measured read bandwidth.
 """
 
 from __future__ import annotations
@@ -222,8 +222,8 @@ def _measure_case(
     floor = read / bandwidth / 1e6
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens * batch
     return Row(
-        candidate=name, tokens=tokens, batch=batch, largest=largest, ms=ms, tokens_per_s=batch / ms * 1e3, floor_ms=floor,
-        over_floor=ms / floor, cache_bytes=cache_bytes, read_bytes=read, bits_per_value=used * 8 / values,
+        candidate=name, tokens=tokens, batch=batch, largest=largest, ms=ms, tokens_per_s=batch / ms * 1e3,
+        floor_ms=floor, over_floor=ms / floor, cache_bytes=cache_bytes, read_bytes=read, bits_per_value=used * 8 / values,
         peak_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
     )  # fmt: skip
 
@@ -318,7 +318,7 @@ class _OneLayer:
 
 
 @torch.compile(fullgraph=True, dynamic=False)
-def _first(inner: nn.Module, ids: Tensor, position: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _first(inner: Any, ids: Tensor, position: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     hidden = inner.embed_tokens(ids)
     return hidden, inner.rotary_emb(hidden, position_ids=position)
 
@@ -335,7 +335,7 @@ def _layer(
 
 
 @torch.compile(fullgraph=True, dynamic=False)
-def _last(model: nn.Module, hidden: Tensor) -> Tensor:
+def _last(model: Any, hidden: Tensor) -> Tensor:
     return model.lm_head(model.model.norm(hidden))[:, -1].argmax(-1, keepdim=True)
 
 
@@ -394,8 +394,8 @@ def format_table(report: dict) -> str:
         f"{report['shape']}, {report['layers']} layers, random weights, on {report['device']}: "
         f"{report['weight_bytes'] / 1e9:.2f} GB of weights per step, {report['read_gb_per_s']:.0f} GB/s read bandwidth",
         "",
-        f"{'tokens':>7}  {'batch':>5}  {'cache':>14}  {'ms/token':>9}  {'tokens/s':>9}  {'floor ms':>8}  {'x floor':>7}  "
-        f"{'bits':>5}  {'cache GB':>8}  {'peak GB':>7}",
+        f"{'tokens':>7}  {'batch':>5}  {'cache':>14}  {'ms/token':>9}  {'tokens/s':>9}  {'floor ms':>8}  "
+        f"{'x floor':>7}  {'bits':>5}  {'cache GB':>8}  {'peak GB':>7}",
     ]
     for row in sorted(report["rows"], key=lambda row: (row["tokens"], row["largest"])):
         lines.append(

@@ -130,8 +130,8 @@ class KVCache:
         cache is then as it was.
 
         reserved: blocks go to reserved pages only, so that the host need not know the lengths (int32 [batch_size] on
-        the cache's device, or None); always so while a graph is being captured or torch.compile traces. A sequence that has no page left for a
-        full block stays as it was, and the next :meth:`sync` raises OutOfPages.
+        the cache's device, or None); always so while a graph is being captured or torch.compile traces. A sequence that
+        has no page left for a full block stays as it was, and the next :meth:`sync` raises OutOfPages.
         """
         for name, x in (("k", k), ("v", v)):
             ops.check_tensor(

@@ -9,6 +9,7 @@ change that lowers the divergence most per byte.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +39,8 @@ def calibrate(
 ) -> QuantPolicy:
     """The policy with a format for every layer that disturbs the logits least within a budget.
 
-    ids: int64 [texts, tokens] on the model's device, at least 1,024 tokens: a text like those to come. The first half is
-        quantised, the predictions for the second are compared.
+    ids: int64 [texts, tokens] on the model's device, at least 1,024 tokens: a text like those to come. The first half
+        is quantised, the predictions for the second are compared.
     bits_per_value: the budget: cache bytes of a sequence of ``tokens`` tokens (default: as many as ids has), everything
         counted, per value. ``budget_bytes * 8 / (2 * num_layers * num_kv_heads * head_dim * tokens)``.
     formats: to choose from.
@@ -54,7 +55,7 @@ def calibrate(
     config = model.config.get_text_config(decoder=True)
     num_layers = config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kept = {"sink_tokens": sink_tokens, "recent": recent, "hadamard": hadamard}
+    kept: dict[str, Any] = {"sink_tokens": sink_tokens, "recent": recent, "hadamard": hadamard}
     length = ids.shape[1] if tokens is None else tokens
     sizes = {wanted: QuantPolicy(wanted, **kept).bits_per_value(1, head_dim, length) for wanted in formats}
     smallest = min(formats, key=sizes.__getitem__)

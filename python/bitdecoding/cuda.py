@@ -120,9 +120,11 @@ def append(
     """:func:`bitdecoding.append` on CUDA tensors."""
     device = k_new.get_device()
     plan = _append_plans.get((device, k_new.shape[-1], id(spec))) or _append_plan(device, k_new.shape[-1], spec)
+    if workspace is None:
+        workspace = _workspace(device, _counter_bytes)
     _append(
-        plan.handle, *_alike(k_new, v_new), pages, block_table, seqlens, packed_lens, tail_k, tail_v,
-        _workspace(device, _counter_bytes) if workspace is None else workspace, sink_k, sink_v, lengths, status, recent, *plan.options,
+        plan.handle, *_alike(k_new, v_new), pages, block_table, seqlens, packed_lens, tail_k, tail_v, workspace, sink_k,
+        sink_v, lengths, status, recent, *plan.options,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """`bitdecoding demo`: a real model on a real text with 16-bit and low-bit KV caches, side by side.
 
-The text is fed token by token as far as the cache is concerned, see :mod:`bitdecoding.evaluate`, which measures more. The
-second half of the text is scored.
+The text is fed token by token as far as the cache is concerned, see :mod:`bitdecoding.evaluate`, which measures more.
+The second half of the text is scored.
 """
 
 from __future__ import annotations

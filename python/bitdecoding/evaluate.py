@@ -1,7 +1,7 @@
 """`bitdecoding eval`: what quantising the cache does to a real model, against its 16-bit cache.
 
-Perplexity, KL divergence and agreement of the likeliest token on long texts; retrieval of a number hidden in a long text;
-long texts that the model writes itself. Every token sees the mix of 16-bit and packed tokens that it would see in
+Perplexity, KL divergence and agreement of the likeliest token on long texts; retrieval of a number hidden in a long
+text; long texts that the model writes itself. Every token sees the mix of 16-bit and packed tokens that it would see in
 decoding step by step: chunks end where a step would pack a block, and the token that fills a block comes alone.
 """
 
@@ -149,8 +149,8 @@ ALL = "mean"
 
 @torch.inference_mode()
 def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: dict[str, Tensor], policies: dict[str, QuantPolicy],
-    needle_lengths: list[int], generated_tokens: int, seed: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: dict[str, Tensor],
+    policies: dict[str, QuantPolicy], needle_lengths: list[int], generated_tokens: int, seed: int,
 ) -> dict:  # fmt: skip
     """texts: name -> [segments, tokens], all of one shape. -> a dictionary for JSON."""
     names = list(texts)
@@ -210,8 +210,8 @@ class Scores:
 def chunk_bounds(cache: BitDecodingCache, tokens: int) -> list[int]:
     """Where chunks begin and end so that every token sees what it would see in single steps.
 
-    A step packs a block once ``recent + 128`` tokens are behind the sinks and the packed ones, before it attends. So the
-    token that makes them so many is a chunk of its own, and no other chunk goes beyond one.
+    A step packs a block once ``recent + 128`` tokens are behind the sinks and the packed ones, before it attends. So
+    the token that makes them so many is a chunk of its own, and no other chunk goes beyond one.
     """
     bounds = {0, tokens}
     for layer in cache.layers:
@@ -269,8 +269,8 @@ def _rows(
         kl, kl_error = _mean(mine["kl"])
         change = math.expm1(more)
         rows.append(
-            Row(policy, name, bits, math.exp(mine["loss"].mean().item()), change, more_error * (1 + change), kl, kl_error,
-                mine["same"].mean().item())
+            Row(policy, name, bits, math.exp(mine["loss"].mean().item()), change, more_error * (1 + change), kl,
+                kl_error, mine["same"].mean().item())
         )  # fmt: skip
         yield rows[-1]
     count = len(rows)

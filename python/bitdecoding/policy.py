@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from .cute_kernels.config import QuantSpec
 from .cute_kernels.errors import InvalidArgument
@@ -19,7 +19,7 @@ from .torch_ops import spec_from_json
 UNQUANTISED = "16bit"  # the format of a layer that is kept in 16 bit
 DEFAULT_POLICY = CachePolicy(recent=128, sink_tokens=4)  # of a bare QuantSpec
 
-Format = str | QuantSpec  # a preset's name, "16bit", or a spec
+Format: TypeAlias = str | QuantSpec  # a preset's name, "16bit", or a spec
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class QuantPolicy:
 
     default: the format of all layers that are not named: a preset, "16bit", or a QuantSpec.
     layers: formats of single layers; negative numbers count from the last layer.
-    sink_tokens, recent: tokens that every layer keeps in 16 bit: the first ones and at least the newest ones. None: what
-        the layer's preset says, 4 and 128 for a QuantSpec.
+    sink_tokens, recent: tokens that every layer keeps in 16 bit: the first ones and at least the newest ones. None:
+        what the layer's preset says, 4 and 128 for a QuantSpec.
     hadamard: whether K and V are rotated. None: what the layer's preset or spec says.
     """
 
@@ -60,7 +60,7 @@ class QuantPolicy:
 
     @classmethod
     def of(cls, value: QuantPolicy | Format | tuple[QuantSpec, CachePolicy] | Sequence) -> QuantPolicy:
-        """A policy from what stands for one: a format, a pair (QuantSpec, CachePolicy), or a list with a format per layer."""
+        """A policy from what stands for one: a format, (QuantSpec, CachePolicy), or a list with a format per layer."""
         if isinstance(value, QuantPolicy):
             return value
         if isinstance(value, str | QuantSpec):
@@ -73,8 +73,8 @@ class QuantPolicy:
 
     @classmethod
     def parse(cls, text: str) -> QuantPolicy:
-        """A policy from a command line: a preset or "16bit", with changes such as ``kv2:recent=32:sinks=4:hadamard=off``,
-        or a JSON file that :meth:`save` wrote."""
+        """A policy from a command line: a preset or "16bit", with changes such as ``kv2:recent=32:sinks=4`` or
+        ``kv4:hadamard=off``, or a JSON file that :meth:`save` wrote."""
         if text.endswith(".json"):
             return cls.load(text)
         head, *changes = text.split(":")

@@ -58,7 +58,9 @@ def decode(
         sink_logits=sink_logits, return_lse=return_lse, workspace=workspace,
         config=None if config is None else _config_from_json(config),
     )  # fmt: skip
-    return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
+    if isinstance(result, tuple):
+        return result
+    return result, q.new_empty(0, dtype=torch.float32)
 
 
 @decode.register_fake

@@ -17,12 +17,12 @@ through it.
 New tokens attend before they, or older ones, are quantised: a chunk of a prompt sees the cache as it was and its own
 tokens in 16 bit, and only then is it appended and full blocks are packed. Packing first would make the result depend on
 how a prompt is cut into chunks, and let the token that completes a block see itself quantised. A single token can be
-appended first, since the newest ``recent`` tokens, of which a layer keeps one at least, are not packed. The first chunk of
-an empty cache needs no cache and goes to torch's own attention.
+appended first, since the newest ``recent`` tokens, of which a layer keeps one at least, are not packed. The first chunk
+of an empty cache needs no cache and goes to torch's own attention.
 
-The cache is static: all memory is allocated, and all pages are assigned, when the first tokens arrive; then steps neither
-allocate nor wait for the device, and can be compiled with ``torch.compile(fullgraph=True, mode="reduce-overhead")``, which
-``generate`` does by itself on a GPU.
+The cache is static: all memory is allocated, and all pages are assigned, when the first tokens arrive; then steps
+neither allocate nor wait for the device, and can be compiled with ``torch.compile(fullgraph=True,
+mode="reduce-overhead")``, which ``generate`` does by itself on a GPU.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,8 @@ QUERY_CHUNK = 1024  # queries whose mask or scores are in memory at once
 POLICY_FILE = "policy.json"
 PADDING_ERROR = "attention_mask has padding behind tokens: supported is padding on the left"
 
-Quantisation = QuantPolicy | str | QuantSpec | tuple[QuantSpec, CachePolicy] | list  # what QuantPolicy.of takes
+# what QuantPolicy.of takes
+Quantisation: TypeAlias = QuantPolicy | str | QuantSpec | tuple[QuantSpec, CachePolicy] | list
 
 
 class _Shared:
