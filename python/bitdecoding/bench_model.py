@@ -223,8 +223,8 @@ def _measure_case(
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens * batch
     return Row(
         candidate=name, tokens=tokens, batch=batch, largest=largest, ms=ms, tokens_per_s=batch / ms * 1e3,
-        floor_ms=floor, over_floor=ms / floor, cache_bytes=cache_bytes, read_bytes=read, bits_per_value=used * 8 / values,
-        peak_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+        floor_ms=floor, over_floor=ms / floor, cache_bytes=cache_bytes, read_bytes=read,
+        bits_per_value=used * 8 / values, peak_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "bench-model": ("bench_model", "a whole model's decode step with 16-bit and low-bit caches, against its floor"),
     "bench": ("bench", "times decode against torch SDPA, FlashInfer and the read bandwidth"),
 }
+EXTRAS = {"bench": "bench"}  # what to install for a command; the others need what the demo needs
 USAGE_ERROR = 2
 
 
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 loaded = importlib.import_module(f".{module}", __package__)
             except ModuleNotFoundError as error:
-                print(f"bitdecoding {name}: needs {error.name}; pip install '.[{name}]'", file=sys.stderr)
+                extra = EXTRAS.get(name, "demo")
+                print(f"bitdecoding {name}: needs {error.name}; pip install '.[{extra}]'", file=sys.stderr)
                 return USAGE_ERROR
             loaded.add_arguments(command)
             command.set_defaults(run=loaded.run)
