@@ -104,8 +104,13 @@ def test_compiled_steps_equal_plain_ones(device, name):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_quantize_and_dequantize_compiled(device):
+@pytest.mark.parametrize("as_json", [True, False])
+def test_quantize_and_dequantize_compiled(device, as_json):
+    if not as_json and torch.__version__ < (2, 13):
+        pytest.skip("torch.compile does not take a QuantSpec before torch 2.13")
     first, second = (bd.preset(name, DIM)[0] for name in ("kv4", "kv2"))
+    if as_json:
+        first, second = first.to_json(), second.to_json()
     k, v = (random(300, HEADS, DIM, seed=i, device=device) for i in (1, 2))
 
     @torch.compile(fullgraph=True, backend="aot_eager")

@@ -122,7 +122,6 @@ def run(args: argparse.Namespace) -> int:
     with torch.no_grad():
         report = measure(args, policies, device)
     print(format_table(report))
-    (args.out / "bench-model.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(report).savefig(args.out / "bench-model.png", dpi=160)
     print(f"\nwrote {args.out / 'bench-model.json'} and {args.out / 'bench-model.png'}")
     return 0
@@ -142,11 +141,12 @@ def measure(args: argparse.Namespace, policies: list[tuple[str, QuantPolicy]], d
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     candidates: list[tuple[str, QuantPolicy | None]] = [(name, None) for name in args.rivals]
     candidates += policies
-    cases = list(itertools.product(args.lengths, args.batches, candidates))
+    cases = list(itertools.product(args.batches, args.lengths, candidates))
     rows, left_out = [], []
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     torch._inductor.config.coordinate_descent_tuning = args.tune_matmuls
-    for tokens, wanted, (name, policy) in tqdm(cases, unit=" cases"):
+    for wanted, tokens, (name, policy) in (bar := tqdm(cases, unit=" cases")):
+        bar.set_description(f"{name}, {tokens} tokens, batch {wanted}")
         per_sequence = sequence_bytes(config, policy, tokens + ROOM)
         batch = largest_batch(weights, per_sequence, device) if wanted == "largest" else int(wanted)
         try:
@@ -158,18 +158,24 @@ def measure(args: argparse.Namespace, policies: list[tuple[str, QuantPolicy]], d
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return {
-        "shape": args.shape,
-        "layers": config.num_hidden_layers,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "read_gb_per_s": bandwidth,
-        "weight_bytes": weights,
-        "compile": args.compile,
-        "tune_matmuls": args.tune_matmuls,
-        "torch": torch.__version__,
-        "rows": [asdict(row) for row in rows],
-        "left_out": left_out,
-    }
+        report = {
+            "shape": args.shape,
+            "layers": config.num_hidden_layers,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "read_gb_per_s": bandwidth,
+            "weight_bytes": weights,
+            "compile": args.compile,
+            "tune_matmuls": args.tune_matmuls,
+            "torch": torch.__version__,
+            "rows": [asdict(row) for row in rows],
+            "left_out": left_out,
+        }
+        save(report, args.out)  # what is measured is not lost if a later case fails
+    return report
+
+
+def save(report: dict, folder: Path) -> None:
+    (folder / "bench-model.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def random_model(config: LlamaConfig, device: torch.device) -> PreTrainedModel:
@@ -317,13 +323,13 @@ class _OneLayer:
         return self.layer.update(k, v, *args, **kwargs)
 
 
-@torch.compile(fullgraph=True, dynamic=False)
+@torch.compile(fullgraph=True)
 def _first(inner: Any, ids: Tensor, position: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     hidden = inner.embed_tokens(ids)
     return hidden, inner.rotary_emb(hidden, position_ids=position)
 
 
-@torch.compile(fullgraph=True, dynamic=False)
+@torch.compile(fullgraph=True)
 def _layer(
     layer: nn.Module, hidden: Tensor, rotation: Any, mask: Tensor | None, position: Tensor, cached: Any
 ) -> Tensor:
@@ -334,7 +340,7 @@ def _layer(
     return out[0] if isinstance(out, tuple) else out
 
 
-@torch.compile(fullgraph=True, dynamic=False)
+@torch.compile(fullgraph=True)
 def _last(model: Any, hidden: Tensor) -> Tensor:
     return model.lm_head(model.model.norm(hidden))[:, -1].argmax(-1, keepdim=True)
 

@@ -84,6 +84,7 @@ class KVCache:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.quant = quant
+        self._quant_json = quant.to_json()  # for torch.compile
         self.recent = recent
         self.sink_tokens = sink_tokens
         self.policy = CachePolicy(recent, sink_tokens)
@@ -198,7 +199,7 @@ class KVCache:
     def decode(self, q: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of q [batch_size, q_len, num_q_heads, head_dim] over the cache; options: see bitdecoding.decode."""
         return ops.decode(
-            q, self.pages, self.block_table, self.seqlens, self.quant, packed_lens=self.packed_lens,
+            q, self.pages, self.block_table, self.seqlens, self._spec(), packed_lens=self.packed_lens,
             tail_k=self.tail_k, tail_v=self.tail_v, sink_k=self.sink_k, sink_v=self.sink_v,
             workspace=self._workspace_to_trace(), **options,
         )  # fmt: skip
@@ -301,10 +302,13 @@ class KVCache:
 
     def _append(self, k: Tensor, v: Tensor, lengths: Tensor | None, status: Tensor | None) -> None:
         ops.append(
-            k, v, self.pages, self.block_table, self.seqlens, self.packed_lens, self.tail_k, self.tail_v, self.quant,
+            k, v, self.pages, self.block_table, self.seqlens, self.packed_lens, self.tail_k, self.tail_v, self._spec(),
             sink_k=self.sink_k, sink_v=self.sink_v, lengths=lengths, recent=self.recent, status=status,
             workspace=self._workspace_to_trace(),
         )  # fmt: skip
+
+    def _spec(self) -> QuantSpec | str:
+        return self._quant_json if torch.compiler.is_compiling() else self.quant
 
     def _workspace_to_trace(self) -> Tensor | None:
         """In plain calls that of the stream, so that calls on several streams do not meet."""

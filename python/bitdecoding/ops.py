@@ -25,16 +25,21 @@ _decode_cpu = native.function("decode_cpu")
 
 
 @torch.compiler.assume_constant_result
-def block_bytes(head_dim: int, spec: QuantSpec) -> int:
+def block_bytes(head_dim: int, spec: QuantSpec | str) -> int:
     """Bytes of a block: 128 tokens of one KV head, K and V, codes and parameters. A multiple of 128."""
-    return block_format(head_dim, spec).block_bytes
+    return block_format(head_dim, _parsed(spec)).block_bytes
+
+
+def _parsed(spec: QuantSpec | str) -> QuantSpec:
+    """A spec, from its JSON if it is that."""
+    return torch_ops.spec_from_json(spec) if isinstance(spec, str) else spec
 
 
 @torch.no_grad()
 def quantize(
     k: Tensor,
     v: Tensor,
-    spec: QuantSpec,
+    spec: QuantSpec | str,
     *,
     pages: Tensor | None = None,
     block_table: Tensor | None = None,
@@ -45,6 +50,7 @@ def quantize(
 
     k, v: [num_tokens, num_kv_heads, head_dim], fp16 or bf16, on the CPU also fp32; only the channels of a head must be
         contiguous. NaN counts as 0, values beyond +-32768 as +-32768.
+    spec: or its JSON, here and in the functions below: within torch.compile, torch before 2.13 knows only that.
     pages: uint8 [num_pages, num_kv_heads, block_bytes], written and returned; default: new ones, for one sequence.
     block_table: int32 [batch, max_pages], goes with pages: where the blocks of each sequence go.
     cu_seqlens: int32 [batch + 1], needs pages: sequence b has the rows from cu_seqlens[b] to cu_seqlens[b + 1];
@@ -71,7 +77,7 @@ def quantize(
     if pages is None or block_table is None:
         if k.device.type != "cuda" and not torch.compiler.is_compiling():
             _check_device(k=k, v=v)
-            return quantization.quantise(k, v, spec)
+            return quantization.quantise(k, v, _parsed(spec))
         num_blocks = -(-num_tokens // BLOCK_TOKENS)
         pages = torch.empty(num_blocks, num_kv_heads, bytes_per_block, dtype=torch.uint8, device=k.device)
         block_table = torch.arange(num_blocks, dtype=torch.int32, device=k.device)[None]
@@ -92,6 +98,7 @@ def quantize(
     if torch.compiler.is_compiling():
         torch_ops.quantize(k, v, pages, block_table, cu_seqlens, max_seqlen, torch_ops.json_of(spec))
         return pages
+    spec = _parsed(spec)
 
     if k.device.type == "cuda":
         from . import cuda
@@ -129,7 +136,7 @@ def rotate(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def dequantize(
-    blocks: Tensor, head_dim: int, spec: QuantSpec, dtype: torch.dtype = torch.float16
+    blocks: Tensor, head_dim: int, spec: QuantSpec | str, dtype: torch.dtype = torch.float16
 ) -> tuple[Tensor, Tensor]:
     """The values that blocks stand for, rotated back where the spec rotates.
 
@@ -143,7 +150,7 @@ def dequantize(
         raise InvalidArgument(f"dtype={dtype}: allowed are {_names(REAL_DTYPES)}")
     if torch.compiler.is_compiling():
         return torch_ops.dequantize(blocks, head_dim, torch_ops.json_of(spec), dtype)
-    return quantization.dequantise(blocks, head_dim, spec, dtype)
+    return quantization.dequantise(blocks, head_dim, _parsed(spec), dtype)
 
 
 @torch.no_grad()
@@ -152,7 +159,7 @@ def decode(
     pages: Tensor,
     block_table: Tensor,
     seqlens: Tensor,
-    spec: QuantSpec,
+    spec: QuantSpec | str,
     *,
     packed_lens: Tensor | None = None,
     tail_k: Tensor | None = None,
@@ -201,6 +208,7 @@ def decode(
         out = new_out if out is None else out.copy_(new_out)
         return (out, lse) if return_lse else out
 
+    spec = _parsed(spec)
     if q.device.type == "cuda":
         from . import cuda
 
@@ -231,7 +239,7 @@ def append(
     packed_lens: Tensor,
     tail_k: Tensor,
     tail_v: Tensor,
-    spec: QuantSpec,
+    spec: QuantSpec | str,
     *,
     sink_k: Tensor | None = None,
     sink_v: Tensor | None = None,
@@ -271,6 +279,7 @@ def append(
         )  # fmt: skip
         return None
 
+    spec = _parsed(spec)
     if isinstance(k_new, Tensor) and k_new.device.type == "cuda" and k_new.dim() == 4:
         from . import cuda
 

@@ -20,12 +20,17 @@ from .cute_kernels.config import KernelConfig, QuantSpec
 from .cute_kernels.layouts import BLOCK_TOKENS
 
 spec_from_json = lru_cache(maxsize=None)(QuantSpec.from_json)  # one object per spec: plans are kept by identity
-_config_from_json = lru_cache(maxsize=None)(KernelConfig.from_json)
+config_from_json = lru_cache(maxsize=None)(KernelConfig.from_json)
+
+
+def json_of(value: QuantSpec | KernelConfig | str) -> str:
+    """The JSON of a QuantSpec or KernelConfig, or JSON as it is; a constant for torch.compile."""
+    return value if isinstance(value, str) else _json_of_object(value)
 
 
 @torch.compiler.assume_constant_result
-def json_of(value: Any) -> str:
-    """The JSON of a QuantSpec or KernelConfig; a constant for torch.compile, which then guards on the object."""
+def _json_of_object(value: Any) -> str:
+    """torch.compile guards on the object; it cannot before torch 2.13, where only JSON is possible."""
     return value.to_json()
 
 
@@ -56,7 +61,7 @@ def decode(
         q, pages, block_table, seqlens, spec_from_json(spec), packed_lens=packed_lens, tail_k=tail_k, tail_v=tail_v,
         sink_k=sink_k, sink_v=sink_v, softmax_scale=softmax_scale, window=window, softcap=softcap,
         sink_logits=sink_logits, return_lse=return_lse, workspace=workspace,
-        config=None if config is None else _config_from_json(config),
+        config=None if config is None else config_from_json(config),
     )  # fmt: skip
     if isinstance(result, tuple):
         return result

@@ -228,7 +228,7 @@ class BitDecodingLayer(CacheLayerMixin):
                 with_new(old, new, 0, position, exists & in_sink) for old, new in ((kv.sink_k, k), (kv.sink_v, v))
             )
         return ops.decode(
-            q, kv.pages, kv.block_table, kv.seqlens + lengths, kv.quant, packed_lens=kv.packed_lens, tail_k=tail_k,
+            q, kv.pages, kv.block_table, kv.seqlens + lengths, kv._spec(), packed_lens=kv.packed_lens, tail_k=tail_k,
             tail_v=tail_v, sink_k=sink_k, sink_v=sink_v, workspace=kv.workspace, **options,
         )  # fmt: skip
 
