@@ -9,6 +9,7 @@ change that lowers the divergence most per byte.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,51 +25,73 @@ from .policy import UNQUANTISED, Format, QuantPolicy
 FORMATS = ("kv2", "k4v2", "kv4", "kv8")
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Prices:
+    """What every format costs in every layer: the KL divergence at the logits if that layer alone has it.
+
+    by_layer: per layer, format -> nats. kept: sink_tokens, recent and hadamard of the policies.
+    """
+
+    by_layer: list[dict[Format, float]]
+    kept: dict[str, Any]
+    head_dim: int
+
+    def policy(self, bits_per_value: float, tokens: int) -> QuantPolicy:
+        """The formats with the least sum of prices within a budget, see :func:`calibrate`."""
+        formats = list(self.by_layer[0])
+        sizes = {f: QuantPolicy(f, **self.kept).bits_per_value(1, self.head_dim, tokens) for f in formats}
+        smallest = min(formats, key=sizes.__getitem__)
+        if sizes[smallest] > bits_per_value:
+            raise InvalidArgument(
+                f"bits_per_value={bits_per_value}: the smallest of the formats takes {sizes[smallest]:.3f} "
+                f"in sequences of {tokens} tokens"
+            )
+        chosen = choose(self.by_layer, sizes, bits_per_value * len(self.by_layer))
+        most = max(set(chosen), key=chosen.count)
+        return QuantPolicy(most, {i: wanted for i, wanted in enumerate(chosen) if wanted != most}, **self.kept)
+
+
 def calibrate(
+    model: PreTrainedModel, ids: Tensor, bits_per_value: float, *, tokens: int | None = None, **options: Any
+) -> QuantPolicy:
+    """The policy with a format for every layer that disturbs the logits least within a budget.
+
+    ids, options: see :func:`measure_prices`, which it calls.
+    bits_per_value: the budget: cache bytes of a sequence of ``tokens`` tokens (default: as many as ids has), everything
+        counted, per value: ``budget_bytes * 8 / (2 * num_layers * num_kv_heads * head_dim * tokens)``.
+    Raises InvalidArgument if the smallest format exceeds the budget. The model stays as it was.
+    """
+    return measure_prices(model, ids, **options).policy(bits_per_value, ids.shape[1] if tokens is None else tokens)
+
+
+@torch.inference_mode()
+def measure_prices(
     model: PreTrainedModel,
     ids: Tensor,
-    bits_per_value: float,
     *,
-    tokens: int | None = None,
     formats: Sequence[Format] = FORMATS,
     sink_tokens: int | None = None,
     recent: int | None = None,
     hadamard: bool | None = None,
     progress: bool = True,
-) -> QuantPolicy:
-    """The policy with a format for every layer that disturbs the logits least within a budget.
+) -> Prices:
+    """Try every format in every layer.
 
     ids: int64 [texts, tokens] on the model's device, at least 1,024 tokens: a text like those to come. The first half
         is quantised, the predictions for the second are compared.
-    bits_per_value: the budget: cache bytes of a sequence of ``tokens`` tokens (default: as many as ids has), everything
-        counted, per value. ``budget_bytes * 8 / (2 * num_layers * num_kv_heads * head_dim * tokens)``.
     formats: to choose from.
     sink_tokens, recent, hadamard: of the policy, see :class:`bitdecoding.QuantPolicy`.
     progress: show a bar.
-    Raises InvalidArgument if the smallest format exceeds the budget. The model stays as it was.
     """
     if ids.dim() != 2 or ids.shape[1] < 8 * BLOCK_TOKENS:
         raise InvalidArgument(
             f"ids is {list(ids.shape)}: allowed is [texts, tokens] with {8 * BLOCK_TOKENS} tokens or more"
         )
     config = model.config.get_text_config(decoder=True)
-    num_layers = config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept: dict[str, Any] = {"sink_tokens": sink_tokens, "recent": recent, "hadamard": hadamard}
-    length = ids.shape[1] if tokens is None else tokens
-    sizes = {wanted: QuantPolicy(wanted, **kept).bits_per_value(1, head_dim, length) for wanted in formats}
-    smallest = min(formats, key=sizes.__getitem__)
-    if sizes[smallest] > bits_per_value:
-        raise InvalidArgument(
-            f"bits_per_value={bits_per_value}: the smallest of the formats takes {sizes[smallest]:.3f} "
-            f"in sequences of {length} tokens"
-        )
-    price = _divergences(model, ids, [QuantPolicy(wanted, **kept) for wanted in formats], progress)
-    prices = [dict(zip(formats, row, strict=True)) for row in price.tolist()]
-    chosen = choose(prices, sizes, bits_per_value * num_layers)
-    most = max(set(chosen), key=chosen.count)
-    return QuantPolicy(most, {i: wanted for i, wanted in enumerate(chosen) if wanted != most}, **kept)
+    divergences = _divergences(model, ids, [QuantPolicy(wanted, **kept) for wanted in formats], progress)
+    return Prices([dict(zip(formats, row, strict=True)) for row in divergences.tolist()], kept, head_dim)
 
 
 def choose(prices: list[dict[Format, float]], sizes: dict[Format, float], budget: float) -> list[Format]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .calibrate import calibrate
+from .calibrate import measure_prices
 from .cute_kernels.errors import InvalidArgument
 from .cute_kernels.layouts import BLOCK_TOKENS
 from .integrations.transformers import NAME, BitDecodingCache
@@ -76,20 +76,24 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     texts = read_texts(args.text, tokenizer)
     stretches = {name: cut(ids, name, args.tokens, args.segments).to(device) for name, ids in texts.items()}
-    for text, bits, changes in budgets:
+    for _, same in itertools.groupby(sorted(budgets, key=lambda budget: str(budget[2])), lambda budget: budget[2]):
         behind = [ids[args.tokens * args.segments :][:CALIBRATION_TOKENS] for ids in texts.values()]
         least = min(map(len, behind))
         if least < CALIBRATION_TOKENS:
             raise InvalidArgument(
                 f"--calibrate: a text has {least} tokens behind the scored ones: {CALIBRATION_TOKENS} are needed"
             )
-        found = calibrate(model, torch.stack(behind).to(device), bits, tokens=args.tokens, **changes)
-        found.save(args.out / f"calibrated-{text.replace(':', '-')}.json")
-        policies[f"calibrated {text}"] = found
-    report = measure(model, tokenizer, stretches, policies, args.needle, args.generate, args.seed)
-    report |= {"model": MODELS.get(args.model, args.model)}
+        wanted = list(same)
+        prices = measure_prices(model, torch.stack(behind).to(device), **wanted[0][2])
+        for text, bits, _ in wanted:
+            found = prices.policy(bits, args.tokens)
+            found.save(args.out / f"calibrated-{text.replace(':', '-')}.json")
+            policies[f"calibrated {text}"] = found
+    about = {"model": MODELS.get(args.model, args.model)}
+    for report in measure(model, tokenizer, stretches, policies, args.needle, args.generate, args.seed):
+        report |= about  # what is measured is not lost if a later policy fails
+        (args.out / "eval.json").write_text(json.dumps(report, indent=2) + "\n")
     print(format_table(report))
-    (args.out / "eval.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(report).savefig(args.out / "eval.png", dpi=160)
     print(f"\nwrote {args.out / 'eval.json'} and {args.out / 'eval.png'}")
     return 0
@@ -151,8 +155,11 @@ ALL = "mean"
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: dict[str, Tensor],
     policies: dict[str, QuantPolicy], needle_lengths: list[int], generated_tokens: int, seed: int,
-) -> dict:  # fmt: skip
-    """texts: name -> [segments, tokens], all of one shape. -> a dictionary for JSON."""
+) -> Iterator[dict]:  # fmt: skip
+    """texts: name -> [segments, tokens], all of one shape.
+
+    -> a dictionary for JSON, again and again: with the results so far, the last time with all of them.
+    """
     names = list(texts)
     ids = torch.cat([texts[name] for name in names])
     tokens, segments = ids.shape[1], ids.shape[0] // len(names)
@@ -162,7 +169,21 @@ def measure(
         raise InvalidArgument(f"texts have {tokens} tokens: allowed are {3 * BLOCK_TOKENS} to {longest}")
     plain_attention = model.config.get_text_config(decoder=True)._attn_implementation
     rows: list[Row] = []
-    needles, generations = {}, {}
+    needles: dict[str, dict[int, float]] = {}
+    generations: dict[str, dict[str, float]] = {}
+
+    def report() -> dict:
+        return {
+            "tokens": tokens,
+            "scored_tokens": tokens - 1 - first_scored,
+            "segments": segments,
+            "device": torch.cuda.get_device_name() if ids.device.type == "cuda" else "cpu",
+            "rows": [asdict(row) for row in rows],
+            "needle": needles,
+            "generation": generations,
+            "policies": {name: json.loads(policy.to_json()) for name, policy in policies.items()},
+        }
+
     with tqdm(total=tokens * (1 + len(policies)), unit=" tokens") as bar:
         bar.set_description("16-bit")
         reference = score(model, ids, DynamicCache(config=model.config), [0, *range(512, tokens, 512), tokens],
@@ -176,25 +197,16 @@ def measure(
             bits = bits_per_value(cache, tokens)
             del cache
             rows += _rows(name, bits, scores, reference, names, segments)
+            yield report()
     del reference
     for name, policy in {"16-bit": QuantPolicy(UNQUANTISED), **policies}.items():
         if needle_lengths:
-            needles[name] = {
-                n: find_needle(model, tokenizer, ids[0], n, policy) for n in needle_lengths if n <= longest
-            }
+            lengths = [n for n in needle_lengths if n <= longest]
+            needles[name] = {n: find_needle(model, tokenizer, ids[0], n, policy) for n in lengths}
         if generated_tokens:
             generations[name] = write(model, ids[:, :PROMPT_TOKENS], policy, generated_tokens, seed, name)
+        yield report()
     model.set_attn_implementation(plain_attention)
-    return {
-        "tokens": tokens,
-        "scored_tokens": tokens - 1 - first_scored,
-        "segments": segments,
-        "device": torch.cuda.get_device_name() if ids.device.type == "cuda" else "cpu",
-        "rows": [asdict(row) for row in rows],
-        "needle": needles,
-        "generation": generations,
-        "policies": {name: json.loads(policy.to_json()) for name, policy in policies.items()},
-    }
 
 
 @dataclass(frozen=True)
