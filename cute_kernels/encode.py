@@ -2,8 +2,8 @@
 rounded one by one, so that the bytes are the same.
 
 A 16x16 tile of the rows comes as an MMA fragment (ldmatrix, transposed for V): a lane encodes what it will later read.
-With g = lane / 4, q = lane % 4, register r of a tile holds row g + 8 (r & 1), columns 2q and 2q + 1, + 8 (r >> 1), of the A
-tile: rows are tokens of K, channels of V. A *panel* is the parameters that the 32 lanes of a warp own, one each:
+With g = lane / 4, q = lane % 4, register r of a tile holds row g + 8 (r & 1), columns 2q and 2q + 1, + 8 (r >> 1), of A:
+rows are tokens of K, channels of V. A *panel* is the parameters that the 32 lanes of a warp own, one each:
     columns (K per channel, V)   of two column tiles over one group of rows; lane's column: g = 4 tile + 2 r1 + e
     rows (K per token)           of a slice's 32 rows over one group of columns; lane's row: g + 8 q
 Warps take panels in turn; then warp w encodes slice w, whose code vectors it stores straight into the block. Parameters
@@ -102,7 +102,7 @@ class Encoder:
     # -- rows in shared memory ---------------------------------------------------------------------------------
 
     def fragment_lane(self, lane: Int32) -> Int32:
-        """The lane's part of a tile's address, which names row lane % 8 of 8x8 matrix lane / 8; matrix r is register r."""
+        """The lane's part of a tile's address, which names row lane % 8 of matrix lane / 8; matrix r is register r."""
         low, high = lane >> 3 & 1, lane >> 4
         tokens, channels = (low, high) if self.is_k else (high, low)
         return (lane % 8 + 8 * tokens) * self.plan.row_bytes + 16 * channels

@@ -104,6 +104,7 @@ Status to_params(const bitdecoding_decode_params& given, std::int64_t block_byte
   p.q_len = given.q_len;
   p.num_q_heads = given.num_q_heads;
   p.num_kv_heads = given.num_kv_heads;
+  p.num_pages = given.num_pages;
   p.max_pages = given.max_pages;
   p.tail_capacity = given.tail_capacity;
   p.num_sink = given.num_sink;

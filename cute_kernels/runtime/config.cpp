@@ -214,17 +214,16 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
     const std::int64_t image = std::max(s.v_codes.offset - s.k_scale.offset, s.block_bytes - s.v_scale.offset);
     return round_up(rows + image + 2 * std::max(s.k_scale.bytes, s.v_scale.bytes) + kJobsBytes, kSmemAlign);
   }
-  // as in cute_kernels/plan.py: ring, merge scratch, slots of pieces, barriers, flags
+  // as in cute_kernels/plan.py: ring, merge scratch, slots of pieces, barriers
   constexpr std::int64_t kRowPad = 4;
   constexpr std::int64_t kBarrierBytes = 16;  // two mbarriers: per stage, of the scratch, of the slots
   constexpr std::int64_t kSlots = 2;
   constexpr std::int64_t kPieceBytes = 80;
-  constexpr std::int64_t kFlagBytes = 16;
   const std::int64_t ring = stages * block_bytes(head_dim, quant);
   const std::int64_t scratch = num_warps * q_tile * (head_dim + kRowPad) * static_cast<std::int64_t>(sizeof(float));
   // 16-bit queries, a power and a position of each, the piece
   const std::int64_t slots = kSlots * (q_tile * (2 * head_dim + 8) + kPieceBytes);
-  return round_up(ring + scratch + slots + kBarrierBytes * (stages + 2) + kFlagBytes, kSmemAlign);
+  return round_up(ring + scratch + slots + kBarrierBytes * (stages + 2), kSmemAlign);
 }
 
 std::int64_t smem_limit(const std::string& arch) noexcept {

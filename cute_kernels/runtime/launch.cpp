@@ -127,9 +127,15 @@ std::int64_t q_tiles_of(const KernelConfig& config, const DecodeParams& p) {
   return (columns + config.q_tile - 1) / config.q_tile;
 }
 
-// What the kernel takes for its counters, one per (sequence, KV head, tile of query columns).
-std::int64_t counter_bytes(const DecodeParams& p, std::int64_t q_tiles) {
-  const std::int64_t bytes = p.batch * p.num_kv_heads * q_tiles * static_cast<std::int64_t>(sizeof(std::int32_t));
+// What the kernel takes for its counters: of every (sequence, KV head, tile of query columns) one per warp's worth of
+// the tile, as in cute_kernels/plan.py.
+std::int64_t counter_bytes(const KernelConfig& config, const DecodeParams& p, std::int64_t q_tiles) {
+  constexpr std::int64_t kLanes = 32;
+  constexpr std::int64_t kQuad = 4;
+  const std::int64_t width = std::max(kQuad, config.head_dim / kLanes);
+  const std::int64_t parts = config.q_tile * (config.head_dim / width) / kLanes;
+  const std::int64_t bytes =
+      p.batch * p.num_kv_heads * q_tiles * parts * static_cast<std::int64_t>(sizeof(std::int32_t));
   return (bytes + kCounterAlign - 1) / kCounterAlign * kCounterAlign;
 }
 
@@ -289,8 +295,8 @@ Status validate_params(const DecodeParams& p) {
     return fail(Status::invalid_argument, "num_q_heads=", p.num_q_heads,
                 ": must be a multiple of num_kv_heads=", p.num_kv_heads);
   }
-  if (p.max_pages < 0 || p.tail_capacity < 0 || p.num_sink < 0) {
-    return fail(Status::invalid_argument, "max_pages, tail_capacity and num_sink must not be negative");
+  if (p.num_pages < 0 || p.max_pages < 0 || p.tail_capacity < 0 || p.num_sink < 0) {
+    return fail(Status::invalid_argument, "num_pages, max_pages, tail_capacity and num_sink must not be negative");
   }
   BITDECODING_TRY(check_present("q", p.q));
   BITDECODING_TRY(check_present("out", p.out));
@@ -372,7 +378,7 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
   BITDECODING_TRY(find_target(*r, options.device, &driver, &info));
   const int num_ctas = info->num_sms * r->kernel.ctas_per_sm;
   const std::int64_t q_tiles = q_tiles_of(r->config, params);
-  const std::int64_t counters = counter_bytes(params, q_tiles);
+  const std::int64_t counters = counter_bytes(r->config, params, q_tiles);
   if (counters > kCounterBytes) {
     return fail(Status::unsupported_config, "batch=", params.batch, ": with q_len=", params.q_len,
                 " and num_kv_heads=", params.num_kv_heads, " one launch would need ", counters, " bytes of counters, ",
@@ -408,6 +414,7 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
                        &p.q_len,
                        &p.num_q_heads,
                        &p.num_kv_heads,
+                       &p.num_pages,
                        &p.max_pages,
                        &p.tail_capacity,
                        &p.num_sink,

@@ -79,6 +79,7 @@ struct DecodeParams {
   std::int32_t q_len = 1;
   std::int32_t num_q_heads = 0;
   std::int32_t num_kv_heads = 0;
+  std::int32_t num_pages = 0;  // 0: unknown, then nothing is fetched ahead of the previous kernel's end
   std::int32_t max_pages = 0;
   std::int32_t tail_capacity = 0;
   std::int32_t num_sink = 0;
@@ -111,7 +112,7 @@ Status plan_decode(const DecodeProblem& problem, const DeviceInfo& device, Decod
 
 // A workspace begins with counters, zeroed once when it is allocated; kernels leave them zero. Their space has a fixed
 // size, so calls of all shapes can share a workspace, as long as they do not run at the same time.
-constexpr std::int64_t kCounterBytes = 1 << 20;
+constexpr std::int64_t kCounterBytes = 4 << 20;
 
 // Bytes of workspace for a grid of num_ctas: the counters, then two partial results per CTA.
 std::int64_t decode_workspace_bytes(const KernelConfig& config, std::int64_t num_ctas) noexcept;
