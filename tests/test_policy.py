@@ -15,7 +15,7 @@ def test_resolve():
     first, second, third, last = policy.resolve(4, 64)
     assert first == bd.preset("kv8", 64)
     assert second == bd.preset("k4v2", 64)
-    assert third == (SPEC, CachePolicy(recent=128, sink_tokens=4))
+    assert third == (SPEC, CachePolicy(recent=64, sink_tokens=4))
     assert last[0] is None
     assert policy.name() == f"k4v2+1*16bit+1*{SPEC.name()}+1*kv8"
 

@@ -237,12 +237,12 @@ def test_assisted_decoding_gives_the_same_text():
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_steps_equal_plain_ones(family, device):
     """A whole model's step, over the border of a block, in one graph that is compiled once; layers of four formats."""
-    model, ids = build(family).to(device), tokens(2, 264).to(device)
+    model, ids = build(family).to(device), tokens(2, 200).to(device)
     model.set_attn_implementation(NAME)
     policy = QuantPolicy("kv4", {0: "16bit"} if family == "qwen3" else {0: "kv8"} if family == "llama" else {})
-    plain, compiled = (BitDecodingCache(model.config, policy, max_tokens=264) for _ in range(2))
-    feed(model, ids[:, :257], plain, [257])
-    feed(model, ids[:, :257], compiled, [257])
+    plain, compiled = (BitDecodingCache(model.config, policy, max_tokens=200) for _ in range(2))
+    feed(model, ids[:, :193], plain, [193])
+    feed(model, ids[:, :193], compiled, [193])
     graphs = []
 
     def count(graph, example_inputs):
@@ -251,13 +251,13 @@ def test_compiled_steps_equal_plain_ones(family, device):
 
     step = torch.compile(model, fullgraph=True, backend=count)
     with torch.no_grad():
-        for i in range(257, 264):
+        for i in range(193, 200):
             expected = model(ids[:, i : i + 1], past_key_values=plain).logits
             actual = step(ids[:, i : i + 1], past_key_values=compiled).logits
             torch.testing.assert_close(actual, expected)
     assert len(graphs) == 1
     compiled.sync()
-    assert int(compiled.get_seq_length()) == 264
+    assert int(compiled.get_seq_length()) == 200
     assert compiled.layers[1].kv.packed_lens.tolist() == plain.layers[1].kv.packed_lens.tolist() == [128, 128]
 
 
@@ -364,16 +364,15 @@ def test_a_thousand_tokens_on_the_gpu_are_those_of_the_cpu(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_reduce_overhead_on_the_gpu(family):
     """generate() compiles by itself on a GPU: CUDA graphs, and the same text as without."""
-    model, ids = build(family).cuda().to(torch.bfloat16), tokens(2, 200).cuda()
+    model, ids = build(family).cuda(), tokens(2, 200).cuda()
     enable(model, "kv4")
-    options = {"max_new_tokens": 100, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options = {"max_new_tokens": 100, "do_sample": False, "return_dict_in_generate": True}
     compiled = model.generate(ids, **options, compile_config=CompileConfig(fullgraph=True, mode="reduce-overhead"))
     plain = model.generate(ids, **options, disable_compile=True)
     compiled.past_key_values.sync()
-    first = compiled.sequences[:, 200:201].equal(plain.sequences[:, 200:201])
-    assert first
-    same = (compiled.sequences == plain.sequences)[:, 200:].float().mean()
-    assert same > 0.5, "bfloat16 models may part at a near tie, not at once"
+    same = (compiled.sequences == plain.sequences)[:, 200:]
+    assert same[:, :20].all(), "rounding alone does not change the text at once"
+    assert same.float().mean() > 0.8
 
 
 def test_beam_search():

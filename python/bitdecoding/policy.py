@@ -17,7 +17,7 @@ from .quantization import PRESETS, CachePolicy, preset
 from .torch_ops import spec_from_json
 
 UNQUANTISED = "16bit"  # the format of a layer that is kept in 16 bit
-DEFAULT_POLICY = CachePolicy(recent=128, sink_tokens=4)  # of a bare QuantSpec
+DEFAULT_POLICY = CachePolicy(recent=64, sink_tokens=4)  # of a bare QuantSpec
 
 Format: TypeAlias = str | QuantSpec  # a preset's name, "16bit", or a spec
 
@@ -35,7 +35,7 @@ class QuantPolicy:
     default: the format of all layers that are not named: a preset, "16bit", or a QuantSpec.
     layers: formats of single layers; negative numbers count from the last layer.
     sink_tokens, recent: tokens that every layer keeps in 16 bit: the first ones and at least the newest ones. None:
-        what the layer's preset says, 4 and 128 for a QuantSpec.
+        what the layer's preset says, 4 and 64 for a QuantSpec.
     hadamard: whether K and V are rotated. None: what the layer's preset or spec says.
     """
 
