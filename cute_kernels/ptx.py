@@ -112,6 +112,11 @@ def from_bits(x: Int32) -> Float32:
     return asm("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
 
 
+def sign_mask(x: Int32) -> Int32:
+    """-1 where x is negative, else 0; not to be taken for a select."""
+    return asm("shr.s32 {$w0}, {$r0}, 31;", write_only_types=[Int32], read_only_args=[x])
+
+
 def mul_half2(a: Int32, b: Int32) -> Int32:
     return asm("mul.rn.f16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[a, b])
 
@@ -218,12 +223,15 @@ def load_shared_half(address: Int32, offset: int) -> Float32:
     )
 
 
-def load_global(address: Int64, words: int = 1, offset: int = 0, cache: str = "nc") -> list:
-    """4, 8 or 16 bytes; cache "nc" for data that no one writes during the launch, "cg" for partial results."""
+def load_global(address: Int64, words: int = 1, offset: int = 0, cache: str = "") -> list:
+    """4, 8 or 16 bytes; cache "cg" past L1, for what others write during the launch.
+
+    Not "nc": with programmatic launch the previous kernel may still write while this one runs.
+    """
     regs = ",".join(f"{{$w{i}}}" for i in range(words))
     vector, operand = (f".v{words}", "{" + regs + "}") if words > 1 else ("", regs)
     got = asm(
-        f"ld.global.{cache}{vector}.b32 {operand}, [{{$r0}}+{offset}];",
+        f"ld.global{cache and '.' + cache}{vector}.b32 {operand}, [{{$r0}}+{offset}];",
         write_only_types=[Int32] * words,
         read_only_args=[address],
     )
@@ -252,9 +260,9 @@ def atomic_max(address: Int64, value: Int32) -> None:
     asm("red.relaxed.gpu.global.max.s32 [{$r0}], {$r1};", read_only_args=[address, value])
 
 
-def prefetch(address: Int64) -> None:
-    """Bring the line of an address into L2."""
-    asm("prefetch.global.L2 [{$r0}];", read_only_args=[address])
+def prefetch(address: Int64, nbytes: int) -> None:
+    """``cp.async.bulk.prefetch``: bring nbytes (a multiple of 16) into L2."""
+    asm("cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};", read_only_args=[address, Int32(nbytes)])
 
 
 # -- kernels of a stream ---------------------------------------------------------------------------------------
@@ -312,9 +320,14 @@ def mbarrier_wait(address: Int32, parity: Int32, test: str):
 
 
 def bulk_copy(shared: Int32, source: Int64, nbytes: int, mbarrier: Int32) -> None:
-    """``cp.async.bulk``: one thread copies nbytes (a multiple of 16) and the barrier counts them."""
+    """``cp.async.bulk``: one thread copies nbytes (a multiple of 16) and the barrier counts them.
+
+    The data are read once, so they are the first to leave L2: queries, lengths and results stay.
+    """
     asm(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[{$r0}], [{$r1}], {$r2}, [{$r3}], policy; }",
         read_only_args=[shared, source, Int32(nbytes), mbarrier],
     )
 

@@ -103,7 +103,7 @@ def execute(config: bd.KernelConfig, made: compiler.Compiled, case: Problem, q: 
 
     group = num_q_heads // num_kv_heads
     q_tiles = -(-group * q_len // config.q_tile)
-    counters = batch * num_kv_heads * q_tiles
+    counters = batch * num_kv_heads * q_tiles * Plan(config).merge_parts
     counters = -(-counters // 32) * 32  # of 4 bytes, to a multiple of 128
     slots = grid * 2 * Plan(config).partial_bytes
     workspace = np.concatenate((np.zeros(counters * 4, np.uint8), np.full(slots, 0xFF, np.uint8)))
@@ -131,6 +131,7 @@ def execute(config: bd.KernelConfig, made: compiler.Compiled, case: Problem, q: 
         "q_len": q_len,
         "num_q_heads": num_q_heads,
         "num_kv_heads": num_kv_heads,
+        "num_pages": case.pages.shape[0],
         "max_pages": case.block_table.shape[1],
         "tail_capacity": tail_k.shape[1],
         "num_sink": 0 if sink_k is None else sink_k.shape[1],

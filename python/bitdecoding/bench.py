@@ -196,7 +196,7 @@ def device_of(name: str | None) -> torch.device:
     """A device by its name; None: the GPU if there is one. Raises InvalidArgument for what cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=device).device  # with its index
     except (RuntimeError, AssertionError) as error:
         raise InvalidArgument(f"device={name}: {str(error).partition(chr(10))[0]}") from None
     if device.type not in ("cuda", "cpu"):
