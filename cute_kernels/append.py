@@ -322,8 +322,11 @@ class AppendKernel:
 
     @cute.jit
     def conditioned(self, p: Params, row: list):
-        """A lane's vectors with NaN as 0, and within the limit."""
-        if self.needs_conditioning(p, row):
+        """A lane's vectors with NaN as 0, and within the limit.
+
+        A loop, of one round at most: the assembler would execute both sides of a branch.
+        """
+        while self.needs_conditioning(p, row):
             row = self.limited(p, row)
         return row
 
@@ -337,10 +340,10 @@ class AppendKernel:
         return (beyond & HALF2_SIGNS) != 0
 
     def limited(self, p: Params, row: list) -> list:
-        """:meth:`conditioned` vectors, for a branch: a select would cost more than all the rest."""
+        """All of a lane's vectors conditioned."""
         limit = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_LIMIT), Int32(HALF_LIMIT))
         infinity = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_INFINITY), Int32(HALF_INFINITY))
-        return [[conditioned_pair(ptx.opaque(x), limit, infinity) for x in vector] for vector in row]
+        return [[conditioned_pair(x, limit, infinity) for x in vector] for vector in row]
 
     # -- packing -----------------------------------------------------------------------------------------------
 
@@ -382,10 +385,11 @@ class AppendKernel:
                 if cutlass.min(first + own + i * rows_at_once, job.total - 1) >= job.old:
                     for j in range_constexpr(self.plan.vectors):
                         ptx.store_shared(at, step * j, rotated[j])
-            elif self.needs_conditioning(p, row):
-                limited = self.limited(p, row)
-                for j in range_constexpr(self.plan.vectors):
-                    ptx.store_shared(at, step * j, limited[j])
+            else:
+                while self.needs_conditioning(p, row):  # as in conditioned
+                    row = self.limited(p, row)
+                    for j in range_constexpr(self.plan.vectors):
+                        ptx.store_shared(at, step * j, row[j])
 
 
 def conditioned_pair(x: Int32, limit: Int32, infinity: Int32) -> Int32:

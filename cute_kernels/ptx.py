@@ -127,11 +127,6 @@ def min_max(a: Int32, b: Int32, bfloat: bool, function: str) -> Int32:
     return asm(f"{function}.{kind} {{$w0}}, {{$r0}}, {{$r1}};", write_only_types=[Int32], read_only_args=[a, b])
 
 
-def opaque(x: Int32) -> Int32:
-    """x, in code that must stay a branch: the compiler does not take it for a select."""
-    return asm("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
-
-
 def to_half2(low: Float32, high: Float32) -> Int32:
     return asm("cvt.rn.f16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Int32], read_only_args=[low, high])
 
