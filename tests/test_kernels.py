@@ -34,8 +34,8 @@ BULK_ARCHS = ("sm90a", "sm120")
 
 @lru_cache(maxsize=None)
 def compiled(arch: str) -> dict[bd.KernelConfig, compiler.Compiled]:
-    """The manifest of an architecture."""
-    configs = compiler.manifest(arch)
+    """The decode kernels of an architecture's manifest."""
+    configs = [config for config in compiler.manifest(arch) if config.kind == "decode"]
     return dict(zip(configs, compiler.compile_all(configs, compiler.compile_config), strict=True))
 
 

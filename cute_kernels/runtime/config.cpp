@@ -36,12 +36,13 @@ Status check_group(const char* argument, std::int64_t group, std::int64_t head_d
   return Status::ok;
 }
 
-// A kernel of kind=append has no tiling: its fields are at their defaults, so that its name says all.
+// Kernels of the other kinds have no tiling: its fields are at their defaults, so that the name says all.
 Status check_untiled(const KernelConfig& config) {
   const KernelConfig defaults;
-  auto untiled = [](const char* field, const auto& value, const auto& only) {
+  auto untiled = [&config](const char* field, const auto& value, const auto& only) {
     if (value == only) return Status::ok;
-    return fail(Status::invalid_argument, field, "=", value, ": kind=append has no tiling, allowed is ", only);
+    return fail(Status::invalid_argument, field, "=", value, ": kind=", config.kind, " has no tiling, allowed is ",
+                only);
   };
   BITDECODING_TRY(untiled("q_tile", config.q_tile, defaults.q_tile));
   BITDECODING_TRY(untiled("mma", config.mma, defaults.mma));
@@ -93,9 +94,10 @@ class NameReader {
 bool read_name(NameReader& in, KernelConfig* c) {
   QuantSpec& q = c->quant;
   std::string axis;
-  if (!(in.one_of({"decode", "append"}, &c->kind) && in.literal("_"))) return false;
+  if (!(in.one_of({"decode", "append", "merge"}, &c->kind) && in.literal("_"))) return false;
   if (!in.one_of({"sm80", "sm89", "sm90a", "sm100", "sm120"}, &c->arch)) return false;
   if (!(in.literal("_d") && in.number(&c->head_dim))) return false;
+  if (c->kind == "merge") return in.at_end();
   if (!(in.literal("_k") && in.number(&q.k_bits) && in.one_of({"c", "t"}, &axis) && in.number(&q.k_group)))
     return false;
   q.k_axis = axis == "c" ? "channel" : "token";
@@ -145,9 +147,13 @@ std::string QuantSpec::name() const {
 }
 
 Status KernelConfig::validate() const noexcept {
-  BITDECODING_TRY(check_one_of("kind", kind, {"decode", "append"}));
+  BITDECODING_TRY(check_one_of("kind", kind, {"decode", "append", "merge"}));
   BITDECODING_TRY(check_one_of("arch", arch, {"sm80", "sm89", "sm90a", "sm100", "sm120"}));
   BITDECODING_TRY(check_one_of("head_dim", head_dim, {64, 96, 128, 256}));
+  if (kind == "merge") {  // knows no blocks
+    BITDECODING_TRY(check_one_of("quant", quant.name(), {QuantSpec{}.name()}));
+    return check_untiled(*this);
+  }
   BITDECODING_TRY(quant.validate(head_dim));
   if (kind == "append") return check_untiled(*this);
   if (q_tile < 8 || q_tile > 64 || q_tile % 8 != 0) {
@@ -186,7 +192,9 @@ Status KernelConfig::validate() const noexcept {
 }
 
 std::string KernelConfig::name() const {
-  const std::string problem = kind + "_" + arch + "_d" + std::to_string(head_dim) + "_" + quant.name();
+  std::string problem = kind + "_" + arch + "_d" + std::to_string(head_dim);
+  if (kind == "merge") return problem;
+  problem += "_" + quant.name();
   if (kind == "append") return problem;
   return problem + "_q" + std::to_string(q_tile) + "_" + mma + "_" + copy + "_w" + std::to_string(num_warps) + "x" +
          std::to_string(warps_per_block) + "_s" + std::to_string(stages) + "_c" + std::to_string(ctas_per_sm);
@@ -205,6 +213,7 @@ Status KernelConfig::parse(const std::string& name, KernelConfig* out) noexcept 
 }
 
 std::int64_t KernelConfig::smem_bytes() const noexcept {
+  if (kind == "merge") return 0;
   if (kind == "append") {
     // as in cute_kernels/append.py: a block's rows of one operand, its parameters, 1 / scale as fp32, a job per warp
     constexpr std::int64_t kRowPadBytes = 16;

@@ -239,8 +239,8 @@ Status validate_cache(const AppendParams& p) {
     return fail(Status::invalid_argument, "tail_capacity=", p.tail_capacity, ": allowed are numbers from ", least,
                 " (recent + ", kBlockTokens - 1, ")");
   }
-  if (p.cu_seqlens != nullptr) BITDECODING_TRY(absent("lengths", p.lengths, "with cu_seqlens"));
-  return check_present("workspace", p.workspace);
+  if (p.cu_seqlens != nullptr) return absent("lengths", p.lengths, "with cu_seqlens");
+  return Status::ok;
 }
 
 Status validate(const AppendParams& p) {
@@ -284,6 +284,8 @@ std::int64_t append_grid(const Kernel& kernel, const DeviceInfo& info, const App
 }
 
 }  // namespace
+
+Status validate_params(const AppendParams& p) { return validate(p); }
 
 Status validate_params(const DecodeParams& p) {
   BITDECODING_TRY(positive("batch", p.batch));
@@ -446,6 +448,7 @@ Status append(int handle, const AppendParams& params, std::int64_t workspace_byt
                 " thread blocks");
   }
   if (params.pack_all == 0) {
+    BITDECODING_TRY(check_present("workspace", params.workspace));
     const std::int64_t counters = params.batch * static_cast<std::int64_t>(sizeof(std::int32_t));
     if (counters > kCounterBytes) {
       return fail(Status::unsupported_config, "batch=", params.batch, ": one launch would need ", counters,
@@ -495,6 +498,30 @@ Status append(int handle, const AppendParams& params, std::int64_t workspace_byt
                        &p.pack_all};
   const std::int64_t num_ctas = append_grid(r->kernel, *info, p, num_heads * items * kOperands);
   return launch(*driver, *info, r, num_ctas, arguments, options);
+}
+
+Status merge(int handle, const MergeParams& params, const LaunchOptions& options) noexcept {
+  constexpr std::int64_t kVectorValues = 8;  // of a thread
+  constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
+  const cuda::Driver* driver = nullptr;
+  Registered* r = nullptr;
+  const DeviceInfo* info = nullptr;
+  BITDECODING_TRY(find_kind(handle, "merge", &r));
+  BITDECODING_TRY(positive("num_parts", params.num_parts));
+  BITDECODING_TRY(not_negative("rows", params.rows));
+  BITDECODING_TRY(vectors("outs", params.outs));
+  BITDECODING_TRY(check_present("lses", params.lses));
+  BITDECODING_TRY(vectors("out", params.out));
+  const std::int64_t row_vectors = r->config.head_dim / kVectorValues, threads = r->kernel.threads;
+  if (params.rows > kMaxGrid / row_vectors * threads) {
+    return fail(Status::unsupported_config, "rows=", params.rows, ": one launch would need more than ", kMaxGrid,
+                " thread blocks");
+  }
+  BITDECODING_TRY(find_target(*r, options.device, &driver, &info));
+  if (params.rows == 0) return Status::ok;
+  MergeParams p = params;
+  void* arguments[] = {&p.outs, &p.lses, &p.out, &p.lse, &p.rows, &p.num_parts, &p.bfloat16};
+  return launch(*driver, *info, r, (p.rows * row_vectors + threads - 1) / threads, arguments, options);
 }
 
 Status capture_id(int device, void* stream, std::uint64_t* out) noexcept {

@@ -30,6 +30,7 @@ MAX_PLANS = 4096  # a bound for callers that make a new QuantSpec for every call
 _decode = native.function("decode")
 _append = native.function("append")
 _quantize = native.function("quantize")
+_merge = native.function("merge")
 _device_info = native.function("device_info")
 _find_kernel = native.function("find_kernel")
 _add_kernel = native.function("add_kernel")
@@ -142,6 +143,17 @@ def quantize(
     device = k.get_device()
     plan = _append_plans.get((device, k.shape[-1], id(spec))) or _append_plan(device, k.shape[-1], spec)
     _quantize(plan.handle, *_alike(k, v), pages, block_table, cu_seqlens, max_seqlen, *plan.options)
+
+
+def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`bitdecoding.merge` on CUDA tensors of 16 bit with a head_dim of :data:`HEAD_DIMS`, parts stacked."""
+    device = outs.get_device()
+    outs, lses = outs.contiguous(), lses.contiguous()
+    out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    if out.numel():
+        config = KernelConfig(kind="merge", arch=device_arch(device), head_dim=outs.shape[-1])
+        _merge(kernel_handle(config), outs, lses, out, lse)
+    return out, lse
 
 
 def _alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,11 +296,19 @@ def install_command(arch: str) -> str:
     return f"BITDECODING_ARCH={arch} pip install ."
 
 
+def _why_missing(arch: str) -> str:
+    built = [path.stem.removeprefix("bitdecoding-") for path in sorted(native.PACKS_DIR.glob("*.bdpack"))]
+    if arch in built:
+        return f"the kernels for {arch} of this installation lack one"
+    has = f"those for {', '.join(built)}" if built else "none"
+    return f"the GPU needs kernels for {arch}, this installation has {has}"
+
+
 def _compile(config: KernelConfig, name: str) -> int:
     version = dsl_version()
     if version is None:
         raise KernelNotFound(
-            f"kernel {name} is in no kernel pack, and {DSL} is not installed to compile it; "
+            f"{_why_missing(config.arch)}, and {DSL} is not installed to compile {name}; "
             f"install with `{install_command(config.arch)}`, or `pip install '.[jit]'` to compile at first use"
         )
     from .cute_kernels.compile import compile_kernel

@@ -13,7 +13,7 @@ from . import cpu, quantization, torch_ops
 from .cute_kernels import native
 from .cute_kernels.config import QuantSpec
 from .cute_kernels.errors import InvalidArgument, OutOfPages
-from .cute_kernels.layouts import BLOCK_TOKENS, block_format
+from .cute_kernels.layouts import BLOCK_TOKENS, HEAD_DIMS, block_format
 from .quantization import CachePolicy
 
 if TYPE_CHECKING:
@@ -365,6 +365,10 @@ def merge(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor]) -> t
             raise InvalidArgument(f"lses[{i}] is {_describe(lse)}: allowed is torch.float32 {list(out.shape[:-1])}")
         _check_device(**{"outs[0]": outs[0], f"outs[{i}]": out, f"lses[{i}]": lse})
     stacked = [x if isinstance(x, Tensor) else torch.stack(tuple(x)) for x in (outs, lses)]
+    if outs[0].is_cuda and outs[0].dtype != torch.float32 and outs[0].shape[-1] in HEAD_DIMS:
+        from . import cuda
+
+        return cuda.merge(*stacked)
     out, lse = cpu.merge(*stacked)
     return out.to(outs[0].dtype), lse
 
