@@ -365,6 +365,8 @@ def merge(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor]) -> t
             raise InvalidArgument(f"lses[{i}] is {_describe(lse)}: allowed is torch.float32 {list(out.shape[:-1])}")
         _check_device(**{"outs[0]": outs[0], f"outs[{i}]": out, f"lses[{i}]": lse})
     stacked = [x if isinstance(x, Tensor) else torch.stack(tuple(x)) for x in (outs, lses)]
+    if torch.compiler.is_compiling():
+        return torch_ops.merge(*stacked)
     if outs[0].is_cuda and outs[0].dtype != torch.float32 and outs[0].shape[-1] in HEAD_DIMS:
         from . import cuda
 
