@@ -24,7 +24,7 @@ from .config import KernelConfig, QuantSpec
 from .cubin import read_cubin
 from .errors import UnsupportedConfig
 from .pack import DSL, CompiledKernel, write_pack
-from .plan import Plan
+from .wide_plan import plan_of
 
 # "a": instructions of this architecture only; "f": runs on its family (sm_100 and 103, sm_120 and 121)
 GPU_ARCHS = {"sm80": "sm_80", "sm89": "sm_89", "sm90a": "sm_90a", "sm100": "sm_100f", "sm120": "sm_120f"}
@@ -51,10 +51,12 @@ def compile_config(config: KernelConfig) -> Compiled:
     from cutlass import Int32, cute
 
     from .decode import DecodeKernel, example_params
+    from .wide import WideKernel
 
+    kernel = WideKernel if config.mma == "wgmma" else DecodeKernel
     options = f"--gpu-arch {arch} --keep-ptx --keep-cubin"
     with _scratch_directory():
-        made = cute.compile(DecodeKernel(config), example_params(), Int32(1), options=options)
+        made = cute.compile(kernel(config), example_params(), Int32(1), options=options)
         ptx, cubin = made.__ptx__, made.__cubin__
     if not ptx or not cubin:
         raise UnsupportedConfig(f"{config.name()}: the CuTe DSL produced no code for {arch}")
@@ -66,7 +68,7 @@ def compile_kernel(config: KernelConfig) -> CompiledKernel:
     """Compile one kernel for a pack."""
     made = compile_config(config)
     resources = read_cubin(made.cubin)[made.entry]
-    plan = Plan(config)
+    plan = plan_of(config)
     return CompiledKernel(
         name=config.name(),
         entry=made.entry,

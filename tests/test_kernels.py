@@ -16,7 +16,7 @@ pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 from attention_reference import attention, relative_error
 from bitdecoding.cute_kernels import compile as compiler
 from bitdecoding.cute_kernels.cubin import read_cubin
-from bitdecoding.cute_kernels.plan import Plan
+from bitdecoding.cute_kernels.wide_plan import plan_of
 from bitdecoding.cute_kernels.schedule import Params
 from dsl import sass
 from ptx_interpreter import Memory, run
@@ -51,7 +51,7 @@ def kernel(arch: str, spec: bd.QuantSpec, head_dim: int, group: int, q_len: int 
 def test_resources(arch: str) -> None:
     for config, made in compiled(arch).items():
         found = read_cubin(made.cubin)[made.entry]
-        plan = Plan(config)
+        plan = plan_of(config)
         name = config.name()
         assert found.frame_bytes == 0, f"{name} spills"
         assert found.max_threads == plan.threads, name
@@ -105,7 +105,7 @@ def execute(config: bd.KernelConfig, made: compiler.Compiled, case: Problem, q: 
     q_tiles = -(-group * q_len // config.q_tile)
     counters = batch * num_kv_heads * q_tiles
     counters = -(-counters // 32) * 32  # of 4 bytes, to a multiple of 128
-    slots = grid * 2 * Plan(config).partial_bytes
+    slots = grid * 2 * plan_of(config).partial_bytes
     workspace = np.concatenate((np.zeros(counters * 4, np.uint8), np.full(slots, 0xFF, np.uint8)))
     out = torch.full((batch, q_len, num_q_heads, head_dim), torch.nan).to(q.dtype)
     lse = np.full((batch, q_len, num_q_heads), np.nan, np.float32)
@@ -143,7 +143,7 @@ def execute(config: bd.KernelConfig, made: compiler.Compiled, case: Problem, q: 
         "group": group,
         "q_tiles": q_tiles,
     }
-    plan = Plan(config)
+    plan = plan_of(config)
     run(
         made.ptx, made.entry, (grid,), (plan.threads,), [values[name] for name in Params._fields], plan.smem_bytes,
         memory, async_copies=options.get("async_copies", "late"),

@@ -1,0 +1,178 @@
+"""Decode attention for many query columns with wgmma (sm_90a): schedule, blocks, merging and launch are those of decode.py.
+
+producer       as in decode.py: one bulk copy per block into a ring of shared-memory stages
+folder         makes a block's parameters ready once it has landed (fold.py); "ready" mbarriers
+consumers      warpgroups in teams (wide_plan.py); a team takes every n-th block for its query columns:
+    S^T = K Q^T            A = K from registers: per register one AND, one HFMA2 with the folded scale and offset;
+                           B = Q^T in shared memory; m64nNk16
+    P = exp2(S - top)      P^T times V's scale to shared memory by stmatrix.trans; the barrier that the team needs anyway
+                           tells whether ``top`` was too low
+    O^T += V^T P^T         A = V from registers, (code + zero); B = P^T; the tokens of a block are k
+16-bit tokens  sinks and tail, 128 at a time: the same, with K and V from global memory
+mergers        prepare the next piece's queries as B operand (wide_queries.py), merge pieces (merge.py)
+"""
+
+import cutlass
+from cutlass import Int32, cute, range_constexpr
+
+from . import ptx
+from . import warpgroup as wg
+from .decode import MAX_WINDOW, DecodeKernel
+from .fold import Fold
+from .layouts import BLOCK_TOKENS, LANES
+from .merge import Merge
+from .plan import BARRIER_BYTES, SLOTS
+from .schedule import Params, Place, Schedule, Shares, load_piece
+from .wide_attention import WideAttention
+from .wide_plan import AUXILIARY_REGISTERS, WidePlan
+from .wide_queries import WideQueries
+
+
+class WideKernel(DecodeKernel):
+    """The kernel of one KernelConfig with mma="wgmma"."""
+
+    def __init__(self, config):
+        self.plan = WidePlan(config)
+        self.schedule = Schedule(self.plan)
+        self.attention = WideAttention(self.plan)
+        self.queries = WideQueries(self.plan)
+        self.fold = Fold(self.plan)
+        self.merge = Merge(self.plan, self.schedule, self.queries)
+
+    @cute.kernel
+    def kernel(self, p: Params):
+        plan = self.plan
+        thread = cute.arch.thread_idx()[0]
+        warp = cute.arch.make_warp_uniform(thread // LANES)
+        lane = thread % LANES
+        smem = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint()
+        if thread == 0:
+            for stage in range_constexpr(plan.stages):
+                ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1)
+                ptx.mbarrier_init(smem + (plan.ready_at + BARRIER_BYTES * stage), 1)
+                ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), plan.warps_per_block)
+            for team in range_constexpr(plan.teams):
+                ptx.mbarrier_init(smem + (plan.free_at + BARRIER_BYTES * team), plan.team_warps)
+            ptx.mbarrier_init(smem + plan.merge_full_at, plan.warps)
+            ptx.mbarrier_init(smem + plan.merge_empty_at, plan.merge_warps)
+            for slot in range_constexpr(SLOTS):
+                ptx.mbarrier_init(smem + (plan.slot_full_at + BARRIER_BYTES * slot), plan.merge_warps)
+            ptx.fence_mbarrier_init()
+        ptx.wait_for_previous_kernel()
+
+        self.schedule.prefetch_table(p)
+        p = p._replace(window=cutlass.min(p.window, MAX_WINDOW))
+        units = self.schedule.total_units(p, lane) * (p.num_kv_heads * p.q_tiles)
+        ctas = cute.arch.grid_dim()[0]
+        base = units // ctas
+        shares = Shares(base, units - base * ctas)
+        cta = cute.arch.block_idx()[0]
+        x, end = shares.start(cta), shares.start(cta + 1)
+        cute.arch.sync_threads()  # the barriers are initialised
+        if warp < plan.warps:
+            wg.take_registers(plan.consumer_registers)
+            if x < end:
+                self.consume(p, smem, warp, lane)
+        else:
+            wg.give_registers(AUXILIARY_REGISTERS)
+            if x < end:
+                at = self.schedule.locate(p, x, lane)
+                if warp == plan.warps:
+                    self.produce(p, smem, lane, at, end)
+                elif warp == plan.warps + 1:
+                    self.fold_blocks(p, smem, lane, at, end)
+                else:
+                    self.merge.merge_pieces(p, smem, warp - (plan.warps + 2), lane, at, end, shares)
+
+    @cute.jit
+    def fold_blocks(self, p: Params, smem: Int32, lane: Int32, at: Place, end: Int32):
+        """Fold the parameters of the blocks of units [at.x, end), as they land."""
+        plan = self.plan
+        power = self.queries.power(p)
+        stage = Int32(0)
+        parity = Int32(0)
+        while at.x < end:
+            seq = self.schedule.sequence(p, at.b)
+            count = cutlass.min(end - at.x, seq.units - at.unit)
+            blocks = cutlass.min(at.unit + count, seq.blocks) - at.unit
+            valid = seq.packed - (seq.first_block + at.unit) * BLOCK_TOKENS
+            i = Int32(0)
+            while i < blocks:
+                ptx.mbarrier_wait(smem + plan.full_at + stage * BARRIER_BYTES, parity, plan.wait)
+                folded = smem + plan.folded_at + stage * plan.folded_bytes
+                self.fold.block(smem + stage * plan.fmt.block_bytes, folded, valid, power, lane)
+                cute.arch.sync_warp()
+                wg.mbarrier_arrive_from(smem + plan.ready_at + stage * BARRIER_BYTES, lane)
+                valid -= BLOCK_TOKENS
+                stage += 1
+                if stage == plan.stages:
+                    stage = Int32(0)
+                    parity = parity ^ 1
+                i += 1
+            at = self.schedule.next_piece(p, at, seq.units, count)
+
+    @cute.jit
+    def consume(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
+        """Attend over the CTA's share: blocks from the ring, 16-bit units from global memory."""
+        plan = self.plan
+        group = warp // plan.warps_per_block
+        team = self.attention.team(smem, warp, lane)
+        split = team.index % plan.splits
+        power = self.queries.power(p)
+        block = group  # the group's next block, counted over the share; its stage and the parity of its round
+        stage = group
+        parity = Int32(0)
+        free_parity = Int32(1)  # the first finds P free
+        ring = Int32(0)  # blocks of the share before this piece
+        done = Int32(0)  # pieces
+        is_last = Int32(0)
+        while is_last == 0:
+            slot = smem + plan.slots_at + done % SLOTS * plan.slot_bytes
+            ptx.mbarrier_wait(smem + plan.slot_full_at + done % SLOTS * BARRIER_BYTES, done // SLOTS % 2, plan.wait)
+            piece = load_piece(slot + plan.piece_offset)
+            query = self.queries.operand(slot, split)
+            highs = slot + plan.highs_offset + split * (plan.columns * 4) + (lane & 3) * 8
+            state = self.attention.first_state(free_parity)
+            # P lies where the results of the piece before may still be merged from; the first finds it empty
+            ptx.mbarrier_wait(smem + plan.merge_empty_at, (done + 1) % 2, plan.wait)
+
+            first_position = piece.first_position - ring * BLOCK_TOKENS
+            ring += piece.blocks
+            while block < ring:
+                position = first_position + block * BLOCK_TOKENS
+                general = (
+                    (position + BLOCK_TOKENS > piece.seen_by_all) | (position < piece.window_start) | (p.softcap > 0.0)
+                )
+                at = smem + stage * plan.fmt.block_bytes
+                folded = smem + plan.folded_at + stage * plan.folded_bytes
+                empty = smem + plan.empty_at + stage * BARRIER_BYTES
+                end = piece.packed_end
+                ptx.mbarrier_wait(smem + plan.ready_at + stage * BARRIER_BYTES, parity, plan.wait)
+                if general:
+                    state = self.attention.attend_block(
+                        p, team, at, folded, empty, query, highs, position, end, lane, state, True
+                    )
+                else:
+                    state = self.attention.attend_block(
+                        p, team, at, folded, empty, query, highs, position, end, lane, state, False
+                    )
+                block += plan.block_groups
+                stage += plan.block_groups
+                if stage >= plan.stages:
+                    stage -= plan.stages
+                    parity = parity ^ 1
+            state = self.attention.finished(state)
+            piece = load_piece(slot + plan.piece_offset)  # again, rather than in registers all the while
+            chunk = piece.first_chunk + group
+            while chunk < piece.end_chunk:
+                state = self.attention.attend_chunk(p, team, piece, chunk, query, power, highs, lane, state)
+                chunk += plan.block_groups
+            free_parity = state.parity
+            self.attention.store_state(smem, team, lane, state)
+            if piece.is_last == 1:
+                self.merge.merge_last(p, smem, warp, lane, piece)
+            else:
+                cute.arch.sync_warp()
+                wg.mbarrier_arrive_from(smem + plan.merge_full_at, lane)
+            is_last = piece.is_last
+            done += 1

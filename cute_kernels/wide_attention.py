@@ -1,0 +1,604 @@
+"""The arithmetic of a team of warpgroups: scores, softmax and values of a block, by wgmma.
+
+Lists at trace time stand for registers: s is a tile of 64 tokens, m one of 64 channels, n a column tile (8 query
+columns), c a channel tile of K, t a token tile of V. A lane is g = lane / 4, q = lane % 4; of an accumulator tile it
+has rows g (values 0, 1) and g + 8 (2, 3) of its warp's 16, columns 8n + 2q and the next, as with mma.m16n8k16.
+"""
+
+from typing import NamedTuple
+
+import cutlass
+from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
+
+from . import ptx
+from . import warpgroup as wg
+from .attention import FIRST_MAX, channel_pair, saturated
+from .fold import UNIT
+from .fragments import Fragment, extract, fragments, half2_constant
+from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, symmetric_zero
+from .plan import BARRIER_BYTES, COLUMNS
+from .queries import LOG2E
+from .schedule import Params, Piece
+from .wide_plan import GROUP_WARPS, M_TILE, WidePlan
+
+P_LIMIT = 2.0  # of a lane's sum of P in a column: keeps P * scale within fp16 for every scale of the quantiser
+HEADROOM = 3.0  # log2 by which a raised maximum lies above the scores: with many columns one would grow at every block
+TEAM_BARRIER = 3  # named barriers from here on, one per team
+
+
+class Team(NamedTuple):
+    """A warp's place: shared-memory addresses include the lane's part where they say so."""
+
+    warp: Int32  # of its warpgroup
+    member: Int32  # of the team
+    index: Int32  # of the team
+    row: Int32  # token of the lane's row g in its first score tile
+    channel: Int32  # channel of the lane's row g in its first value tile
+    k_codes: Int32  # byte offsets within a stage; lane's
+    k_shift: Int32  # bits
+    v_codes: Int32
+    v_shift: Int32
+    k_folded: Int32  # byte offsets within a stage's folded parameters; lane's
+    v_folded: Int32
+    v_scale: Int32
+    p_store: Int32  # address; lane's
+    p_operand: Int64  # descriptor
+    exchange: Int32  # address of the team's floats [warp][column]
+    free: Int32  # mbarrier: P may be overwritten
+
+
+class State(NamedTuple):
+    """A warp's running result of a piece."""
+
+    top: list  # [n][2] what is subtracted from the scores, log2
+    total: list  # [n][2] sum of P over the lane's rows
+    out: list  # [m] accumulators of O^T * UNIT, until ``finished``
+    parity: Int32  # of the ``free`` barrier
+
+
+class WideAttention:
+    """The team arithmetic of one kernel."""
+
+    def __init__(self, plan: WidePlan):
+        self.plan = plan
+        self.fmt = plan.fmt
+        self.k_bits, self.v_bits = plan.quant.k_bits, plan.quant.v_bits
+        self.k_per_channel = plan.quant.k_axis == "channel"
+        self.score_tiles = plan.score_tiles_per_group
+        self.value_tiles = plan.value_tiles_per_group
+        self.column_tiles = plan.column_tiles
+        self.step_bytes = 2 * self.column_tiles * wg.CORE_BYTES  # of a B operand: one k step of 16
+        self.k_fragments = fragments(self.fmt.k_codes, "k", plan.head_dim, self.fmt.k_vector_words)
+        self.v_fragments = fragments(self.fmt.v_codes, "v", plan.head_dim, self.fmt.v_vector_words)
+
+    # -- places ------------------------------------------------------------------------------------------------------
+
+    def team(self, smem: Int32, warp: Int32, lane: Int32) -> Team:
+        plan, fmt = self.plan, self.fmt
+        member = warp % plan.team_warps
+        index = warp // plan.team_warps
+        group, warp = member // GROUP_WARPS, member % GROUP_WARPS
+        k, v, v_scale = fmt.k_codes.layout, fmt.v_codes.layout, fmt.v_scale.layout
+        # K: slice ``warp``, token tile ``group`` of it if there are two warpgroups
+        k_tile = k(TILE, 0)
+        k_codes = fmt.k_codes.offset + warp * (k(SLICE_TOKENS, 0) // 8) + lane * (k(0, 2) // 8)
+        k_shift = Int32(0)
+        if plan.team_groups == 2:
+            if k_tile >= 32:
+                k_codes += group * (k_tile // 8)
+            else:
+                k_shift = group * k_tile
+        row = warp * SLICE_TOKENS + group * TILE + (lane >> 2)
+        # V: channel tile ``warp`` of the group's first M tile
+        tile = group * (GROUP_WARPS * self.value_tiles) + warp
+        place = [v(0, TILE << b) for b in range((plan.tiles - 1).bit_length())]
+        v_codes = fmt.v_codes.offset + lane * (v(2, 0) // 8)
+        v_shift = Int32(0)
+        for b, bit in enumerate(place):
+            if bit >= 32:
+                v_codes += (tile >> b & 1) * (bit // 8)
+            else:
+                v_shift += (tile >> b & 1) * bit
+        # folded parameters
+        if self.k_per_channel:
+            token_group = (warp * SLICE_TOKENS) // plan.quant.k_group
+            k_folded = plan.folded_k_at + token_group * (6 * plan.head_dim) + (lane & 3) * 16
+        else:
+            k_folded = plan.folded_k_at + row * 8
+        first = group * self.value_tiles * M_TILE // plan.quant.v_group  # V group of the first M tile
+        v_folded = plan.folded_v_offset_at + first * (2 * v_scale(1, 0) if plan.v_groups > 1 else 0) + (lane & 3) * 16
+        v_scale_at = plan.folded_v_scale_at + row * 4
+        # P^T: of block group index // splits, columns of split index % splits
+        block_group, split = index // plan.splits, index % plan.splits
+        p = smem + plan.scratch_at + block_group * (plan.q_tile * plan.row_bytes)
+        p += split * (plan.columns * plan.row_bytes)
+        matrix = lane >> 3
+        k_step = wg.CORE_BYTES * self.column_tiles
+        p_store = p + (matrix & 1) * k_step + (matrix >> 1) * wg.CORE_BYTES + (lane & 7) * wg.CORE_ROW_BYTES
+        p_store += (warp * SLICE_TOKENS + group * TILE) // 8 * k_step
+        p_operand = p
+        if plan.p_groups > 1:
+            p_operand = p + first * plan.p_group_stride
+        exchange = smem + plan.exchange_at + index * (plan.team_warps * plan.columns * 4)
+        return Team(
+            warp=warp,
+            member=member,
+            index=index,
+            row=row,
+            channel=tile * TILE + (lane >> 2),
+            k_codes=k_codes,
+            k_shift=k_shift,
+            v_codes=v_codes,
+            v_shift=v_shift,
+            k_folded=k_folded,
+            v_folded=v_folded,
+            v_scale=v_scale_at,
+            p_store=p_store,
+            p_operand=wg.descriptor(cute.arch.make_warp_uniform(p_operand), self.column_tiles),
+            exchange=exchange,
+            free=smem + plan.free_at + index * BARRIER_BYTES,
+        )
+
+    def first_state(self, parity: Int32) -> State:
+        columns = range(self.column_tiles)
+        count = self.column_tiles * 4
+        return State(
+            [[Float32(FIRST_MAX)] * 2 for _ in columns],
+            [[Float32(0.0)] * 2 for _ in columns],
+            [[Float32(0.0)] * count for _ in range(self.value_tiles)],
+            parity,
+        )
+
+    # -- a block -----------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def attend_block(
+        self, p: Params, team: Team, stage: Int32, folded: Int32, empty: Int32, query: Int64, highs: Int32,
+        position: Int32, end: Int32, lane: Int32, state: State, general
+    ):  # fmt: skip
+        """Attend to the block in ``stage``, whose first token is at ``position``; ``end`` of the packed tokens.
+
+        query: descriptor of Q^T; highs: address of the columns' last visible positions + 1; empty: the stage's barrier.
+        general (trace time): with a soft cap, or where tokens are invisible to a query or beyond ``end``.
+        """
+        scores = self.scores(team, stage, folded, query)
+        factor = ptx.load_shared_floats(folded, 0, 1)[0]
+        if cutlass.const_expr(general):
+            scores = [[x * factor for x in tile] for tile in scores]
+            factor = Float32(1.0)
+            scores = self.restricted(p, scores, position + team.row, end, highs)
+        scales = []
+        for j in range_constexpr(self.plan.p_groups):
+            at = folded + team.v_scale
+            offset = j * BLOCK_TOKENS * 4
+            scales.append(
+                [
+                    [ptx.load_shared_floats(at, offset + 4 * (TILE * s + 8 * r), 1)[0] for r in range(2)]
+                    for s in range(self.score_tiles)
+                ]
+            )
+        state = self.weigh(team, scores, factor, scales, lane, state)
+        return self.accumulate(team, stage, folded, empty, lane, state)
+
+    def load_words(self, base: Int32, section, slice_: int, wanted: list, shift: Int32 | None) -> dict:
+        """(vector, word) -> register of the ``wanted`` Fragments of a slice; base includes the section's offset."""
+        vector_words = self.fmt.k_vector_words if section is self.fmt.k_codes else self.fmt.v_vector_words
+        slice_bytes = section.nbytes // NUM_SLICES
+        step = LANES * vector_words * 4
+        words = {}
+        for vector in sorted({f.vector for f in wanted}):
+            used = sorted({f.word for f in wanted if f.vector == vector})
+            first, count = used[0], used[-1] - used[0] + 1
+            got = ptx.load_shared(base, slice_ * slice_bytes + vector * step + 4 * first, count)
+            for i, word in enumerate(got):
+                words[vector, first + i] = word if shift is None else word >> shift
+        return words
+
+    def register(self, words: dict, fragment: Fragment, bits: int) -> Int32:
+        """The codes of an A register as denormals."""
+        return extract({fragment.vector: {fragment.word: words[fragment.vector, fragment.word]}}, fragment, bits)
+
+    def k_registers(self, words: dict, s: int, c: int, params: tuple) -> list:
+        """A registers of K for channel tile c: scale * (code + zero) (+ mean), in units of the block."""
+        low, high, offset = params
+        a = []
+        for r, fragment in enumerate(self.k_fragments[s, c]):
+            if fragment.bit % 8 in (2, 6):  # to where 4-bit codes are
+                words = words | {fragment[:2]: words[fragment[:2]] >> 2}
+                fragment = fragment._replace(bit=fragment.bit - 2)
+            code = self.register(words, fragment, self.k_bits)
+            a.append(wg.fma_half2(code, (high if fragment.bit % 8 else low)[r], offset[r]))
+        return a
+
+    def k_params(self, team: Team, folded: Int32, s: int, pair: int) -> list:
+        """For channel tiles 2 pair, 2 pair + 1: (low, high, offset), each by A register."""
+        base = folded + team.k_folded
+        if self.k_per_channel:
+            # B order: a vector has columns 2q.., 2q + 8.. of one tile, then those of the next
+            row = 2 * self.plan.head_dim
+            at = 4 * TILE * pair
+            low, offset = (ptx.load_shared(base, kind * row + at, 4) for kind in (0, 2))
+            high = ptx.load_shared(base, row + at, 4) if self.k_bits < 8 else low
+            return [
+                tuple([x[2 * i], x[2 * i], x[2 * i + 1], x[2 * i + 1]] for x in (low, high, offset)) for i in range(2)
+            ]
+        raise NotImplementedError
+
+    def scores(self, team: Team, stage: Int32, folded: Int32, query: Int64) -> list:
+        """[s] accumulators of K Q^T, to be multiplied by the block's factor."""
+        plan = self.plan
+        shift = team.k_shift if plan.team_groups == 2 and self.fmt.k_codes.layout(TILE, 0) < 32 else None
+        tiles = range(self.score_tiles)
+        rows = self.row_params(team, folded) if not self.k_per_channel else None
+        acc = [None for _ in tiles]
+        batch = plan.batch
+        for first in range(0, plan.tiles, batch):
+            a = {}
+            wanted = [f for s in tiles for c in range(first, first + batch) for f in self.k_fragments[s, c]]
+            words = self.load_words(stage + team.k_codes, self.fmt.k_codes, 0, wanted, shift)
+            for pair in range(first // 2, (first + batch) // 2):
+                if self.k_per_channel:
+                    params = self.k_params(team, folded, 0, pair)
+                for i in range(2):
+                    c = 2 * pair + i
+                    for s in tiles:
+                        if self.k_per_channel:
+                            a[s, c] = self.k_registers(words, s, c, params[i])
+                        else:
+                            a[s, c] = self.k_registers(words, s, c, self.token_params(rows, folded, team, s, c))
+            acc = self.issue(acc, a, range(first, first + batch), query, first > 0)
+            if first + batch < plan.tiles and first > 0:
+                wg.wait(1)
+        wg.wait(0)
+        return [wg.pin(x) for x in acc]
+
+    def issue(self, acc: list, a: dict, steps: range, operands, started: bool) -> list:
+        """wgmma of A registers a[tile, step] into acc[tile], in one group; operands: B descriptor, or one per tile."""
+        flat = wg.pin([x for key in sorted(a) for x in a[key]])
+        a = {key: flat[4 * i : 4 * i + 4] for i, key in enumerate(sorted(a))}
+        if not started:
+            acc = [None if x is None else wg.pin(x) for x in acc]
+        wg.fence()
+        for k in steps:
+            for i in range(len(acc)):
+                operand = operands[i] if isinstance(operands, list) else operands
+                step = operand + Int64(k * self.step_bytes // wg.DESCRIPTOR_UNIT)
+                acc[i] = wg.mma(acc[i], a[i, k], step, self.plan.columns)
+        wg.commit()
+        return acc
+
+    def row_params(self, team: Team, folded: Int32) -> list:
+        """K per token: [s][channel group] of (scale, offset) of rows g and g + 8."""
+        base = folded + team.k_folded
+        return [
+            [
+                [ptx.load_shared(base, (j * BLOCK_TOKENS + TILE * s + 8 * r) * 8, 2) for r in range(2)]
+                for j in range(self.plan.k_groups)
+            ]
+            for s in range(self.score_tiles)
+        ]
+
+    def token_params(self, rows: list, folded: Int32, team: Team, s: int, c: int) -> tuple:
+        """K per token: (low, high, offset) by A register of channel tile c; registers 0, 2 are rows g, 1, 3 g + 8."""
+        (scale, offset), (scale8, offset8) = rows[s][c // (self.plan.quant.k_group // TILE)]
+        scales, offsets = [scale, scale8, scale, scale8], [offset, offset8, offset, offset8]
+        if self.fmt.k_mean is not None:
+            # the vector of channel tiles c, c ^ 1 in B order; the tile's halves of it
+            at = self.plan.folded_mean_at + 4 * TILE * (c // 2) + 8 * (c % 2)
+            mean = ptx.load_shared(folded + (cute.arch.thread_idx()[0] & 3) * 16, at, 2)
+            offsets = [wg.add_half2(x, mean[r // 2]) for r, x in enumerate(offsets)]
+        return scales, scales, offsets
+
+    # -- softmax -----------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def restricted(self, p: Params, scores: list, position: Int32, end: Int32, highs: Int32):
+        """log2 scores after the soft cap, and -inf where a key is invisible; ``position`` of the lane's row g."""
+        if p.softcap > 0.0:
+            inverse = ptx.reciprocal(p.softcap) * 2.0
+            limit = p.softcap * LOG2E
+            for s in range_constexpr(len(scores)):
+                for i in range_constexpr(len(scores[s])):
+                    # cap * tanh(s / cap); tanh through exp2, since tanh.approx has 11 bits only
+                    x = ptx.reciprocal(ptx.exp2(scores[s][i] * inverse) + 1.0)
+                    scores[s][i] = limit - 2.0 * limit * x
+        for n in range_constexpr(self.column_tiles):
+            bounds = ptx.load_shared(highs, 4 * COLUMNS * n, 2)
+            for s in range_constexpr(len(scores)):
+                for i in range_constexpr(4):
+                    at = position + TILE * s + 8 * (i // 2)
+                    high = bounds[i % 2]
+                    if (at < high - p.window) | (at >= cutlass.min(high, end)):
+                        scores[s][4 * n + i] = Float32(-float("inf"))
+        return scores
+
+    @cute.jit
+    def weigh(self, team: Team, scores: list, factor: Float32, scales: list, lane: Int32, state: State):
+        """P = exp2(S factor - top), times the scales of V, to shared memory; the State with new sums.
+
+        P is written with the old ``top``; where that was too low, which a barrier finds out, it is raised and P
+        written again.
+        """
+        top, total, out, parity = state
+        threads = LANES * self.plan.team_warps
+        ptx.mbarrier_wait(team.free, parity, self.plan.wait)
+        parts = self.write(team, scores, factor, scales, top)
+        over = Boolean(False)
+        for n in range_constexpr(self.column_tiles):
+            over = over | (parts[n][0] > P_LIMIT) | (parts[n][1] > P_LIMIT)
+        wg.fence_async()
+        if wg.barrier_any(TEAM_BARRIER + team.index, threads, over):
+            for n in range_constexpr(self.column_tiles):
+                for j in range_constexpr(2):
+                    peak = scores[0][4 * n + j]
+                    for s in range_constexpr(self.score_tiles):
+                        peak = ptx.fmax(peak, ptx.fmax(scores[s][4 * n + j], scores[s][4 * n + j + 2]))
+                    for i in range_constexpr(3):
+                        peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 4 << i))
+                    parts[n][j] = peak * factor
+            if lane < 4:
+                mine = team.exchange + team.member * (4 * self.plan.columns) + lane * 8
+                for n in range_constexpr(self.column_tiles):
+                    ptx.store_shared(mine, 4 * COLUMNS * n, parts[n])
+            wg.barrier(TEAM_BARRIER + team.index, threads)
+            for n in range_constexpr(self.column_tiles):
+                at = team.exchange + (lane & 3) * 8
+                found = [
+                    ptx.load_shared_floats(at, 4 * (w * self.plan.columns + COLUMNS * n), 2)
+                    for w in range(self.plan.team_warps)
+                ]
+                for j in range_constexpr(2):
+                    peak = found[0][j]
+                    for w in range_constexpr(1, self.plan.team_warps):
+                        peak = ptx.fmax(peak, found[w][j])
+                    raised = ptx.fmax(top[n][j], peak + HEADROOM)
+                    shrink = ptx.exp2(top[n][j] - raised)
+                    top[n][j] = raised
+                    total[n][j] = total[n][j] * shrink
+                    for m in range_constexpr(self.value_tiles):
+                        for i in range_constexpr(j, 4, 2):
+                            out[m][4 * n + i] = out[m][4 * n + i] * shrink
+            parts = self.write(team, scores, factor, scales, top)
+            wg.fence_async()
+            wg.barrier(TEAM_BARRIER + team.index, threads)
+        for n in range_constexpr(self.column_tiles):
+            for j in range_constexpr(2):
+                total[n][j] = total[n][j] + parts[n][j]
+        return State(top, total, out, parity)
+
+    def write(self, team: Team, scores: list, factor: Float32, scales: list, top: list) -> list:
+        """Write P^T as B operands, one per V group -> [n][2] sums of P over the lane's rows."""
+        parts = []
+        k_step = wg.CORE_BYTES * self.column_tiles
+        pairs = [list(range(n, min(n + 2, self.column_tiles))) for n in range(0, self.column_tiles, 2)]
+        for pair in pairs:
+            p = {}
+            for n in pair:
+                for s in range(self.score_tiles):
+                    p[n, s] = [
+                        ptx.exp2(scores[s][4 * n + i] * factor - top[n][i % 2]) for i in range(4)
+                    ]
+                part = [p[n, 0][j] + p[n, 0][j + 2] for j in range(2)]
+                for s in range(1, self.score_tiles):
+                    part = [part[j] + (p[n, s][j] + p[n, s][j + 2]) for j in range(2)]
+                parts.append(part)
+            for j, scale in enumerate(scales):
+                for s in range(self.score_tiles):
+                    halves = []
+                    for n in pair:
+                        for r in range(2):
+                            x = p[n, s][2 * r : 2 * r + 2]
+                            if scale is not None:
+                                x = [v * scale[s][r] for v in x]
+                            halves.append(ptx.to_half2(*x))
+                    offset = j * self.plan.p_group_stride + pair[0] * wg.CORE_BYTES + 2 * s * k_step
+                    wg.store_matrices(team.p_store, offset, halves)
+        return parts
+
+    # -- values ------------------------------------------------------------------------------------------------------
+
+    def p_operands(self, team: Team) -> list:
+        """B descriptors of P^T by M tile."""
+        if self.plan.p_groups == 1:
+            return [team.p_operand] * self.value_tiles
+        stride = self.plan.p_group_stride // wg.DESCRIPTOR_UNIT
+        return [team.p_operand + Int64(m * M_TILE // self.plan.quant.v_group * stride) for m in range(self.value_tiles)]
+
+    @cute.jit
+    def accumulate(self, team: Team, stage: Int32, folded: Int32, empty: Int32, lane: Int32, state: State):
+        """O^T += V^T P^T of a block; frees the stage and P."""
+        top, total, out, parity = state
+        steps = BLOCK_TOKENS // TILE
+        operands = self.p_operands(team)
+        shift = None
+        if cutlass.const_expr(any(self.fmt.v_codes.layout(0, TILE << b) < 32 for b in range(2)) or self.v_splits_word()):
+            shift = team.v_shift
+        batch = self.plan.batch
+        for first in range_constexpr(0, steps, batch):
+            a = {}
+            for t in range_constexpr(first, first + batch):
+                if cutlass.const_expr(t % 2 == 0):
+                    wanted = [
+                        f for m in range(self.value_tiles) for i in range(2) for f in self.v_fragments[i, GROUP_WARPS * m]
+                    ]
+                    words = self.load_words(stage + team.v_codes, self.fmt.v_codes, t // 2, wanted, shift)
+                    offsets = self.v_offsets(team, folded, t // 2)
+                for m in range_constexpr(self.value_tiles):
+                    a[m, t] = self.v_registers(words, t % 2, m, offsets)
+            if cutlass.const_expr(first + batch == steps):
+                cute.arch.sync_warp()
+                wg.mbarrier_arrive_from(empty, lane)
+            out = self.issue(out, a, range(first, first + batch), operands, first > 0)
+            if cutlass.const_expr(first > 0 and first + batch < steps):
+                wg.wait(1)
+        wg.wait(0)
+        out = [wg.pin(x) for x in out]
+        wg.mbarrier_arrive_from(team.free, lane)
+        return State(top, total, out, parity ^ 1)
+
+    def v_splits_word(self) -> bool:
+        """Whether the warpgroups' or warps' channel tiles share words."""
+        bits = (self.plan.tiles - 1).bit_length()
+        runtime = [b for b in range(bits) if b < 2 or (1 << b) >= GROUP_WARPS * self.value_tiles]
+        return any(self.fmt.v_codes.layout(0, TILE << b) < 32 for b in runtime)
+
+    def v_offsets(self, team: Team, folded: Int32, slice_: int) -> list:
+        """[m][token tile of the slice][2] half2: (zero * UNIT) of the pairs of tokens of a lane's A registers."""
+        if self.fmt.v_zero is None:
+            constant = half2_constant(symmetric_zero(self.v_bits) * UNIT)
+            return [[[constant] * 2] * 2] * self.value_tiles
+        layout = self.fmt.v_scale.layout
+        found = {}
+        for m in range(self.value_tiles):
+            group = m * M_TILE // self.plan.quant.v_group
+            if group not in found:
+                at = 2 * (layout(group, SLICE_TOKENS * slice_) if group else layout(0, SLICE_TOKENS * slice_))
+                got = ptx.load_shared(folded + team.v_folded, at, 4)
+                found[group] = [got[:2], got[2:]]
+        return [found[m * M_TILE // self.plan.quant.v_group] for m in range(self.value_tiles)]
+
+    def v_registers(self, words: dict, i: int, m: int, offsets: list) -> list:
+        """A registers of V for token tile i of a slice: (code + zero) * UNIT."""
+        a = []
+        for r, fragment in enumerate(self.v_fragments[i, GROUP_WARPS * m]):
+            code = self.register(words, fragment, self.v_bits)
+            multiplier = half2_constant(UNIT * 2.0 ** (24 - fragment.bit % 8))
+            a.append(wg.fma_half2(code, multiplier, offsets[m][i][r >> 1]))
+        return a
+
+    def finished(self, state: State) -> State:
+        """``out`` as O^T itself, after the last block."""
+        return state._replace(out=[[x * (1.0 / UNIT) for x in tile] for tile in state.out])
+
+    # -- 16-bit tokens -----------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def halves(self, p: Params, registers: list):
+        """Registers of two 16-bit values of the model's dtype as fp16; bf16 beyond its range saturates."""
+        if p.bfloat16 == 1:
+            registers = [ptx.to_half2(*[saturated(x) for x in ptx.bfloat2_floats(register)]) for register in registers]
+        return registers
+
+    def address(self, p: Params, base: Int64, piece: Piece, capacity: Int32, token: Int32, held: Int32) -> Int64:
+        """Of a 16-bit token's row, of the last one for those beyond it; with the lane's quad."""
+        token = cutlass.min(token, held - 1)
+        return base + (Int64(piece.b * capacity + token) * p.num_kv_heads + piece.head) * (2 * self.plan.head_dim)
+
+    @cute.jit
+    def attend_chunk(
+        self, p: Params, team: Team, piece: Piece, chunk: Int32, query: Int64, power: Float32, highs: Int32,
+        lane: Int32, state: State
+    ):  # fmt: skip
+        """The team's 128 tokens of a 16-bit unit, read from global memory; sinks come first, then the tail."""
+        k, v, capacity = p.sink_k.toint(), p.sink_v.toint(), p.num_sink
+        token, held, position = chunk * self.plan.chunk, piece.sinks, Int32(0)
+        if chunk >= piece.sink_chunks:
+            k, v, capacity = p.tail_k.toint(), p.tail_v.toint(), p.tail_capacity
+            token = (chunk - piece.sink_chunks) * self.plan.chunk
+            held = piece.tail
+            position = piece.packed_end
+        if token < held:
+            state = self.attend_tokens(
+                p, team, piece, k, v, capacity, token, held, position, query, power, highs, lane, state
+            )
+        return state
+
+    @cute.jit
+    def attend_tokens(
+        self, p: Params, team: Team, piece: Piece, k: Int64, v: Int64, capacity: Int32, token: Int32, held: Int32,
+        position: Int32, query: Int64, power: Float32, highs: Int32, lane: Int32, state: State
+    ):  # fmt: skip
+        """Attend to tokens ``token`` .. ``held`` - 1 of a buffer, 128 at most; its first one is at ``position``."""
+        quad = Int64(lane & 3) * 4
+        tiles = self.plan.tiles
+        acc = [None for _ in range(self.score_tiles)]
+        rows = [
+            [self.address(p, k, piece, capacity, token + team.row + TILE * s + 8 * r, held) + quad for r in range(2)]
+            for s in range(self.score_tiles)
+        ]
+        batch = self.plan.batch
+        for first in range_constexpr(0, tiles, batch):
+            a = {}
+            for s in range_constexpr(self.score_tiles):
+                keys = [
+                    channel_pair(rows[s][i & 1], c, i >> 1 & 1) for c in range(first, first + batch) for i in range(4)
+                ]
+                keys = self.halves(p, keys)
+                for c in range_constexpr(batch):
+                    a[s, first + c] = keys[4 * c : 4 * c + 4]
+            acc = self.issue(acc, a, range(first, first + batch), query, first > 0)
+            wg.wait(0)
+        acc = [[x * power for x in wg.pin(tile)] for tile in acc]
+        acc = self.restricted(p, acc, position + token + team.row, position + held, highs)
+        state = self.weigh(team, acc, Float32(1.0), [None], lane, state)
+        top, total, out, parity = state
+        # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)
+        channels = quad + Int64(team.channel - (lane >> 2)) * 2
+        for t in range_constexpr(BLOCK_TOKENS // TILE):
+            rows = [
+                self.address(p, v, piece, capacity, token + TILE * t + 8 * r + (lane >> 2), held) + channels
+                for r in range(2)
+            ]
+            a = {}
+            for m in range_constexpr(self.value_tiles):
+                values = [channel_pair(rows[i >> 1 & 1], GROUP_WARPS * m, i & 1) for i in range(4)]
+                values = self.halves(p, values)
+                a[m, t] = [ptx.transpose8x8(x) for x in values]
+            operand = self.first_operand(team)
+            out = self.issue(out, a, range(t, t + 1), [operand] * self.value_tiles, False)
+            wg.wait(0)
+            out = [wg.pin(x) for x in out]
+        wg.mbarrier_arrive_from(team.free, lane)
+        return State(top, total, out, parity ^ 1)
+
+    def first_operand(self, team: Team) -> Int64:
+        """B descriptor of P^T of the first V group, which is where unscaled P goes."""
+        if self.plan.p_groups == 1 or self.plan.team_groups == 1:
+            return team.p_operand
+        first = team.member // GROUP_WARPS * (self.value_tiles * M_TILE // self.plan.quant.v_group)
+        return team.p_operand - Int64(first) * (self.plan.p_group_stride // wg.DESCRIPTOR_UNIT)
+
+    # -- the end of a piece ------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def store_state(self, smem: Int32, team: Team, lane: Int32, state: State):
+        """The team's results to the scratch: rows [column] of head_dim floats of O, maximum, sum."""
+        plan = self.plan
+        threads = LANES * plan.team_warps
+        top, total, out, _ = state
+        block_group, split = team.index // plan.splits, team.index % plan.splits
+        mine = smem + plan.scratch_at + block_group * (plan.q_tile * plan.row_bytes)
+        mine += split * (plan.columns * plan.row_bytes)
+        for n in range_constexpr(self.column_tiles):
+            for j in range_constexpr(2):
+                for i in range_constexpr(3):
+                    total[n][j] = total[n][j] + ptx.shuffle_xor(total[n][j], 4 << i)
+        if lane < 4:
+            sums = team.exchange + team.member * (4 * plan.columns) + lane * 8
+            for n in range_constexpr(self.column_tiles):
+                ptx.store_shared(sums, 4 * COLUMNS * n, total[n])
+        wg.barrier(TEAM_BARRIER + team.index, threads)  # sums are there, and nobody reads P any more
+        for n in range_constexpr(self.column_tiles):
+            for j in range_constexpr(2):
+                row = mine + (n * COLUMNS + (lane & 3) * 2 + j) * plan.row_bytes
+                for m in range_constexpr(self.value_tiles):
+                    for r in range_constexpr(2):
+                        at = row + team.channel * 4
+                        ptx.store_shared(at, 4 * (M_TILE * m + 8 * r), [out[m][4 * n + 2 * r + j]])
+        if team.member == 0:
+            if lane < 4:
+                for n in range_constexpr(self.column_tiles):
+                    parts = [
+                        ptx.load_shared_floats(
+                            team.exchange + lane * 8, 4 * (w * plan.columns + COLUMNS * n), 2
+                        )
+                        for w in range(plan.team_warps)
+                    ]
+                    for j in range_constexpr(2):
+                        weight = parts[0][j]
+                        for w in range_constexpr(1, plan.team_warps):
+                            weight = weight + parts[w][j]
+                        row = mine + (n * COLUMNS + lane * 2 + j) * plan.row_bytes
+                        ptx.store_shared(row, 4 * plan.head_dim, [top[n][j], weight])
+
+

@@ -1,0 +1,139 @@
+"""The constants of a wgmma kernel: teams of warpgroups, shared-memory plan.
+
+A *team* is the one or two warpgroups that attend to a block for the same query columns. Score rows are dealt to it in
+tiles of 64 tokens (token tile 2w + tile is that of warp w), O^T rows in tiles of 64 channels (channel tile 4 tile + w).
+Teams differ in their blocks, or, where ``warps_per_block`` is more than a team, in their columns.
+"""
+
+from functools import cached_property
+
+from .layouts import BLOCK_TOKENS, LANES, TILE
+from .plan import BARRIER_BYTES, FLAG_BYTES, SLOTS, SMEM_ALIGN, Plan
+
+GROUP_WARPS = 4  # of a warpgroup
+M_TILE = 64  # rows of one wgmma
+MAX_TEAM = 2  # warpgroups
+AUXILIARY_WARPS = 4  # producer, folder, mergers: a warpgroup of their own, for setmaxnreg
+REGISTER_STEP = 8
+SM_REGISTERS = 65536
+AUXILIARY_REGISTERS = 64
+ALIGN = 16
+
+
+class WidePlan(Plan):
+    """Read-only; sizes in bytes where the name says so."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        groups = config.warps_per_block // GROUP_WARPS  # warpgroups at a block
+        self.value_tiles = config.head_dim // M_TILE
+        self.team_groups = min(MAX_TEAM, groups, self.value_tiles)
+        self.team_warps = self.team_groups * GROUP_WARPS
+        self.splits = groups // self.team_groups  # of the query columns
+        self.teams = config.num_warps // self.team_warps
+        self.columns = config.q_tile // self.splits  # of a team
+        self.column_tiles = self.columns // 8
+        self.score_tiles_per_group = BLOCK_TOKENS // M_TILE // self.team_groups
+        self.value_tiles_per_group = self.value_tiles // self.team_groups
+        self.chunk = BLOCK_TOKENS  # tokens of a 16-bit unit
+        self.states = self.block_groups
+        self.merge_warps = AUXILIARY_WARPS - 2
+        self.merge_floats = 16  # they have few registers
+        self.threads = LANES * (self.warps + AUXILIARY_WARPS)
+        self.batch = 4  # k steps whose A registers are made before their wgmma are issued
+        # P is scaled per group of V; a group of less than an M tile's rows would need an operand per warp
+        self.p_groups = self.v_groups
+
+    # registers of a thread: what the CTA gets when it starts, and what setmaxnreg makes of it
+
+    @cached_property
+    def start_registers(self) -> int:
+        return min(SM_REGISTERS // self.threads // REGISTER_STEP * REGISTER_STEP, 232)
+
+    @cached_property
+    def consumer_registers(self) -> int:
+        groups = self.warps // GROUP_WARPS
+        total = self.start_registers * (groups + 1)
+        return min((total - AUXILIARY_REGISTERS) // groups // REGISTER_STEP * REGISTER_STEP, 240)
+
+    # shared memory: as in Plan, with the folded parameters of the stages behind the ring and, behind the flags,
+    # ``exchange``: a float per warp and column; ``ready`` barriers per stage, ``free`` ones per team.
+    # The merge scratch also holds P while a piece is worked on: a row per query column has room for its P.
+
+    @cached_property
+    def folded_at(self) -> int:
+        return self.stages * self.fmt.block_bytes
+
+    @cached_property
+    def scratch_at(self) -> int:
+        return self.folded_at + self.stages * self.folded_bytes
+
+    @cached_property
+    def slots_at(self) -> int:
+        return self.scratch_at + self.states * self.q_tile * self.row_bytes
+
+    @cached_property
+    def ready_at(self) -> int:
+        return self.flag_at + FLAG_BYTES
+
+    @cached_property
+    def free_at(self) -> int:
+        return self.ready_at + self.stages * BARRIER_BYTES
+
+    @cached_property
+    def exchange_at(self) -> int:
+        return -(-(self.free_at + self.teams * BARRIER_BYTES) // ALIGN) * ALIGN
+
+    @cached_property
+    def smem_bytes(self) -> int:
+        end = self.exchange_at + self.warps * self.columns * 4
+        return -(-end // SMEM_ALIGN) * SMEM_ALIGN
+
+    # a stage's folded parameters, fp16 where not said otherwise:
+    # factor f32 | K per channel: [token group][low, high, offset][head_dim] in B order
+    #            | K per token: [channel group][token] of (scale, scale, offset, offset), mean [head_dim] in B order
+    # | V: offset [channel group][token] in B order, scale f32 [channel group][token]
+
+    @cached_property
+    def folded_k_at(self) -> int:
+        return ALIGN
+
+    @cached_property
+    def k_rows(self) -> int:
+        """Groups of K along tokens."""
+        return BLOCK_TOKENS // self.quant.k_group if self.quant.k_axis == "channel" else 1
+
+    @cached_property
+    def folded_mean_at(self) -> int:
+        size = self.k_rows * 3 * self.head_dim * 2
+        if self.quant.k_axis == "token":
+            size = self.k_groups * BLOCK_TOKENS * 8
+        return self.folded_k_at + size
+
+    @cached_property
+    def folded_v_offset_at(self) -> int:
+        keeps_mean = self.quant.k_axis == "token" and self.quant.k_mean == "block"
+        return self.folded_mean_at + (self.head_dim * 2 if keeps_mean else 0)
+
+    @cached_property
+    def folded_v_scale_at(self) -> int:
+        return self.folded_v_offset_at + (0 if self.quant.v_symmetric else self.v_groups * BLOCK_TOKENS * 2)
+
+    @cached_property
+    def folded_bytes(self) -> int:
+        return self.folded_v_scale_at + self.v_groups * BLOCK_TOKENS * 4
+
+    @cached_property
+    def p_group_stride(self) -> int:
+        """Between P of one V group and the next, of a team's columns."""
+        return self.columns * BLOCK_TOKENS * 2
+
+    def check(self) -> None:
+        assert self.p_groups * BLOCK_TOKENS * 2 <= self.row_bytes
+        assert self.v_groups <= self.value_tiles and TILE * GROUP_WARPS == M_TILE
+        assert SLOTS == 2
+
+
+def plan_of(config) -> Plan:
+    """The plan of a decode kernel."""
+    return WidePlan(config) if config.mma == "wgmma" else Plan(config)
