@@ -5,7 +5,7 @@ stores left in shared memory reaches it only past a proxy fence. ``pin`` keeps t
 of such registers across the fences. PTX ISA: "wgmma.mma_async", "stmatrix", "setmaxnreg", "barrier.cta.red".
 """
 
-from cutlass import Boolean, Float32, Int32, Int64, cute
+from cutlass import Boolean, Float32, Int32, cute
 from cutlass._mlir.dialects import llvm, nvvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
@@ -41,26 +41,24 @@ def pin(values: list) -> list:
     return _assembly("", outputs, values, constraints)
 
 
-def descriptor(address: Int32, column_tiles: int) -> Int64:
-    """Of a B operand without swizzle: core matrices of 8 columns x 8 k, those of one k side by side.
+def descriptor(address: Int32, column_tiles: int) -> Int32:
+    """Lower half of a B operand's descriptor; no swizzle: core matrices of 8 columns x 8 k, those of one k side by side.
 
-    Two k steps of 8 lie column_tiles core matrices apart (leading dimension), two column tiles one (stride).
+    Two k steps of 8 lie column_tiles core matrices apart (leading dimension), two column tiles one (stride, upper half).
     """
-    step = CORE_BYTES // DESCRIPTOR_UNIT
-    low = ((address & 0x3FFFF) >> 4) | (column_tiles * step) << 16
-    return Int64(step << 32) + Int64(low)
+    return ((address & 0x3FFFF) >> 4) | (column_tiles * CORE_BYTES // DESCRIPTOR_UNIT) << 16
 
 
-def mma(acc: list | None, a: list, b: Int64, columns: int) -> list:
-    """A B + acc of ``wgmma.m64nNk16``, issued: a 4 half2, acc a lane's columns / 2 floats (None: 0)."""
+def mma(acc: list | None, a: list, b: Int32, columns: int) -> list:
+    """A B + acc of ``wgmma.m64nNk16``, issued: a 4 half2, b a descriptor, acc a lane's columns / 2 floats (None: 0)."""
     count = columns // 2
     d = ",".join(f"${i}" for i in range(count))
     registers = ",".join(f"${count + i}" for i in range(4))
     text = (
-        "{ .reg .pred p; setp.ne.b32 p, %d, 0; "
-        "wgmma.mma_async.sync.aligned.m64n%dk16.f32.f16.f16 {%s}, {%s}, $%d, p, 1, 1, 0; }"
-    ) % (0 if acc is None else 1, columns, d, registers, count + 4)
-    constraints = ["=f"] * count + ["r"] * 4 + ["l"]
+        "{ .reg .pred p; .reg .b64 b; mov.b64 b, {$%d, %d}; setp.ne.b32 p, %d, 0; "
+        "wgmma.mma_async.sync.aligned.m64n%dk16.f32.f16.f16 {%s}, {%s}, b, p, 1, 1, 0; }"
+    ) % (count + 4, CORE_BYTES // DESCRIPTOR_UNIT, 0 if acc is None else 1, columns, d, registers)
+    constraints = ["=f"] * count + ["r"] * 5
     inputs = [*a, b]
     if acc is not None:
         constraints += [str(i) for i in range(count)]
@@ -139,6 +137,16 @@ def mbarrier_arrive_from(address: Int32, lane: Int32) -> None:
         "{ .reg .pred p; .reg .b64 state; setp.eq.s32 p, {$r1}, 0; @p mbarrier.arrive.shared.b64 state, [{$r0}]; }",
         read_only_args=[address, lane],
     )
+
+
+def uniform(x: Int32) -> Int32:
+    """A value that all lanes agree about, in a uniform register: descriptors are read from those."""
+    return _assembly("redux.sync.or.b32 $0, $1, 0xffffffff;", [Int32], [x], ["=r", "r"])[0]
+
+
+def thread_again() -> Int32:
+    """The thread's index, read anew: what follows from it need not stay in registers all along."""
+    return _assembly("mov.u32 $0, %tid.x;", [Int32], [], ["=r"])[0]
 
 
 def give_registers(count: int) -> None:

@@ -117,7 +117,7 @@ class WideKernel(DecodeKernel):
         plan = self.plan
         group = warp // plan.warps_per_block
         team = self.attention.team(smem, warp, lane)
-        split = team.index % plan.splits
+        split = warp // plan.team_warps % plan.splits
         power = self.queries.power(p)
         block = group  # the group's next block, counted over the share; its stage and the parity of its round
         stage = group
@@ -150,11 +150,11 @@ class WideKernel(DecodeKernel):
                 ptx.mbarrier_wait(smem + plan.ready_at + stage * BARRIER_BYTES, parity, plan.wait)
                 if general:
                     state = self.attention.attend_block(
-                        p, team, at, folded, empty, query, highs, position, end, lane, state, True
+                        p, smem, team, at, folded, empty, query, highs, position, end, lane, state, True
                     )
                 else:
                     state = self.attention.attend_block(
-                        p, team, at, folded, empty, query, highs, position, end, lane, state, False
+                        p, smem, team, at, folded, empty, query, highs, position, end, lane, state, False
                     )
                 block += plan.block_groups
                 stage += plan.block_groups
@@ -165,10 +165,10 @@ class WideKernel(DecodeKernel):
             piece = load_piece(slot + plan.piece_offset)  # again, rather than in registers all the while
             chunk = piece.first_chunk + group
             while chunk < piece.end_chunk:
-                state = self.attention.attend_chunk(p, team, piece, chunk, query, power, highs, lane, state)
+                state = self.attention.attend_chunk(p, smem, team, piece, chunk, query, power, highs, state)
                 chunk += plan.block_groups
             free_parity = state.parity
-            self.attention.store_state(smem, team, lane, state)
+            self.attention.store_state(smem, team, state)
             if piece.is_last == 1:
                 self.merge.merge_last(p, smem, warp, lane, piece)
             else:

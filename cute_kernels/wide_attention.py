@@ -15,7 +15,7 @@ from . import warpgroup as wg
 from .attention import FIRST_MAX, channel_pair, saturated
 from .fold import UNIT
 from .fragments import Fragment, extract, fragments, half2_constant
-from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, symmetric_zero
+from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS, symmetric_zero
 from .plan import BARRIER_BYTES, COLUMNS
 from .queries import LOG2E
 from .schedule import Params, Piece
@@ -27,24 +27,31 @@ TEAM_BARRIER = 3  # named barriers from here on, one per team
 
 
 class Team(NamedTuple):
-    """A warp's place: shared-memory addresses include the lane's part where they say so."""
+    """What the loop over blocks needs of a warp's place; shared-memory addresses include the lane's part."""
 
-    warp: Int32  # of its warpgroup
-    member: Int32  # of the team
-    index: Int32  # of the team
-    row: Int32  # token of the lane's row g in its first score tile
-    channel: Int32  # channel of the lane's row g in its first value tile
-    k_codes: Int32  # byte offsets within a stage; lane's
+    barrier: Int32  # the team's named barrier
+    k_codes: Int32  # byte offsets within a stage
     k_shift: Int32  # bits
     v_codes: Int32
     v_shift: Int32
-    k_folded: Int32  # byte offsets within a stage's folded parameters; lane's
+    k_folded: Int32  # byte offsets within a stage's folded parameters
     v_folded: Int32
     v_scale: Int32
-    p_store: Int32  # address; lane's
-    p_operand: Int64  # descriptor
-    exchange: Int32  # address of the team's floats [warp][column]
+    p_store: Int32  # address
+    p_operand: Int32  # descriptor
     free: Int32  # mbarrier: P may be overwritten
+
+
+class Place(NamedTuple):
+    """The rest of it, found out anew where it is needed."""
+
+    lane: Int32
+    member: Int32  # warp of the team
+    group: Int32  # warpgroup of the team
+    row: Int32  # token of the lane's row g in its first score tile
+    channel: Int32  # channel of the lane's row g in its first value tile
+    results: Int32  # address of the team's rows in the merge scratch
+    exchange: Int32  # address of the team's floats [warp][column]
 
 
 class State(NamedTuple):
@@ -75,69 +82,89 @@ class WideAttention:
 
     def team(self, smem: Int32, warp: Int32, lane: Int32) -> Team:
         plan, fmt = self.plan, self.fmt
-        member = warp % plan.team_warps
         index = warp // plan.team_warps
-        group, warp = member // GROUP_WARPS, member % GROUP_WARPS
-        k, v, v_scale = fmt.k_codes.layout, fmt.v_codes.layout, fmt.v_scale.layout
+        group, warp = self.group(warp), warp % GROUP_WARPS
+        k, v = fmt.k_codes.layout, fmt.v_codes.layout
         # K: slice ``warp``, token tile ``group`` of it if there are two warpgroups
-        k_tile = k(TILE, 0)
-        k_codes = fmt.k_codes.offset + warp * (k(SLICE_TOKENS, 0) // 8) + lane * (k(0, 2) // 8)
+        k_codes = warp * (k(SLICE_TOKENS, 0) // 8) + lane * (k(0, 2) // 8)
         k_shift = Int32(0)
-        if plan.team_groups == 2:
-            if k_tile >= 32:
-                k_codes += group * (k_tile // 8)
-            else:
-                k_shift = group * k_tile
-        row = warp * SLICE_TOKENS + group * TILE + (lane >> 2)
+        if plan.team_groups == 2 and k(TILE, 0) >= WORD_BITS:
+            k_codes += group * (k(TILE, 0) // 8)
+        elif plan.team_groups == 2:
+            k_shift = group * k(TILE, 0)
         # V: channel tile ``warp`` of the group's first M tile
         tile = group * (GROUP_WARPS * self.value_tiles) + warp
-        place = [v(0, TILE << b) for b in range((plan.tiles - 1).bit_length())]
-        v_codes = fmt.v_codes.offset + lane * (v(2, 0) // 8)
+        v_codes = lane * (v(2, 0) // 8)
         v_shift = Int32(0)
-        for b, bit in enumerate(place):
-            if bit >= 32:
-                v_codes += (tile >> b & 1) * (bit // 8)
+        for b in range((plan.tiles - 1).bit_length()):
+            if v(0, TILE << b) >= WORD_BITS:
+                v_codes += (tile >> b & 1) * (v(0, TILE << b) // 8)
             else:
-                v_shift += (tile >> b & 1) * bit
+                v_shift += (tile >> b & 1) * v(0, TILE << b)
         # folded parameters
-        if self.k_per_channel:
-            token_group = (warp * SLICE_TOKENS) // plan.quant.k_group
-            k_folded = plan.folded_k_at + token_group * (6 * plan.head_dim) + (lane & 3) * 16
-        else:
-            k_folded = plan.folded_k_at + row * 8
-        first = group * self.value_tiles * M_TILE // plan.quant.v_group  # V group of the first M tile
-        v_folded = plan.folded_v_offset_at + first * (2 * v_scale(1, 0) if plan.v_groups > 1 else 0) + (lane & 3) * 16
-        v_scale_at = plan.folded_v_scale_at + row * 4
-        # P^T: of block group index // splits, columns of split index % splits
-        block_group, split = index // plan.splits, index % plan.splits
-        p = smem + plan.scratch_at + block_group * (plan.q_tile * plan.row_bytes)
-        p += split * (plan.columns * plan.row_bytes)
+        quad = (lane & 3) * 16
+        k_folded = v_folded = quad
+        row = self.row(warp, group, lane)
+        if not self.k_per_channel:
+            k_folded = row * 8
+        elif plan.k_rows > 1:
+            k_folded += (warp * SLICE_TOKENS) // plan.quant.k_group * (6 * plan.head_dim)
+        if plan.v_groups > 1:
+            v_folded += self.first_v_group(group) * (2 * fmt.v_scale.layout(1, 0))
+        # P^T
+        p = self.results(smem, index)
         matrix = lane >> 3
         k_step = wg.CORE_BYTES * self.column_tiles
         p_store = p + (matrix & 1) * k_step + (matrix >> 1) * wg.CORE_BYTES + (lane & 7) * wg.CORE_ROW_BYTES
-        p_store += (warp * SLICE_TOKENS + group * TILE) // 8 * k_step
-        p_operand = p
+        p_store += (warp * SLICE_TOKENS + group * TILE) // wg.CORE_ROWS * k_step
         if plan.p_groups > 1:
-            p_operand = p + first * plan.p_group_stride
-        exchange = smem + plan.exchange_at + index * (plan.team_warps * plan.columns * 4)
+            p += self.first_v_group(group) * plan.p_group_stride
         return Team(
-            warp=warp,
-            member=member,
-            index=index,
-            row=row,
-            channel=tile * TILE + (lane >> 2),
+            barrier=TEAM_BARRIER + index,
             k_codes=k_codes,
             k_shift=k_shift,
             v_codes=v_codes,
             v_shift=v_shift,
             k_folded=k_folded,
             v_folded=v_folded,
-            v_scale=v_scale_at,
+            v_scale=row * 4,
             p_store=p_store,
-            p_operand=wg.descriptor(cute.arch.make_warp_uniform(p_operand), self.column_tiles),
-            exchange=exchange,
+            p_operand=wg.descriptor(cute.arch.make_warp_uniform(p), self.column_tiles),
             free=smem + plan.free_at + index * BARRIER_BYTES,
         )
+
+    def place(self, smem: Int32) -> Place:
+        plan = self.plan
+        thread = wg.thread_again()
+        lane, warp = thread % LANES, thread // LANES
+        index, member, group = warp // plan.team_warps, warp % plan.team_warps, self.group(warp)
+        channel = (group * (GROUP_WARPS * self.value_tiles) + warp % GROUP_WARPS) * TILE + (lane >> 2)
+        return Place(
+            lane=lane,
+            member=member,
+            group=group,
+            row=self.row(warp % GROUP_WARPS, group, lane),
+            channel=channel,
+            results=self.results(smem, index),
+            exchange=smem + plan.exchange_at + index * (plan.team_warps * plan.columns * 4),
+        )
+
+    def group(self, warp: Int32) -> Int32:
+        """Warpgroup of the team."""
+        return warp % self.plan.team_warps // GROUP_WARPS if self.plan.team_groups > 1 else Int32(0)
+
+    def row(self, warp: Int32, group: Int32, lane: Int32) -> Int32:
+        return warp * SLICE_TOKENS + group * TILE + (lane >> 2)
+
+    def first_v_group(self, group: Int32) -> Int32:
+        """V group of a warpgroup's first M tile."""
+        return group * (self.value_tiles * M_TILE) // self.plan.quant.v_group
+
+    def results(self, smem: Int32, index: Int32) -> Int32:
+        """A team's rows in the merge scratch, where P lies until the piece is finished."""
+        plan = self.plan
+        block_group, split = index // plan.splits, index % plan.splits
+        return smem + plan.scratch_at + (block_group * plan.q_tile + split * plan.columns) * plan.row_bytes
 
     def first_state(self, parity: Int32) -> State:
         columns = range(self.column_tiles)
@@ -153,8 +180,8 @@ class WideAttention:
 
     @cute.jit
     def attend_block(
-        self, p: Params, team: Team, stage: Int32, folded: Int32, empty: Int32, query: Int64, highs: Int32,
-        position: Int32, end: Int32, lane: Int32, state: State, general
+        self, p: Params, smem: Int32, team: Team, stage: Int32, folded: Int32, empty: Int32, query: Int32,
+        highs: Int32, position: Int32, end: Int32, lane: Int32, state: State, general
     ):  # fmt: skip
         """Attend to the block in ``stage``, whose first token is at ``position``; ``end`` of the packed tokens.
 
@@ -166,22 +193,23 @@ class WideAttention:
         if cutlass.const_expr(general):
             scores = [[x * factor for x in tile] for tile in scores]
             factor = Float32(1.0)
-            scores = self.restricted(p, scores, position + team.row, end, highs)
+            place = self.place(smem)
+            scores = self.restricted(p, scores, position + place.row, end, highs)
         scales = []
         for j in range_constexpr(self.plan.p_groups):
             at = folded + team.v_scale
-            offset = j * BLOCK_TOKENS * 4
+            offset = self.plan.folded_v_scale_at + j * BLOCK_TOKENS * 4
             scales.append(
                 [
                     [ptx.load_shared_floats(at, offset + 4 * (TILE * s + 8 * r), 1)[0] for r in range(2)]
                     for s in range(self.score_tiles)
                 ]
             )
-        state = self.weigh(team, scores, factor, scales, lane, state)
+        state = self.weigh(smem, team, scores, factor, scales, state)
         return self.accumulate(team, stage, folded, empty, lane, state)
 
     def load_words(self, base: Int32, section, slice_: int, wanted: list, shift: Int32 | None) -> dict:
-        """(vector, word) -> register of the ``wanted`` Fragments of a slice; base includes the section's offset."""
+        """(vector, word) -> register of the ``wanted`` Fragments of a slice; base: of the stage, with the lane's part."""
         vector_words = self.fmt.k_vector_words if section is self.fmt.k_codes else self.fmt.v_vector_words
         slice_bytes = section.nbytes // NUM_SLICES
         step = LANES * vector_words * 4
@@ -189,7 +217,8 @@ class WideAttention:
         for vector in sorted({f.vector for f in wanted}):
             used = sorted({f.word for f in wanted if f.vector == vector})
             first, count = used[0], used[-1] - used[0] + 1
-            got = ptx.load_shared(base, slice_ * slice_bytes + vector * step + 4 * first, count)
+            offset = section.offset + slice_ * slice_bytes + vector * step + 4 * first
+            got = ptx.load_shared(base, offset, count)
             for i, word in enumerate(got):
                 words[vector, first + i] = word if shift is None else word >> shift
         return words
@@ -216,7 +245,7 @@ class WideAttention:
         if self.k_per_channel:
             # B order: a vector has columns 2q.., 2q + 8.. of one tile, then those of the next
             row = 2 * self.plan.head_dim
-            at = 4 * TILE * pair
+            at = self.plan.folded_k_at + 4 * TILE * pair
             low, offset = (ptx.load_shared(base, kind * row + at, 4) for kind in (0, 2))
             high = ptx.load_shared(base, row + at, 4) if self.k_bits < 8 else low
             return [
@@ -224,13 +253,14 @@ class WideAttention:
             ]
         raise NotImplementedError
 
-    def scores(self, team: Team, stage: Int32, folded: Int32, query: Int64) -> list:
+    def scores(self, team: Team, stage: Int32, folded: Int32, query: Int32) -> list:
         """[s] accumulators of K Q^T, to be multiplied by the block's factor."""
         plan = self.plan
-        shift = team.k_shift if plan.team_groups == 2 and self.fmt.k_codes.layout(TILE, 0) < 32 else None
+        shift = team.k_shift if plan.team_groups == 2 and self.fmt.k_codes.layout(TILE, 0) < WORD_BITS else None
         tiles = range(self.score_tiles)
         rows = self.row_params(team, folded) if not self.k_per_channel else None
         acc = [None for _ in tiles]
+        query = wg.uniform(query)
         batch = plan.batch
         for first in range(0, plan.tiles, batch):
             a = {}
@@ -262,7 +292,7 @@ class WideAttention:
         for k in steps:
             for i in range(len(acc)):
                 operand = operands[i] if isinstance(operands, list) else operands
-                step = operand + Int64(k * self.step_bytes // wg.DESCRIPTOR_UNIT)
+                step = operand + k * self.step_bytes // wg.DESCRIPTOR_UNIT
                 acc[i] = wg.mma(acc[i], a[i, k], step, self.plan.columns)
         wg.commit()
         return acc
@@ -272,7 +302,10 @@ class WideAttention:
         base = folded + team.k_folded
         return [
             [
-                [ptx.load_shared(base, (j * BLOCK_TOKENS + TILE * s + 8 * r) * 8, 2) for r in range(2)]
+                [
+                    ptx.load_shared(base, self.plan.folded_k_at + (j * BLOCK_TOKENS + TILE * s + 8 * r) * 8, 2)
+                    for r in range(2)
+                ]
                 for j in range(self.plan.k_groups)
             ]
             for s in range(self.score_tiles)
@@ -313,7 +346,7 @@ class WideAttention:
         return scores
 
     @cute.jit
-    def weigh(self, team: Team, scores: list, factor: Float32, scales: list, lane: Int32, state: State):
+    def weigh(self, smem: Int32, team: Team, scores: list, factor: Float32, scales: list, state: State):
         """P = exp2(S factor - top), times the scales of V, to shared memory; the State with new sums.
 
         P is written with the old ``top``; where that was too low, which a barrier finds out, it is raised and P
@@ -327,7 +360,8 @@ class WideAttention:
         for n in range_constexpr(self.column_tiles):
             over = over | (parts[n][0] > P_LIMIT) | (parts[n][1] > P_LIMIT)
         wg.fence_async()
-        if wg.barrier_any(TEAM_BARRIER + team.index, threads, over):
+        if wg.barrier_any(team.barrier, threads, over):
+            place = self.place(smem)
             for n in range_constexpr(self.column_tiles):
                 for j in range_constexpr(2):
                     peak = scores[0][4 * n + j]
@@ -336,13 +370,13 @@ class WideAttention:
                     for i in range_constexpr(3):
                         peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 4 << i))
                     parts[n][j] = peak * factor
-            if lane < 4:
-                mine = team.exchange + team.member * (4 * self.plan.columns) + lane * 8
+            if place.lane < 4:
+                mine = place.exchange + place.member * (4 * self.plan.columns) + place.lane * 8
                 for n in range_constexpr(self.column_tiles):
                     ptx.store_shared(mine, 4 * COLUMNS * n, parts[n])
-            wg.barrier(TEAM_BARRIER + team.index, threads)
+            wg.barrier(team.barrier, threads)
             for n in range_constexpr(self.column_tiles):
-                at = team.exchange + (lane & 3) * 8
+                at = place.exchange + (place.lane & 3) * 8
                 found = [
                     ptx.load_shared_floats(at, 4 * (w * self.plan.columns + COLUMNS * n), 2)
                     for w in range(self.plan.team_warps)
@@ -360,7 +394,7 @@ class WideAttention:
                             out[m][4 * n + i] = out[m][4 * n + i] * shrink
             parts = self.write(team, scores, factor, scales, top)
             wg.fence_async()
-            wg.barrier(TEAM_BARRIER + team.index, threads)
+            wg.barrier(team.barrier, threads)
         for n in range_constexpr(self.column_tiles):
             for j in range_constexpr(2):
                 total[n][j] = total[n][j] + parts[n][j]
@@ -399,10 +433,11 @@ class WideAttention:
 
     def p_operands(self, team: Team) -> list:
         """B descriptors of P^T by M tile."""
+        operand = wg.uniform(team.p_operand)
         if self.plan.p_groups == 1:
-            return [team.p_operand] * self.value_tiles
+            return [operand] * self.value_tiles
         stride = self.plan.p_group_stride // wg.DESCRIPTOR_UNIT
-        return [team.p_operand + Int64(m * M_TILE // self.plan.quant.v_group * stride) for m in range(self.value_tiles)]
+        return [operand + m * M_TILE // self.plan.quant.v_group * stride for m in range(self.value_tiles)]
 
     @cute.jit
     def accumulate(self, team: Team, stage: Int32, folded: Int32, empty: Int32, lane: Int32, state: State):
@@ -411,7 +446,7 @@ class WideAttention:
         steps = BLOCK_TOKENS // TILE
         operands = self.p_operands(team)
         shift = None
-        if cutlass.const_expr(any(self.fmt.v_codes.layout(0, TILE << b) < 32 for b in range(2)) or self.v_splits_word()):
+        if cutlass.const_expr(self.v_shares_words()):
             shift = team.v_shift
         batch = self.plan.batch
         for first in range_constexpr(0, steps, batch):
@@ -436,11 +471,11 @@ class WideAttention:
         wg.mbarrier_arrive_from(team.free, lane)
         return State(top, total, out, parity ^ 1)
 
-    def v_splits_word(self) -> bool:
+    def v_shares_words(self) -> bool:
         """Whether the warpgroups' or warps' channel tiles share words."""
         bits = (self.plan.tiles - 1).bit_length()
         runtime = [b for b in range(bits) if b < 2 or (1 << b) >= GROUP_WARPS * self.value_tiles]
-        return any(self.fmt.v_codes.layout(0, TILE << b) < 32 for b in runtime)
+        return any(self.fmt.v_codes.layout(0, TILE << b) < WORD_BITS for b in runtime)
 
     def v_offsets(self, team: Team, folded: Int32, slice_: int) -> list:
         """[m][token tile of the slice][2] half2: (zero * UNIT) of the pairs of tokens of a lane's A registers."""
@@ -452,7 +487,7 @@ class WideAttention:
         for m in range(self.value_tiles):
             group = m * M_TILE // self.plan.quant.v_group
             if group not in found:
-                at = 2 * (layout(group, SLICE_TOKENS * slice_) if group else layout(0, SLICE_TOKENS * slice_))
+                at = self.plan.folded_v_offset_at + 2 * layout(group, SLICE_TOKENS * slice_)
                 got = ptx.load_shared(folded + team.v_folded, at, 4)
                 found[group] = [got[:2], got[2:]]
         return [found[m * M_TILE // self.plan.quant.v_group] for m in range(self.value_tiles)]
@@ -486,8 +521,8 @@ class WideAttention:
 
     @cute.jit
     def attend_chunk(
-        self, p: Params, team: Team, piece: Piece, chunk: Int32, query: Int64, power: Float32, highs: Int32,
-        lane: Int32, state: State
+        self, p: Params, smem: Int32, team: Team, piece: Piece, chunk: Int32, query: Int32, power: Float32,
+        highs: Int32, state: State
     ):  # fmt: skip
         """The team's 128 tokens of a 16-bit unit, read from global memory; sinks come first, then the tail."""
         k, v, capacity = p.sink_k.toint(), p.sink_v.toint(), p.num_sink
@@ -499,21 +534,22 @@ class WideAttention:
             position = piece.packed_end
         if token < held:
             state = self.attend_tokens(
-                p, team, piece, k, v, capacity, token, held, position, query, power, highs, lane, state
+                p, smem, team, piece, k, v, capacity, token, held, position, query, power, highs, state
             )
         return state
 
     @cute.jit
     def attend_tokens(
-        self, p: Params, team: Team, piece: Piece, k: Int64, v: Int64, capacity: Int32, token: Int32, held: Int32,
-        position: Int32, query: Int64, power: Float32, highs: Int32, lane: Int32, state: State
+        self, p: Params, smem: Int32, team: Team, piece: Piece, k: Int64, v: Int64, capacity: Int32, token: Int32,
+        held: Int32, position: Int32, query: Int32, power: Float32, highs: Int32, state: State
     ):  # fmt: skip
         """Attend to tokens ``token`` .. ``held`` - 1 of a buffer, 128 at most; its first one is at ``position``."""
-        quad = Int64(lane & 3) * 4
+        place = self.place(smem)
+        quad = Int64(place.lane & 3) * 4
         tiles = self.plan.tiles
         acc = [None for _ in range(self.score_tiles)]
         rows = [
-            [self.address(p, k, piece, capacity, token + team.row + TILE * s + 8 * r, held) + quad for r in range(2)]
+            [self.address(p, k, piece, capacity, token + place.row + TILE * s + 8 * r, held) + quad for r in range(2)]
             for s in range(self.score_tiles)
         ]
         batch = self.plan.batch
@@ -529,14 +565,15 @@ class WideAttention:
             acc = self.issue(acc, a, range(first, first + batch), query, first > 0)
             wg.wait(0)
         acc = [[x * power for x in wg.pin(tile)] for tile in acc]
-        acc = self.restricted(p, acc, position + token + team.row, position + held, highs)
-        state = self.weigh(team, acc, Float32(1.0), [None], lane, state)
+        acc = self.restricted(p, acc, position + token + place.row, position + held, highs)
+        state = self.weigh(smem, team, acc, Float32(1.0), [None], state)
         top, total, out, parity = state
         # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)
-        channels = quad + Int64(team.channel - (lane >> 2)) * 2
+        channels = quad + Int64(place.channel - (place.lane >> 2)) * 2
+        operand = self.first_operand(team, place)
         for t in range_constexpr(BLOCK_TOKENS // TILE):
             rows = [
-                self.address(p, v, piece, capacity, token + TILE * t + 8 * r + (lane >> 2), held) + channels
+                self.address(p, v, piece, capacity, token + TILE * t + 8 * r + (place.lane >> 2), held) + channels
                 for r in range(2)
             ]
             a = {}
@@ -544,53 +581,50 @@ class WideAttention:
                 values = [channel_pair(rows[i >> 1 & 1], GROUP_WARPS * m, i & 1) for i in range(4)]
                 values = self.halves(p, values)
                 a[m, t] = [ptx.transpose8x8(x) for x in values]
-            operand = self.first_operand(team)
             out = self.issue(out, a, range(t, t + 1), [operand] * self.value_tiles, False)
             wg.wait(0)
             out = [wg.pin(x) for x in out]
-        wg.mbarrier_arrive_from(team.free, lane)
+        wg.mbarrier_arrive_from(team.free, place.lane)
         return State(top, total, out, parity ^ 1)
 
-    def first_operand(self, team: Team) -> Int64:
+    def first_operand(self, team: Team, place: Place) -> Int32:
         """B descriptor of P^T of the first V group, which is where unscaled P goes."""
-        if self.plan.p_groups == 1 or self.plan.team_groups == 1:
+        if self.plan.p_groups == 1:
             return team.p_operand
-        first = team.member // GROUP_WARPS * (self.value_tiles * M_TILE // self.plan.quant.v_group)
-        return team.p_operand - Int64(first) * (self.plan.p_group_stride // wg.DESCRIPTOR_UNIT)
+        return team.p_operand - self.first_v_group(place.group) * (self.plan.p_group_stride // wg.DESCRIPTOR_UNIT)
 
     # -- the end of a piece ------------------------------------------------------------------------------------------
 
     @cute.jit
-    def store_state(self, smem: Int32, team: Team, lane: Int32, state: State):
+    def store_state(self, smem: Int32, team: Team, state: State):
         """The team's results to the scratch: rows [column] of head_dim floats of O, maximum, sum."""
         plan = self.plan
         threads = LANES * plan.team_warps
         top, total, out, _ = state
-        block_group, split = team.index // plan.splits, team.index % plan.splits
-        mine = smem + plan.scratch_at + block_group * (plan.q_tile * plan.row_bytes)
-        mine += split * (plan.columns * plan.row_bytes)
+        place = self.place(smem)
+        lane, mine = place.lane, place.results
         for n in range_constexpr(self.column_tiles):
             for j in range_constexpr(2):
                 for i in range_constexpr(3):
                     total[n][j] = total[n][j] + ptx.shuffle_xor(total[n][j], 4 << i)
         if lane < 4:
-            sums = team.exchange + team.member * (4 * plan.columns) + lane * 8
+            sums = place.exchange + place.member * (4 * plan.columns) + lane * 8
             for n in range_constexpr(self.column_tiles):
                 ptx.store_shared(sums, 4 * COLUMNS * n, total[n])
-        wg.barrier(TEAM_BARRIER + team.index, threads)  # sums are there, and nobody reads P any more
+        wg.barrier(team.barrier, threads)  # sums are there, and nobody reads P any more
         for n in range_constexpr(self.column_tiles):
             for j in range_constexpr(2):
                 row = mine + (n * COLUMNS + (lane & 3) * 2 + j) * plan.row_bytes
                 for m in range_constexpr(self.value_tiles):
                     for r in range_constexpr(2):
-                        at = row + team.channel * 4
+                        at = row + place.channel * 4
                         ptx.store_shared(at, 4 * (M_TILE * m + 8 * r), [out[m][4 * n + 2 * r + j]])
-        if team.member == 0:
+        if place.member == 0:
             if lane < 4:
                 for n in range_constexpr(self.column_tiles):
                     parts = [
                         ptx.load_shared_floats(
-                            team.exchange + lane * 8, 4 * (w * plan.columns + COLUMNS * n), 2
+                            place.exchange + lane * 8, 4 * (w * plan.columns + COLUMNS * n), 2
                         )
                         for w in range(plan.team_warps)
                     ]

@@ -40,7 +40,7 @@ class WidePlan(Plan):
         self.merge_warps = AUXILIARY_WARPS - 2
         self.merge_floats = 16  # they have few registers
         self.threads = LANES * (self.warps + AUXILIARY_WARPS)
-        self.batch = 4  # k steps whose A registers are made before their wgmma are issued
+        self.batch = 2 if self.team_groups == 2 else 4  # k steps whose A registers are made before their wgmma are issued
         # P is scaled per group of V; a group of less than an M tile's rows would need an operand per warp
         self.p_groups = self.v_groups
 

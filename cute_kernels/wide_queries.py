@@ -82,7 +82,7 @@ class WideQueries:
         at += channel_bytes // wg.CORE_ROW_BYTES * (plan.column_tiles * wg.CORE_BYTES)
         return at + channel_bytes % wg.CORE_ROW_BYTES
 
-    def operand(self, slot: Int32, split: Int32) -> Int64:
+    def operand(self, slot: Int32, split: Int32) -> Int32:
         """B descriptor of a split's first k step."""
         at = slot + split * (self.plan.columns * self.plan.head_dim * 2)
         return wg.descriptor(cute.arch.make_warp_uniform(at), self.plan.column_tiles)
