@@ -131,11 +131,12 @@ def barrier(index: Int32, threads: int) -> None:
     cute.arch.barrier(barrier_id=index, number_of_threads=threads)
 
 
-def mbarrier_arrive_from(address: Int32, lane: Int32) -> None:
+def mbarrier_arrive_once(address: Int32) -> None:
     """One arrival of a warp whose lanes have met."""
     asm(
-        "{ .reg .pred p; .reg .b64 state; setp.eq.s32 p, {$r1}, 0; @p mbarrier.arrive.shared.b64 state, [{$r0}]; }",
-        read_only_args=[address, lane],
+        "{ .reg .pred p; .reg .b64 state; elect.sync _|p, 0xffffffff; "
+        "@p mbarrier.arrive.shared.b64 state, [{$r0}]; }",
+        read_only_args=[address],
     )
 
 

@@ -22,7 +22,7 @@ from .fold import Fold
 from .layouts import BLOCK_TOKENS, LANES
 from .merge import Merge
 from .plan import BARRIER_BYTES, SLOTS
-from .schedule import Params, Place, Schedule, Shares, load_piece
+from .schedule import BLOCK_SHIFT, Params, Place, Schedule, Shares, load_piece
 from .wide_attention import WideAttention
 from .wide_plan import AUXILIARY_REGISTERS, WidePlan
 from .wide_queries import WideQueries
@@ -102,7 +102,7 @@ class WideKernel(DecodeKernel):
                 folded = smem + plan.folded_at + stage * plan.folded_bytes
                 self.fold.block(smem + stage * plan.fmt.block_bytes, folded, valid, power, lane)
                 cute.arch.sync_warp()
-                wg.mbarrier_arrive_from(smem + plan.ready_at + stage * BARRIER_BYTES, lane)
+                wg.mbarrier_arrive_once(smem + plan.ready_at + stage * BARRIER_BYTES)
                 valid -= BLOCK_TOKENS
                 stage += 1
                 if stage == plan.stages:
@@ -118,7 +118,6 @@ class WideKernel(DecodeKernel):
         group = warp // plan.warps_per_block
         team = self.attention.team(smem, warp, lane)
         split = warp // plan.team_warps % plan.splits
-        power = self.queries.power(p)
         block = group  # the group's next block, counted over the share; its stage and the parity of its round
         stage = group
         parity = Int32(0)
@@ -131,30 +130,29 @@ class WideKernel(DecodeKernel):
             ptx.mbarrier_wait(smem + plan.slot_full_at + done % SLOTS * BARRIER_BYTES, done // SLOTS % 2, plan.wait)
             piece = load_piece(slot + plan.piece_offset)
             query = self.queries.operand(slot, split)
-            highs = slot + plan.highs_offset + split * (plan.columns * 4) + (lane & 3) * 8
             state = self.attention.first_state(free_parity)
             # P lies where the results of the piece before may still be merged from; the first finds it empty
             ptx.mbarrier_wait(smem + plan.merge_empty_at, (done + 1) % 2, plan.wait)
 
-            first_position = piece.first_position - ring * BLOCK_TOKENS
+            # blocks plain_from .. plain_to - 1 are visible to every query, as a whole
+            plain_from = ring + (piece.window_start - piece.first_position + BLOCK_TOKENS - 1 >> BLOCK_SHIFT)
+            plain_to = ring + (piece.seen_by_all - piece.first_position >> BLOCK_SHIFT)
+            if p.softcap > 0.0:
+                plain_to = Int32(0)
+            first_block = ring
             ring += piece.blocks
             while block < ring:
-                position = first_position + block * BLOCK_TOKENS
-                general = (
-                    (position + BLOCK_TOKENS > piece.seen_by_all) | (position < piece.window_start) | (p.softcap > 0.0)
-                )
                 at = smem + stage * plan.fmt.block_bytes
                 folded = smem + plan.folded_at + stage * plan.folded_bytes
                 empty = smem + plan.empty_at + stage * BARRIER_BYTES
-                end = piece.packed_end
                 ptx.mbarrier_wait(smem + plan.ready_at + stage * BARRIER_BYTES, parity, plan.wait)
-                if general:
+                if (block >= plain_from) & (block < plain_to):
                     state = self.attention.attend_block(
-                        p, smem, team, at, folded, empty, query, highs, position, end, lane, state, True
+                        p, smem, team, at, folded, empty, query, slot, block - first_block, state, False
                     )
                 else:
                     state = self.attention.attend_block(
-                        p, smem, team, at, folded, empty, query, highs, position, end, lane, state, False
+                        p, smem, team, at, folded, empty, query, slot, block - first_block, state, True
                     )
                 block += plan.block_groups
                 stage += plan.block_groups
@@ -164,8 +162,9 @@ class WideKernel(DecodeKernel):
             state = self.attention.finished(state)
             piece = load_piece(slot + plan.piece_offset)  # again, rather than in registers all the while
             chunk = piece.first_chunk + group
+            power = self.queries.power(p)
             while chunk < piece.end_chunk:
-                state = self.attention.attend_chunk(p, smem, team, piece, chunk, query, power, highs, state)
+                state = self.attention.attend_chunk(p, smem, team, piece, chunk, query, power, slot, state)
                 chunk += plan.block_groups
             free_parity = state.parity
             self.attention.store_state(smem, team, state)
@@ -173,6 +172,6 @@ class WideKernel(DecodeKernel):
                 self.merge.merge_last(p, smem, warp, lane, piece)
             else:
                 cute.arch.sync_warp()
-                wg.mbarrier_arrive_from(smem + plan.merge_full_at, lane)
+                wg.mbarrier_arrive_once(smem + plan.merge_full_at)
             is_last = piece.is_last
             done += 1

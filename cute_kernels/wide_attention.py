@@ -18,7 +18,7 @@ from .fragments import Fragment, extract, fragments, half2_constant
 from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS, symmetric_zero
 from .plan import BARRIER_BYTES, COLUMNS
 from .queries import LOG2E
-from .schedule import Params, Piece
+from .schedule import Params, Piece, load_piece
 from .wide_plan import GROUP_WARPS, M_TILE, WidePlan
 
 P_LIMIT = 2.0  # of a lane's sum of P in a column: keeps P * scale within fp16 for every scale of the quantiser
@@ -46,6 +46,7 @@ class Place(NamedTuple):
     """The rest of it, found out anew where it is needed."""
 
     lane: Int32
+    index: Int32  # of the team
     member: Int32  # warp of the team
     group: Int32  # warpgroup of the team
     row: Int32  # token of the lane's row g in its first score tile
@@ -141,6 +142,7 @@ class WideAttention:
         channel = (group * (GROUP_WARPS * self.value_tiles) + warp % GROUP_WARPS) * TILE + (lane >> 2)
         return Place(
             lane=lane,
+            index=index,
             member=member,
             group=group,
             row=self.row(warp % GROUP_WARPS, group, lane),
@@ -148,6 +150,11 @@ class WideAttention:
             results=self.results(smem, index),
             exchange=smem + plan.exchange_at + index * (plan.team_warps * plan.columns * 4),
         )
+
+    def highs(self, slot: Int32, place: Place) -> Int32:
+        """Address of the positions behind the last keys that columns 2q and 2q + 1 of the team see."""
+        first = place.index % self.plan.splits * self.plan.columns
+        return slot + self.plan.highs_offset + first * 4 + (place.lane & 3) * 8
 
     def group(self, warp: Int32) -> Int32:
         """Warpgroup of the team."""
@@ -181,12 +188,12 @@ class WideAttention:
     @cute.jit
     def attend_block(
         self, p: Params, smem: Int32, team: Team, stage: Int32, folded: Int32, empty: Int32, query: Int32,
-        highs: Int32, position: Int32, end: Int32, lane: Int32, state: State, general
+        slot: Int32, block: Int32, state: State, general
     ):  # fmt: skip
-        """Attend to the block in ``stage``, whose first token is at ``position``; ``end`` of the packed tokens.
+        """Attend to the block in ``stage``, the piece's ``block``-th of this CTA.
 
-        query: descriptor of Q^T; highs: address of the columns' last visible positions + 1; empty: the stage's barrier.
-        general (trace time): with a soft cap, or where tokens are invisible to a query or beyond ``end``.
+        query: descriptor of Q^T; slot: of the piece; empty: the stage's barrier.
+        general (trace time): with a soft cap, or where tokens are invisible to a query or beyond the packed ones.
         """
         scores = self.scores(team, stage, folded, query)
         factor = ptx.load_shared_floats(folded, 0, 1)[0]
@@ -194,7 +201,9 @@ class WideAttention:
             scores = [[x * factor for x in tile] for tile in scores]
             factor = Float32(1.0)
             place = self.place(smem)
-            scores = self.restricted(p, scores, position + place.row, end, highs)
+            piece = load_piece(slot + self.plan.piece_offset)
+            position = piece.first_position + block * BLOCK_TOKENS + place.row
+            scores = self.restricted(p, scores, position, piece.packed_end, self.highs(slot, place))
         scales = []
         for j in range_constexpr(self.plan.p_groups):
             at = folded + team.v_scale
@@ -206,7 +215,7 @@ class WideAttention:
                 ]
             )
         state = self.weigh(smem, team, scores, factor, scales, state)
-        return self.accumulate(team, stage, folded, empty, lane, state)
+        return self.accumulate(team, stage, folded, empty, state)
 
     def load_words(self, base: Int32, section, slice_: int, wanted: list, shift: Int32 | None) -> dict:
         """(vector, word) -> register of the ``wanted`` Fragments of a slice; base: of the stage, with the lane's part."""
@@ -233,9 +242,11 @@ class WideAttention:
         a = []
         for r, fragment in enumerate(self.k_fragments[s, c]):
             if fragment.bit % 8 in (2, 6):  # to where 4-bit codes are
-                words = words | {fragment[:2]: words[fragment[:2]] >> 2}
+                shifted = {fragment[:2]: words[fragment[:2]] >> 2}
                 fragment = fragment._replace(bit=fragment.bit - 2)
-            code = self.register(words, fragment, self.k_bits)
+                code = self.register(shifted, fragment, self.k_bits)
+            else:
+                code = self.register(words, fragment, self.k_bits)
             a.append(wg.fma_half2(code, (high if fragment.bit % 8 else low)[r], offset[r]))
         return a
 
@@ -440,7 +451,7 @@ class WideAttention:
         return [operand + m * M_TILE // self.plan.quant.v_group * stride for m in range(self.value_tiles)]
 
     @cute.jit
-    def accumulate(self, team: Team, stage: Int32, folded: Int32, empty: Int32, lane: Int32, state: State):
+    def accumulate(self, team: Team, stage: Int32, folded: Int32, empty: Int32, state: State):
         """O^T += V^T P^T of a block; frees the stage and P."""
         top, total, out, parity = state
         steps = BLOCK_TOKENS // TILE
@@ -462,13 +473,13 @@ class WideAttention:
                     a[m, t] = self.v_registers(words, t % 2, m, offsets)
             if cutlass.const_expr(first + batch == steps):
                 cute.arch.sync_warp()
-                wg.mbarrier_arrive_from(empty, lane)
+                wg.mbarrier_arrive_once(empty)
             out = self.issue(out, a, range(first, first + batch), operands, first > 0)
             if cutlass.const_expr(first > 0 and first + batch < steps):
                 wg.wait(1)
         wg.wait(0)
         out = [wg.pin(x) for x in out]
-        wg.mbarrier_arrive_from(team.free, lane)
+        wg.mbarrier_arrive_once(team.free)
         return State(top, total, out, parity ^ 1)
 
     def v_shares_words(self) -> bool:
@@ -522,7 +533,7 @@ class WideAttention:
     @cute.jit
     def attend_chunk(
         self, p: Params, smem: Int32, team: Team, piece: Piece, chunk: Int32, query: Int32, power: Float32,
-        highs: Int32, state: State
+        slot: Int32, state: State
     ):  # fmt: skip
         """The team's 128 tokens of a 16-bit unit, read from global memory; sinks come first, then the tail."""
         k, v, capacity = p.sink_k.toint(), p.sink_v.toint(), p.num_sink
@@ -534,17 +545,18 @@ class WideAttention:
             position = piece.packed_end
         if token < held:
             state = self.attend_tokens(
-                p, smem, team, piece, k, v, capacity, token, held, position, query, power, highs, state
+                p, smem, team, piece, k, v, capacity, token, held, position, query, power, slot, state
             )
         return state
 
     @cute.jit
     def attend_tokens(
         self, p: Params, smem: Int32, team: Team, piece: Piece, k: Int64, v: Int64, capacity: Int32, token: Int32,
-        held: Int32, position: Int32, query: Int32, power: Float32, highs: Int32, state: State
+        held: Int32, position: Int32, query: Int32, power: Float32, slot: Int32, state: State
     ):  # fmt: skip
         """Attend to tokens ``token`` .. ``held`` - 1 of a buffer, 128 at most; its first one is at ``position``."""
         place = self.place(smem)
+        query = wg.uniform(query)
         quad = Int64(place.lane & 3) * 4
         tiles = self.plan.tiles
         acc = [None for _ in range(self.score_tiles)]
@@ -565,12 +577,12 @@ class WideAttention:
             acc = self.issue(acc, a, range(first, first + batch), query, first > 0)
             wg.wait(0)
         acc = [[x * power for x in wg.pin(tile)] for tile in acc]
-        acc = self.restricted(p, acc, position + token + place.row, position + held, highs)
+        acc = self.restricted(p, acc, position + token + place.row, position + held, self.highs(slot, place))
         state = self.weigh(smem, team, acc, Float32(1.0), [None], state)
         top, total, out, parity = state
         # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)
         channels = quad + Int64(place.channel - (place.lane >> 2)) * 2
-        operand = self.first_operand(team, place)
+        operand = wg.uniform(self.first_operand(team, place))
         for t in range_constexpr(BLOCK_TOKENS // TILE):
             rows = [
                 self.address(p, v, piece, capacity, token + TILE * t + 8 * r + (place.lane >> 2), held) + channels
@@ -584,7 +596,7 @@ class WideAttention:
             out = self.issue(out, a, range(t, t + 1), [operand] * self.value_tiles, False)
             wg.wait(0)
             out = [wg.pin(x) for x in out]
-        wg.mbarrier_arrive_from(team.free, place.lane)
+        wg.mbarrier_arrive_once(team.free)
         return State(top, total, out, parity ^ 1)
 
     def first_operand(self, team: Team, place: Place) -> Int32:
