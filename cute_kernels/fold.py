@@ -6,8 +6,7 @@ The consumers turn a code q, read as the fp16 denormal q * 2^-24 (or 2^-20), int
                                                    error is below 2^-16 of the block's largest step
     V:  (q + zero) / 2^9                           the scale of its token meets P, in fp32
 
-so K needs scale * 2^(15 - e), that / 16 for codes four bits higher, and the offset; V the offset and the scale; scores
-the factor 2^(9 + e). Parameters of tokens that the block does not hold become 0: what lies there may be NaN.
+so K needs scale * 2^(15 - e) and the offset; V the offset and the scale; scores the factor 2^(9 + e). Parameters of tokens that the block does not hold become 0: what lies there may be NaN.
 """
 
 import cutlass
@@ -20,7 +19,6 @@ from .wide_plan import WidePlan
 
 UNIT = 2.0**-9  # of the codes as A registers: 2^-24 times the largest power of two of fp16
 LARGEST_POWER = 2.0**15
-HIGH_CODES = 1.0 / 16.0  # 4- and 2-bit codes of rows g + 8 lie four bits higher
 SMALLEST_STEP = 2.0**-15  # of a block, for the exponent
 MEAN_ROOM = 2.0**-12  # how much larger than the largest scale a mean may be without limiting the exponent
 
@@ -85,18 +83,15 @@ class Fold:
             if cutlass.const_expr(self.fmt.k_zero is not None):
                 zero = self.channels(stage, self.fmt.k_zero, row, lane)
             held = row * self.quant.k_group < valid
-            low, high, offset = [], [], []
+            multiplier, offset = [], []
             for i in range_constexpr(len(scale)):
                 relative = scale[i] * inverse
                 whole = (relative * zero[i] + mean[i] * inverse) * UNIT
-                low.append(cutlass.select_(held, relative * LARGEST_POWER, Float32(0.0)))
-                high.append(low[i] * HIGH_CODES)
+                multiplier.append(cutlass.select_(held, relative * LARGEST_POWER, Float32(0.0)))
                 offset.append(cutlass.select_(held, whole, Float32(0.0)))
-            at = self.plan.folded_k_at + row * 6 * self.plan.head_dim
-            self.store_channels(folded, at, low, lane)
-            if cutlass.const_expr(self.quant.k_bits < 8):
-                self.store_channels(folded, at + 2 * self.plan.head_dim, high, lane)
-            self.store_channels(folded, at + 4 * self.plan.head_dim, offset, lane)
+            at = self.plan.folded_k_at + row * 4 * self.plan.head_dim
+            self.store_channels(folded, at, multiplier, lane)
+            self.store_channels(folded, at + 2 * self.plan.head_dim, offset, lane)
 
     @cute.jit
     def keys_per_token(self, stage: Int32, folded: Int32, valid: Int32, power: Float32, lane: Int32):
@@ -125,10 +120,7 @@ class Fold:
             for i in range_constexpr(4):
                 held = token + 8 * i < valid
                 relative = scale[i] * inverse
-                place = LARGEST_POWER
-                if cutlass.const_expr(self.quant.k_bits < 8 and i % 2 == 1):
-                    place = LARGEST_POWER * HIGH_CODES
-                multiplier = cutlass.select_(held, relative * place, Float32(0.0))
+                multiplier = cutlass.select_(held, relative * LARGEST_POWER, Float32(0.0))
                 offset = cutlass.select_(held, relative * zero[i] * UNIT, Float32(0.0))
                 pair = [ptx.to_half2(multiplier, multiplier), ptx.to_half2(offset, offset)]
                 ptx.store_shared(folded + token * 8, self.plan.folded_k_at + (j * BLOCK_TOKENS + 8 * i) * 8, pair)

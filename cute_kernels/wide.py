@@ -130,9 +130,9 @@ class WideKernel(DecodeKernel):
             ptx.mbarrier_wait(smem + plan.slot_full_at + done % SLOTS * BARRIER_BYTES, done // SLOTS % 2, plan.wait)
             piece = load_piece(slot + plan.piece_offset)
             query = self.queries.operand(slot, split)
-            state = self.attention.first_state(free_parity)
             # P lies where the results of the piece before may still be merged from; the first finds it empty
             ptx.mbarrier_wait(smem + plan.merge_empty_at, (done + 1) % 2, plan.wait)
+            state = self.attention.first_state(smem, free_parity)
 
             # blocks plain_from .. plain_to - 1 are visible to every query, as a whole
             plain_from = ring + (piece.window_start - piece.first_position + BLOCK_TOKENS - 1 >> BLOCK_SHIFT)

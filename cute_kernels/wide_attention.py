@@ -12,10 +12,10 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
-from .attention import FIRST_MAX, channel_pair, saturated
+from .attention import FIRST_MAX, HALF2_ONES, channel_pair, saturated
 from .fold import UNIT
-from .fragments import Fragment, extract, fragments, half2_constant
-from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS, symmetric_zero
+from .fragments import extract, fragments, half2_constant
+from .layouts import BLOCK_TOKENS, HALF_BITS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS, symmetric_zero
 from .plan import BARRIER_BYTES, COLUMNS
 from .queries import LOG2E
 from .schedule import Params, Piece, load_piece
@@ -39,6 +39,7 @@ class Team(NamedTuple):
     v_scale: Int32
     p_store: Int32  # address
     p_operand: Int32  # descriptor
+    top: Int32  # address of ``top``
     free: Int32  # mbarrier: P may be overwritten
 
 
@@ -52,14 +53,13 @@ class Place(NamedTuple):
     row: Int32  # token of the lane's row g in its first score tile
     channel: Int32  # channel of the lane's row g in its first value tile
     results: Int32  # address of the team's rows in the merge scratch
-    exchange: Int32  # address of the team's floats [warp][column]
+    exchange: Int32  # address of the team's floats [warp][column], then ``top`` and its last change [column]
 
 
 class State(NamedTuple):
-    """A warp's running result of a piece."""
+    """A warp's running result of a piece; what is subtracted from the scores, ``top``, lies in shared memory."""
 
-    top: list  # [n][2] what is subtracted from the scores, log2
-    total: list  # [n][2] sum of P over the lane's rows
+    total: list  # accumulator of the sums of P: row n, or column tile, is the warp's for columns 2q, 2q + 1 of tile n
     out: list  # [m] accumulators of O^T * UNIT, until ``finished``
     parity: Int32  # of the ``free`` barrier
 
@@ -76,6 +76,7 @@ class WideAttention:
         self.value_tiles = plan.value_tiles_per_group
         self.column_tiles = plan.column_tiles
         self.step_bytes = 2 * self.column_tiles * wg.CORE_BYTES  # of a B operand: one k step of 16
+        self.top_offset = plan.team_warps * plan.columns * 4  # in ``exchange``
         self.k_fragments = fragments(self.fmt.k_codes, "k", plan.head_dim, self.fmt.k_vector_words)
         self.v_fragments = fragments(self.fmt.v_codes, "v", plan.head_dim, self.fmt.v_vector_words)
 
@@ -109,7 +110,7 @@ class WideAttention:
         if not self.k_per_channel:
             k_folded = row * 8
         elif plan.k_rows > 1:
-            k_folded += (warp * SLICE_TOKENS) // plan.quant.k_group * (6 * plan.head_dim)
+            k_folded += (warp * SLICE_TOKENS) // plan.quant.k_group * (4 * plan.head_dim)
         if plan.v_groups > 1:
             v_folded += self.first_v_group(group) * (2 * fmt.v_scale.layout(1, 0))
         # P^T
@@ -131,6 +132,7 @@ class WideAttention:
             v_scale=row * 4,
             p_store=p_store,
             p_operand=wg.descriptor(cute.arch.make_warp_uniform(p), self.column_tiles),
+            top=smem + plan.exchange_at + index * plan.exchange_bytes + self.top_offset + (lane & 3) * 8,
             free=smem + plan.free_at + index * BARRIER_BYTES,
         )
 
@@ -148,7 +150,7 @@ class WideAttention:
             row=self.row(warp % GROUP_WARPS, group, lane),
             channel=channel,
             results=self.results(smem, index),
-            exchange=smem + plan.exchange_at + index * (plan.team_warps * plan.columns * 4),
+            exchange=smem + plan.exchange_at + index * plan.exchange_bytes,
         )
 
     def highs(self, slot: Int32, place: Place) -> Int32:
@@ -173,15 +175,21 @@ class WideAttention:
         block_group, split = index // plan.splits, index % plan.splits
         return smem + plan.scratch_at + (block_group * plan.q_tile + split * plan.columns) * plan.row_bytes
 
-    def first_state(self, parity: Int32) -> State:
-        columns = range(self.column_tiles)
+    def first_state(self, smem: Int32, parity: Int32) -> State:
+        """Of a piece; the team meets at the end."""
+        place = self.place(smem)
+        self.store_top(place, [[Float32(FIRST_MAX)] * 2] * self.column_tiles)
+        wg.barrier(TEAM_BARRIER + place.index, LANES * self.plan.team_warps)
         count = self.column_tiles * 4
-        return State(
-            [[Float32(FIRST_MAX)] * 2 for _ in columns],
-            [[Float32(0.0)] * 2 for _ in columns],
-            [[Float32(0.0)] * count for _ in range(self.value_tiles)],
-            parity,
-        )
+        return State([Float32(0.0)] * 4, [[Float32(0.0)] * count for _ in range(self.value_tiles)], parity)
+
+    @cute.jit
+    def store_top(self, place: Place, top: list, row: int = 0):
+        """Write ``top`` (row 0) or its change (row 1) [n][2], which all warps know, once."""
+        if (place.member == 0) & (place.lane < 4):
+            for n in range_constexpr(self.column_tiles):
+                at = self.top_offset + 4 * (row * self.plan.columns + COLUMNS * n)
+                ptx.store_shared(place.exchange + place.lane * 8, at, top[n])
 
     # -- a block -----------------------------------------------------------------------------------------------------
 
@@ -197,6 +205,7 @@ class WideAttention:
         """
         scores = self.scores(team, stage, folded, query)
         factor = ptx.load_shared_floats(folded, 0, 1)[0]
+        values = Values(self, team, stage, folded)
         if cutlass.const_expr(general):
             scores = [[x * factor for x in tile] for tile in scores]
             factor = Float32(1.0)
@@ -214,8 +223,9 @@ class WideAttention:
                     for s in range(self.score_tiles)
                 ]
             )
+        values.load(0)
         state = self.weigh(smem, team, scores, factor, scales, state)
-        return self.accumulate(team, stage, folded, empty, state)
+        return self.accumulate(team, values, empty, state)
 
     def load_words(self, base: Int32, section, slice_: int, wanted: list, shift: Int32 | None) -> dict:
         """(vector, word) -> register of the ``wanted`` Fragments of a slice; base: of the stage, with the lane's part."""
@@ -232,37 +242,24 @@ class WideAttention:
                 words[vector, first + i] = word if shift is None else word >> shift
         return words
 
-    def register(self, words: dict, fragment: Fragment, bits: int) -> Int32:
-        """The codes of an A register as denormals."""
-        return extract({fragment.vector: {fragment.word: words[fragment.vector, fragment.word]}}, fragment, bits)
-
     def k_registers(self, words: dict, s: int, c: int, params: tuple) -> list:
         """A registers of K for channel tile c: scale * (code + zero) (+ mean), in units of the block."""
-        low, high, offset = params
+        multipliers, offsets = params
+        mask = (1 << self.k_bits) - 1
         a = []
         for r, fragment in enumerate(self.k_fragments[s, c]):
-            if fragment.bit % 8 in (2, 6):  # to where 4-bit codes are
-                shifted = {fragment[:2]: words[fragment[:2]] >> 2}
-                fragment = fragment._replace(bit=fragment.bit - 2)
-                code = self.register(shifted, fragment, self.k_bits)
-            else:
-                code = self.register(words, fragment, self.k_bits)
-            a.append(wg.fma_half2(code, (high if fragment.bit % 8 else low)[r], offset[r]))
+            code = words[fragment.vector, fragment.word] >> fragment.bit & (mask | mask << HALF_BITS)
+            a.append(wg.fma_half2(code, multipliers[r], offsets[r]))
         return a
 
-    def k_params(self, team: Team, folded: Int32, s: int, pair: int) -> list:
-        """For channel tiles 2 pair, 2 pair + 1: (low, high, offset), each by A register."""
-        base = folded + team.k_folded
-        if self.k_per_channel:
-            # B order: a vector has columns 2q.., 2q + 8.. of one tile, then those of the next
-            row = 2 * self.plan.head_dim
-            at = self.plan.folded_k_at + 4 * TILE * pair
-            low, offset = (ptx.load_shared(base, kind * row + at, 4) for kind in (0, 2))
-            high = ptx.load_shared(base, row + at, 4) if self.k_bits < 8 else low
-            return [
-                tuple([x[2 * i], x[2 * i], x[2 * i + 1], x[2 * i + 1]] for x in (low, high, offset)) for i in range(2)
-            ]
-        raise NotImplementedError
+    def k_params(self, team: Team, folded: Int32, pair: int) -> list:
+        """K per channel, for channel tiles 2 pair and 2 pair + 1: (multiplier, offset), each by A register."""
+        # B order: a vector has columns 2q.., 2q + 8.. of one tile, then those of the next
+        at = self.plan.folded_k_at + 4 * TILE * pair
+        found = [
+            ptx.load_shared(folded + team.k_folded, at + kind * 2 * self.plan.head_dim, 4) for kind in range(2)
+        ]
+        return [tuple([x[2 * i], x[2 * i], x[2 * i + 1], x[2 * i + 1]] for x in found) for i in range(2)]
 
     def scores(self, team: Team, stage: Int32, folded: Int32, query: Int32) -> list:
         """[s] accumulators of K Q^T, to be multiplied by the block's factor."""
@@ -270,26 +267,36 @@ class WideAttention:
         shift = team.k_shift if plan.team_groups == 2 and self.fmt.k_codes.layout(TILE, 0) < WORD_BITS else None
         tiles = range(self.score_tiles)
         rows = self.row_params(team, folded) if not self.k_per_channel else None
-        acc = [None for _ in tiles]
         query = wg.uniform(query)
         batch = plan.batch
-        for first in range(0, plan.tiles, batch):
-            a = {}
+
+        def load(first: int) -> tuple:
             wanted = [f for s in tiles for c in range(first, first + batch) for f in self.k_fragments[s, c]]
             words = self.load_words(stage + team.k_codes, self.fmt.k_codes, 0, wanted, shift)
+            params = {}
             for pair in range(first // 2, (first + batch) // 2):
                 if self.k_per_channel:
-                    params = self.k_params(team, folded, 0, pair)
-                for i in range(2):
-                    c = 2 * pair + i
-                    for s in tiles:
-                        if self.k_per_channel:
-                            a[s, c] = self.k_registers(words, s, c, params[i])
-                        else:
-                            a[s, c] = self.k_registers(words, s, c, self.token_params(rows, folded, team, s, c))
+                    params[2 * pair], params[2 * pair + 1] = self.k_params(team, folded, pair)
+                else:
+                    params |= {c: self.token_mean(folded, c) for c in (2 * pair, 2 * pair + 1)}
+            return words, params
+
+        acc = [None for _ in tiles]
+        ahead = load(0)
+        for first in range(0, plan.tiles, batch):
+            words, params = ahead
+            if first + batch < plan.tiles and plan.ahead:  # loads that the next registers need, under these
+                ahead = load(first + batch)
+            a = {}
+            for c in range(first, first + batch):
+                for s in tiles:
+                    by_register = params[c] if self.k_per_channel else self.token_params(rows, params[c], s, c)
+                    a[s, c] = self.k_registers(words, s, c, by_register)
             acc = self.issue(acc, a, range(first, first + batch), query, first > 0)
             if first + batch < plan.tiles and first > 0:
                 wg.wait(1)
+            if first + batch < plan.tiles and not plan.ahead:
+                ahead = load(first + batch)
         wg.wait(0)
         return [wg.pin(x) for x in acc]
 
@@ -322,16 +329,20 @@ class WideAttention:
             for s in range(self.score_tiles)
         ]
 
-    def token_params(self, rows: list, folded: Int32, team: Team, s: int, c: int) -> tuple:
-        """K per token: (low, high, offset) by A register of channel tile c; registers 0, 2 are rows g, 1, 3 g + 8."""
+    def token_mean(self, folded: Int32, c: int) -> list | None:
+        """The block's mean for channel tile c, B order: columns 2q.. and 2q + 8.."""
+        if self.fmt.k_mean is None:
+            return None
+        at = self.plan.folded_mean_at + 4 * TILE * (c // 2) + 8 * (c % 2)
+        return ptx.load_shared(folded + (cute.arch.thread_idx()[0] & 3) * 16, at, 2)
+
+    def token_params(self, rows: list, mean: list | None, s: int, c: int) -> tuple:
+        """K per token: (multiplier, offset) by A register of channel tile c; 0 and 2 are row g, 1 and 3 row g + 8."""
         (scale, offset), (scale8, offset8) = rows[s][c // (self.plan.quant.k_group // TILE)]
-        scales, offsets = [scale, scale8, scale, scale8], [offset, offset8, offset, offset8]
-        if self.fmt.k_mean is not None:
-            # the vector of channel tiles c, c ^ 1 in B order; the tile's halves of it
-            at = self.plan.folded_mean_at + 4 * TILE * (c // 2) + 8 * (c % 2)
-            mean = ptx.load_shared(folded + (cute.arch.thread_idx()[0] & 3) * 16, at, 2)
+        offsets = [offset, offset8, offset, offset8]
+        if mean is not None:
             offsets = [wg.add_half2(x, mean[r // 2]) for r, x in enumerate(offsets)]
-        return scales, scales, offsets
+        return [scale, scale8, scale, scale8], offsets
 
     # -- softmax -----------------------------------------------------------------------------------------------------
 
@@ -363,10 +374,10 @@ class WideAttention:
         P is written with the old ``top``; where that was too low, which a barrier finds out, it is raised and P
         written again.
         """
-        top, total, out, parity = state
+        total, out, parity = state
         threads = LANES * self.plan.team_warps
         ptx.mbarrier_wait(team.free, parity, self.plan.wait)
-        parts = self.write(team, scores, factor, scales, top)
+        parts = self.write(team, scores, factor, scales)
         over = Boolean(False)
         for n in range_constexpr(self.column_tiles):
             over = over | (parts[n][0] > P_LIMIT) | (parts[n][1] > P_LIMIT)
@@ -386,32 +397,60 @@ class WideAttention:
                 for n in range_constexpr(self.column_tiles):
                     ptx.store_shared(mine, 4 * COLUMNS * n, parts[n])
             wg.barrier(team.barrier, threads)
+            shrinks = []
             for n in range_constexpr(self.column_tiles):
                 at = place.exchange + (place.lane & 3) * 8
                 found = [
                     ptx.load_shared_floats(at, 4 * (w * self.plan.columns + COLUMNS * n), 2)
                     for w in range(self.plan.team_warps)
                 ]
+                top = ptx.load_shared_floats(team.top, 4 * COLUMNS * n, 2)
+                shrinks.append([Float32(0.0)] * 2)
                 for j in range_constexpr(2):
                     peak = found[0][j]
                     for w in range_constexpr(1, self.plan.team_warps):
                         peak = ptx.fmax(peak, found[w][j])
-                    raised = ptx.fmax(top[n][j], peak + HEADROOM)
-                    shrink = ptx.exp2(top[n][j] - raised)
-                    top[n][j] = raised
-                    total[n][j] = total[n][j] * shrink
+                    raised = ptx.fmax(top[j], peak + HEADROOM)
+                    shrinks[n][j] = ptx.exp2(top[j] - raised)
+                    parts[n][j] = raised
                     for m in range_constexpr(self.value_tiles):
                         for i in range_constexpr(j, 4, 2):
-                            out[m][4 * n + i] = out[m][4 * n + i] * shrink
-            parts = self.write(team, scores, factor, scales, top)
+                            out[m][4 * n + i] = out[m][4 * n + i] * shrinks[n][j]
+            wg.barrier(team.barrier, threads)  # all have read the old ones
+            self.store_top(place, parts)
+            self.store_top(place, shrinks, 1)
+            wg.barrier(team.barrier, threads)
+            tile = cutlass.min(place.lane >> 2, self.column_tiles - 1)
+            at = self.top_offset + 4 * self.plan.columns
+            for r in range_constexpr(self.total_rows()):
+                row = place.exchange + tile * (4 * COLUMNS) + (place.lane & 3) * 8
+                shrink = ptx.load_shared_floats(row, at + r * (8 * 4 * COLUMNS), 2)
+                total[2 * r] = total[2 * r] * shrink[0]
+                total[2 * r + 1] = total[2 * r + 1] * shrink[1]
+            parts = self.write(team, scores, factor, scales)
             wg.fence_async()
             wg.barrier(team.barrier, threads)
-        for n in range_constexpr(self.column_tiles):
-            for j in range_constexpr(2):
-                total[n][j] = total[n][j] + parts[n][j]
-        return State(top, total, out, parity)
+        return State(self.summed(total, parts), out, parity)
 
-    def write(self, team: Team, scores: list, factor: Float32, scales: list, top: list) -> list:
+    def total_rows(self) -> int:
+        """Registers pairs of ``total`` in use: rows g, and g + 8 with more than 8 column tiles."""
+        return -(-self.column_tiles // 8)
+
+    def summed(self, total: list, parts: list) -> list:
+        """``total`` with the lane's sums of P added, which an MMA adds up over the rows g: its A has a row of ones per
+        column tile.
+        """
+        row = (wg.thread_again() % LANES) >> 2
+        for n in range(0, self.column_tiles, 2):
+            b = [ptx.transpose8x8(ptx.to_half2(*part)) for part in parts[n : n + 2]]
+            ones = [cutlass.select_(row == (n + i) % 8, Int32(HALF2_ONES), Int32(0)) for i in range(len(b))]
+            a = [Int32(0)] * 4
+            for i in range(len(b)):
+                a[2 * i + n // 8] = ones[i]
+            total = ptx.mma(total, a, (b + [Int32(0)])[:2])
+        return total
+
+    def write(self, team: Team, scores: list, factor: Float32, scales: list) -> list:
         """Write P^T as B operands, one per V group -> [n][2] sums of P over the lane's rows."""
         parts = []
         k_step = wg.CORE_BYTES * self.column_tiles
@@ -419,10 +458,9 @@ class WideAttention:
         for pair in pairs:
             p = {}
             for n in pair:
+                top = ptx.load_shared_floats(team.top, 4 * COLUMNS * n, 2)
                 for s in range(self.score_tiles):
-                    p[n, s] = [
-                        ptx.exp2(scores[s][4 * n + i] * factor - top[n][i % 2]) for i in range(4)
-                    ]
+                    p[n, s] = [ptx.exp2(scores[s][4 * n + i] * factor - top[i % 2]) for i in range(4)]
                 part = [p[n, 0][j] + p[n, 0][j + 2] for j in range(2)]
                 for s in range(1, self.score_tiles):
                     part = [part[j] + (p[n, s][j] + p[n, s][j + 2]) for j in range(2)]
@@ -451,36 +489,28 @@ class WideAttention:
         return [operand + m * M_TILE // self.plan.quant.v_group * stride for m in range(self.value_tiles)]
 
     @cute.jit
-    def accumulate(self, team: Team, stage: Int32, folded: Int32, empty: Int32, state: State):
+    def accumulate(self, team: Team, values, empty: Int32, state: State):
         """O^T += V^T P^T of a block; frees the stage and P."""
-        top, total, out, parity = state
+        total, out, parity = state
         steps = BLOCK_TOKENS // TILE
         operands = self.p_operands(team)
-        shift = None
-        if cutlass.const_expr(self.v_shares_words()):
-            shift = team.v_shift
         batch = self.plan.batch
         for first in range_constexpr(0, steps, batch):
-            a = {}
-            for t in range_constexpr(first, first + batch):
-                if cutlass.const_expr(t % 2 == 0):
-                    wanted = [
-                        f for m in range(self.value_tiles) for i in range(2) for f in self.v_fragments[i, GROUP_WARPS * m]
-                    ]
-                    words = self.load_words(stage + team.v_codes, self.fmt.v_codes, t // 2, wanted, shift)
-                    offsets = self.v_offsets(team, folded, t // 2)
-                for m in range_constexpr(self.value_tiles):
-                    a[m, t] = self.v_registers(words, t % 2, m, offsets)
+            if cutlass.const_expr(first + batch < steps and self.plan.ahead):
+                values.load(first + batch)
+            a = values.registers(first)
             if cutlass.const_expr(first + batch == steps):
                 cute.arch.sync_warp()
                 wg.mbarrier_arrive_once(empty)
             out = self.issue(out, a, range(first, first + batch), operands, first > 0)
             if cutlass.const_expr(first > 0 and first + batch < steps):
                 wg.wait(1)
+            if cutlass.const_expr(first + batch < steps and not self.plan.ahead):
+                values.load(first + batch)
         wg.wait(0)
         out = [wg.pin(x) for x in out]
         wg.mbarrier_arrive_once(team.free)
-        return State(top, total, out, parity ^ 1)
+        return State(total, out, parity ^ 1)
 
     def v_shares_words(self) -> bool:
         """Whether the warpgroups' or warps' channel tiles share words."""
@@ -507,7 +537,7 @@ class WideAttention:
         """A registers of V for token tile i of a slice: (code + zero) * UNIT."""
         a = []
         for r, fragment in enumerate(self.v_fragments[i, GROUP_WARPS * m]):
-            code = self.register(words, fragment, self.v_bits)
+            code = extract({fragment.vector: {fragment.word: words[fragment[:2]]}}, fragment, self.v_bits)
             multiplier = half2_constant(UNIT * 2.0 ** (24 - fragment.bit % 8))
             a.append(wg.fma_half2(code, multiplier, offsets[m][i][r >> 1]))
         return a
@@ -579,7 +609,7 @@ class WideAttention:
         acc = [[x * power for x in wg.pin(tile)] for tile in acc]
         acc = self.restricted(p, acc, position + token + place.row, position + held, self.highs(slot, place))
         state = self.weigh(smem, team, acc, Float32(1.0), [None], state)
-        top, total, out, parity = state
+        total, out, parity = state
         # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)
         channels = quad + Int64(place.channel - (place.lane >> 2)) * 2
         operand = wg.uniform(self.first_operand(team, place))
@@ -597,7 +627,7 @@ class WideAttention:
             wg.wait(0)
             out = [wg.pin(x) for x in out]
         wg.mbarrier_arrive_once(team.free)
-        return State(top, total, out, parity ^ 1)
+        return State(total, out, parity ^ 1)
 
     def first_operand(self, team: Team, place: Place) -> Int32:
         """B descriptor of P^T of the first V group, which is where unscaled P goes."""
@@ -612,17 +642,14 @@ class WideAttention:
         """The team's results to the scratch: rows [column] of head_dim floats of O, maximum, sum."""
         plan = self.plan
         threads = LANES * plan.team_warps
-        top, total, out, _ = state
+        total, out, _ = state
         place = self.place(smem)
         lane, mine = place.lane, place.results
-        for n in range_constexpr(self.column_tiles):
-            for j in range_constexpr(2):
-                for i in range_constexpr(3):
-                    total[n][j] = total[n][j] + ptx.shuffle_xor(total[n][j], 4 << i)
-        if lane < 4:
-            sums = place.exchange + place.member * (4 * plan.columns) + lane * 8
-            for n in range_constexpr(self.column_tiles):
-                ptx.store_shared(sums, 4 * COLUMNS * n, total[n])
+        sums = place.exchange + place.member * (4 * plan.columns) + (lane & 3) * 8
+        for r in range_constexpr(self.total_rows()):
+            tile = (lane >> 2) + 8 * r
+            if tile < self.column_tiles:
+                ptx.store_shared(sums + tile * (4 * COLUMNS), 0, total[2 * r : 2 * r + 2])
         wg.barrier(team.barrier, threads)  # sums are there, and nobody reads P any more
         for n in range_constexpr(self.column_tiles):
             for j in range_constexpr(2):
@@ -640,11 +667,45 @@ class WideAttention:
                         )
                         for w in range(plan.team_warps)
                     ]
+                    top = ptx.load_shared_floats(team.top, 4 * COLUMNS * n, 2)
                     for j in range_constexpr(2):
                         weight = parts[0][j]
                         for w in range_constexpr(1, plan.team_warps):
                             weight = weight + parts[w][j]
                         row = mine + (n * COLUMNS + lane * 2 + j) * plan.row_bytes
-                        ptx.store_shared(row, 4 * plan.head_dim, [top[n][j], weight])
+                        ptx.store_shared(row, 4 * plan.head_dim, [top[j], weight])
 
 
+
+
+class Values:
+    """V of a block on its way into A registers, a batch of k steps at a time (trace time)."""
+
+    def __init__(self, attention: WideAttention, team: Team, stage: Int32, folded: Int32):
+        self.attention, self.team, self.stage, self.folded = attention, team, stage, folded
+        self.shift = team.v_shift if attention.v_shares_words() else None
+        self.slices = {}
+
+    def load(self, first: int) -> None:
+        """Load the codes and offsets of k steps first .. first + batch - 1."""
+        attention = self.attention
+        for slice_ in range(first // 2, (first + attention.plan.batch) // 2):
+            wanted = [
+                f
+                for m in range(attention.value_tiles)
+                for i in range(2)
+                for f in attention.v_fragments[i, GROUP_WARPS * m]
+            ]
+            words = attention.load_words(
+                self.stage + self.team.v_codes, attention.fmt.v_codes, slice_, wanted, self.shift
+            )
+            self.slices[slice_] = words, attention.v_offsets(self.team, self.folded, slice_)
+
+    def registers(self, first: int) -> dict:
+        """[m, t] of those k steps."""
+        a = {}
+        for t in range(first, first + self.attention.plan.batch):
+            words, offsets = self.slices[t // 2]
+            for m in range(self.attention.value_tiles):
+                a[m, t] = self.attention.v_registers(words, t % 2, m, offsets)
+        return a

@@ -41,6 +41,7 @@ class WidePlan(Plan):
         self.merge_floats = 16  # they have few registers
         self.threads = LANES * (self.warps + AUXILIARY_WARPS)
         self.batch = 2 if self.team_groups == 2 else 4  # k steps whose A registers are made before their wgmma are issued
+        self.ahead = True  # codes of the next k steps are loaded before the registers of these are made
         # P is scaled per group of V; a group of less than an M tile's rows would need an operand per warp
         self.p_groups = self.v_groups
 
@@ -57,7 +58,7 @@ class WidePlan(Plan):
         return min((total - AUXILIARY_REGISTERS) // groups // REGISTER_STEP * REGISTER_STEP, 240)
 
     # shared memory: as in Plan, with the folded parameters of the stages behind the ring and, behind the flags,
-    # ``exchange``: a float per warp and column; ``ready`` barriers per stage, ``free`` ones per team.
+    # ``exchange``: of each team a float per warp and column, then per column ``top`` and its last change; ``ready`` barriers per stage, ``free`` ones per team.
     # The merge scratch also holds P while a piece is worked on: a row per query column has room for its P.
 
     @cached_property
@@ -85,12 +86,16 @@ class WidePlan(Plan):
         return -(-(self.free_at + self.teams * BARRIER_BYTES) // ALIGN) * ALIGN
 
     @cached_property
+    def exchange_bytes(self) -> int:
+        return (self.team_warps + 2) * self.columns * 4
+
+    @cached_property
     def smem_bytes(self) -> int:
-        end = self.exchange_at + self.warps * self.columns * 4
+        end = self.exchange_at + self.teams * self.exchange_bytes
         return -(-end // SMEM_ALIGN) * SMEM_ALIGN
 
     # a stage's folded parameters, fp16 where not said otherwise:
-    # factor f32 | K per channel: [token group][low, high, offset][head_dim] in B order
+    # factor f32 | K per channel: [token group][scale, offset][head_dim] in B order
     #            | K per token: [channel group][token] of (scale, scale, offset, offset), mean [head_dim] in B order
     # | V: offset [channel group][token] in B order, scale f32 [channel group][token]
 
@@ -105,7 +110,7 @@ class WidePlan(Plan):
 
     @cached_property
     def folded_mean_at(self) -> int:
-        size = self.k_rows * 3 * self.head_dim * 2
+        size = self.k_rows * 2 * self.head_dim * 2
         if self.quant.k_axis == "token":
             size = self.k_groups * BLOCK_TOKENS * 8
         return self.folded_k_at + size

@@ -55,7 +55,7 @@ std::int64_t folded_bytes(std::int64_t head_dim, const QuantSpec& q) {
   constexpr std::int64_t kHalf = 2, kFloat = 4;
   const std::int64_t v_params = head_dim / q.v_group * kBlockTokens;
   std::int64_t bytes = kFactorBytes + v_params * kFloat + (q.v_symmetric ? 0 : v_params * kHalf);
-  if (q.k_axis == "channel") return bytes + kBlockTokens / q.k_group * 3 * head_dim * kHalf;
+  if (q.k_axis == "channel") return bytes + kBlockTokens / q.k_group * 2 * head_dim * kHalf;
   bytes += head_dim / q.k_group * kBlockTokens * 4 * kHalf;
   return bytes + (q.k_mean == "block" ? head_dim * kHalf : 0);
 }
@@ -274,10 +274,10 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   // 16-bit queries, a power and a position of each, the piece
   const std::int64_t slots = kSlots * (q_tile * (2 * head_dim + 8) + kPieceBytes);
   std::int64_t bytes = ring + scratch + slots + kBarrierBytes * (stages + 2) + kFlagBytes;
-  if (wide) {  // more barriers: per stage, per team; a float per warp and column
+  if (wide) {  // more barriers: per stage, per team; floats per warp and column, and two per team and column
     const WideTiling tiling(*this);
     bytes = round_up(bytes + kBarrierBytes / 2 * (stages + tiling.teams), 16);
-    bytes += num_warps * tiling.columns * static_cast<std::int64_t>(sizeof(float));
+    bytes += (num_warps + 2 * tiling.teams) * tiling.columns * static_cast<std::int64_t>(sizeof(float));
   }
   return round_up(bytes, kSmemAlign);
 }
