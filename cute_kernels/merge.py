@@ -12,7 +12,7 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 from . import ptx
 from .attention import FIRST_MAX, State
 from .layouts import LANES, TILE
-from .plan import BARRIER_BYTES, COLUMNS, Plan
+from .plan import BARRIER_BYTES, COLUMNS, MERGE_WARPS, Plan
 from .queries import LOG2E, Queries, hadamard_lanes, hadamard_registers
 from .schedule import Params, Piece, Place, Schedule, Sequence, Shares, load_piece, store_piece
 
@@ -24,10 +24,10 @@ WORKSPACE_ALIGN = 128
 class Merge:
     """Merging in one kernel."""
 
-    def __init__(self, plan: Plan, schedule: Schedule, queries=None):
+    def __init__(self, plan: Plan, schedule: Schedule):
         self.plan = plan
         self.schedule = schedule
-        self.queries = queries or Queries(plan)
+        self.queries = Queries(plan)
         # an item, one thread's part of a row: 4 channels, or 8 so that a warp has the whole row
         self.width = max(QUAD, plan.head_dim // LANES)
         self.items = plan.head_dim // self.width
@@ -42,7 +42,7 @@ class Merge:
         while at.x + count < end:
             at = self.schedule.next_piece(p, at, seq.units, count)
             seq = self.schedule.sequence(p, at.b)
-            ptx.barrier(MERGE_BARRIER, self.plan.merge_warps * LANES)  # all of them have read the slot's piece
+            ptx.barrier(MERGE_BARRIER, MERGE_WARPS * LANES)  # all of them have read the slot's piece
             count = self.prepare(p, smem, slot ^ 1, warp, lane, at, end, seq, shares)
             ptx.mbarrier_wait(smem + self.plan.merge_full_at, parity, self.plan.wait)
             before = load_piece(self.slot(smem, slot) + self.plan.piece_offset)
@@ -89,7 +89,7 @@ class Merge:
 
         Called by the merge warps, or for the CTA's last piece by the consumers.
         """
-        warps = self.plan.warps if last else self.plan.merge_warps
+        warps = self.plan.warps if last else MERGE_WARPS
         shares = Shares(piece.base, piece.extra)
         columns = cutlass.min(p.group * p.q_len - piece.first_row, self.plan.q_tile)
         whole = piece.count == piece.units
@@ -159,7 +159,7 @@ class Merge:
     def arrives_last(self, p: Params, smem: Int32, warp: Int32, lane: Int32, piece: Piece, others: Int32, last: bool):
         """1 in all calling warps if the ``others`` CTAs of the piece have stored their results, else 0."""
         flag = smem + self.plan.flag_at + (4 if last else 0)
-        barrier, warps = (CONSUMER_BARRIER, self.plan.warps) if last else (MERGE_BARRIER, self.plan.merge_warps)
+        barrier, warps = (CONSUMER_BARRIER, self.plan.warps) if last else (MERGE_BARRIER, MERGE_WARPS)
         ptx.barrier(barrier, warps * LANES)
         if (warp == 0) & (lane == 0):
             index = (piece.b * p.num_kv_heads + piece.head) * p.q_tiles + piece.first_row // self.plan.q_tile

@@ -45,7 +45,6 @@ class Plan:
         self.slices = NUM_SLICES // self.warps_per_block  # of a block, per warp
         self.chunk = TILE * self.warps_per_block  # tokens of a 16-bit unit
         self.states = self.warps  # results of a piece that the CTA merges
-        self.merge_warps = MERGE_WARPS
         self.merge_floats = MERGE_FLOATS
         self.threads = LANES * (self.warps + 1 + MERGE_WARPS)  # consumers, producer, mergers
 

@@ -9,7 +9,8 @@ consumers      warpgroups in teams (wide_plan.py); a team takes every n-th block
                            tells whether ``top`` was too low
     O^T += V^T P^T         A = V from registers, (code + zero); B = P^T; the tokens of a block are k
 16-bit tokens  sinks and tail, 128 at a time: the same, with K and V from global memory
-mergers        prepare the next piece's queries as B operand (wide_queries.py), merge pieces (merge.py)
+pieces         the consumers themselves find out a piece, prepare its queries as B operand (wide_queries.py) and merge
+               results (merge.py): pieces are long here, and registers for merge warps dear
 """
 
 import cutlass
@@ -20,9 +21,9 @@ from . import warpgroup as wg
 from .decode import MAX_WINDOW, DecodeKernel
 from .fold import Fold
 from .layouts import BLOCK_TOKENS, LANES
-from .merge import Merge
-from .plan import BARRIER_BYTES, SLOTS
-from .schedule import BLOCK_SHIFT, Params, Place, Schedule, Shares, load_piece
+from .merge import CONSUMER_BARRIER, Merge
+from .plan import BARRIER_BYTES
+from .schedule import BLOCK_SHIFT, Params, Place, Schedule, Shares, load_piece, store_piece
 from .wide_attention import WideAttention
 from .wide_plan import AUXILIARY_REGISTERS, WidePlan
 from .wide_queries import WideQueries
@@ -37,7 +38,7 @@ class WideKernel(DecodeKernel):
         self.attention = WideAttention(self.plan)
         self.queries = WideQueries(self.plan)
         self.fold = Fold(self.plan)
-        self.merge = Merge(self.plan, self.schedule, self.queries)
+        self.merge = Merge(self.plan, self.schedule)
 
     @cute.kernel
     def kernel(self, p: Params):
@@ -53,10 +54,6 @@ class WideKernel(DecodeKernel):
                 ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), plan.warps_per_block)
             for team in range_constexpr(plan.teams):
                 ptx.mbarrier_init(smem + (plan.free_at + BARRIER_BYTES * team), plan.team_warps)
-            ptx.mbarrier_init(smem + plan.merge_full_at, plan.warps)
-            ptx.mbarrier_init(smem + plan.merge_empty_at, plan.merge_warps)
-            for slot in range_constexpr(SLOTS):
-                ptx.mbarrier_init(smem + (plan.slot_full_at + BARRIER_BYTES * slot), plan.merge_warps)
             ptx.fence_mbarrier_init()
         ptx.wait_for_previous_kernel()
 
@@ -72,7 +69,7 @@ class WideKernel(DecodeKernel):
         if warp < plan.warps:
             wg.take_registers(plan.consumer_registers)
             if x < end:
-                self.consume(p, smem, warp, lane)
+                self.consume(p, smem, warp, lane, x, end, shares)
         else:
             wg.give_registers(AUXILIARY_REGISTERS)
             if x < end:
@@ -81,8 +78,6 @@ class WideKernel(DecodeKernel):
                     self.produce(p, smem, lane, at, end)
                 elif warp == plan.warps + 1:
                     self.fold_blocks(p, smem, lane, at, end)
-                else:
-                    self.merge.merge_pieces(p, smem, warp - (plan.warps + 2), lane, at, end, shares)
 
     @cute.jit
     def fold_blocks(self, p: Params, smem: Int32, lane: Int32, at: Place, end: Int32):
@@ -112,26 +107,50 @@ class WideKernel(DecodeKernel):
             at = self.schedule.next_piece(p, at, seq.units, count)
 
     @cute.jit
-    def consume(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
+    def first_piece(self, p: Params, address: Int32, lane: Int32, x: Int32, end: Int32, shares: Shares):
+        """Write the Piece of unit x."""
+        at = self.schedule.locate(p, x, lane)
+        self.write_piece(p, address, lane, at, end, shares)
+
+    @cute.jit
+    def write_piece(self, p: Params, address: Int32, lane: Int32, at: Place, end: Int32, shares: Shares):
+        piece = self.schedule.piece(p, at, end, self.schedule.sequence(p, at.b), shares)
+        if lane == 0:
+            store_piece(address, piece)
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def next_piece(self, p: Params, address: Int32, lane: Int32):
+        """Overwrite a Piece by the one that follows it."""
+        piece = load_piece(address)
+        shares = Shares(piece.base, piece.extra)
+        index = piece.head * p.q_tiles + piece.first_row // self.plan.q_tile
+        at = Place(piece.x, piece.b, piece.x - piece.unit - index * piece.units, index, piece.unit)
+        at = self.schedule.next_piece(p, at, piece.units, piece.count)
+        cute.arch.sync_warp()  # all lanes have read it
+        self.write_piece(p, address, lane, at, shares.start(cute.arch.block_idx()[0] + 1), shares)
+
+    @cute.jit
+    def consume(self, p: Params, smem: Int32, warp: Int32, lane: Int32, x: Int32, end: Int32, shares: Shares):
         """Attend over the CTA's share: blocks from the ring, 16-bit units from global memory."""
         plan = self.plan
         group = warp // plan.warps_per_block
         team = self.attention.team(smem, warp, lane)
-        split = warp // plan.team_warps % plan.splits
+        slot = smem + plan.slots_at
+        query = self.queries.operand(slot, warp // plan.team_warps % plan.splits)
         block = group  # the group's next block, counted over the share; its stage and the parity of its round
         stage = group
         parity = Int32(0)
         free_parity = Int32(1)  # the first finds P free
         ring = Int32(0)  # blocks of the share before this piece
-        done = Int32(0)  # pieces
+        if warp == 0:
+            self.first_piece(p, slot + plan.piece_offset, lane, x, end, shares)
         is_last = Int32(0)
         while is_last == 0:
-            slot = smem + plan.slots_at + done % SLOTS * plan.slot_bytes
-            ptx.mbarrier_wait(smem + plan.slot_full_at + done % SLOTS * BARRIER_BYTES, done // SLOTS % 2, plan.wait)
+            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # the piece is written, the one before merged
             piece = load_piece(slot + plan.piece_offset)
-            query = self.queries.operand(slot, split)
-            # P lies where the results of the piece before may still be merged from; the first finds it empty
-            ptx.mbarrier_wait(smem + plan.merge_empty_at, (done + 1) % 2, plan.wait)
+            self.queries.prepare(p, slot, warp, lane, piece)
+            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
             state = self.attention.first_state(smem, free_parity)
 
             # blocks plain_from .. plain_to - 1 are visible to every query, as a whole
@@ -168,10 +187,9 @@ class WideKernel(DecodeKernel):
                 chunk += plan.block_groups
             free_parity = state.parity
             self.attention.store_state(smem, team, state)
-            if piece.is_last == 1:
-                self.merge.merge_last(p, smem, warp, lane, piece)
-            else:
-                cute.arch.sync_warp()
-                wg.mbarrier_arrive_once(smem + plan.merge_full_at)
+            self.merge.merge_last(p, smem, warp, lane, piece)
             is_last = piece.is_last
-            done += 1
+            if is_last == 0:
+                ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
+                if warp == 0:
+                    self.next_piece(p, slot + plan.piece_offset, lane)

@@ -223,8 +223,11 @@ class WideAttention:
                     for s in range(self.score_tiles)
                 ]
             )
-        values.load(0)
+        if cutlass.const_expr(self.plan.ahead):
+            values.load(0)
         state = self.weigh(smem, team, scores, factor, scales, state)
+        if cutlass.const_expr(not self.plan.ahead):
+            values.load(0)
         return self.accumulate(team, values, empty, state)
 
     def load_words(self, base: Int32, section, slice_: int, wanted: list, shift: Int32 | None) -> dict:
@@ -377,25 +380,24 @@ class WideAttention:
         total, out, parity = state
         threads = LANES * self.plan.team_warps
         ptx.mbarrier_wait(team.free, parity, self.plan.wait)
-        parts = self.write(team, scores, factor, scales)
-        over = Boolean(False)
-        for n in range_constexpr(self.column_tiles):
-            over = over | (parts[n][0] > P_LIMIT) | (parts[n][1] > P_LIMIT)
+        parts, largest = self.write(team, scores, factor, scales)
         wg.fence_async()
-        if wg.barrier_any(team.barrier, threads, over):
+        if wg.barrier_any(team.barrier, threads, largest > P_LIMIT):
             place = self.place(smem)
+            tops = []
             for n in range_constexpr(self.column_tiles):
+                tops.append([Float32(0.0)] * 2)
                 for j in range_constexpr(2):
                     peak = scores[0][4 * n + j]
                     for s in range_constexpr(self.score_tiles):
                         peak = ptx.fmax(peak, ptx.fmax(scores[s][4 * n + j], scores[s][4 * n + j + 2]))
                     for i in range_constexpr(3):
                         peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 4 << i))
-                    parts[n][j] = peak * factor
+                    tops[n][j] = peak * factor
             if place.lane < 4:
                 mine = place.exchange + place.member * (4 * self.plan.columns) + place.lane * 8
                 for n in range_constexpr(self.column_tiles):
-                    ptx.store_shared(mine, 4 * COLUMNS * n, parts[n])
+                    ptx.store_shared(mine, 4 * COLUMNS * n, tops[n])
             wg.barrier(team.barrier, threads)
             shrinks = []
             for n in range_constexpr(self.column_tiles):
@@ -412,12 +414,12 @@ class WideAttention:
                         peak = ptx.fmax(peak, found[w][j])
                     raised = ptx.fmax(top[j], peak + HEADROOM)
                     shrinks[n][j] = ptx.exp2(top[j] - raised)
-                    parts[n][j] = raised
+                    tops[n][j] = raised
                     for m in range_constexpr(self.value_tiles):
                         for i in range_constexpr(j, 4, 2):
                             out[m][4 * n + i] = out[m][4 * n + i] * shrinks[n][j]
             wg.barrier(team.barrier, threads)  # all have read the old ones
-            self.store_top(place, parts)
+            self.store_top(place, tops)
             self.store_top(place, shrinks, 1)
             wg.barrier(team.barrier, threads)
             tile = cutlass.min(place.lane >> 2, self.column_tiles - 1)
@@ -427,7 +429,8 @@ class WideAttention:
                 shrink = ptx.load_shared_floats(row, at + r * (8 * 4 * COLUMNS), 2)
                 total[2 * r] = total[2 * r] * shrink[0]
                 total[2 * r + 1] = total[2 * r + 1] * shrink[1]
-            parts = self.write(team, scores, factor, scales)
+            again = wg.pin([factor])[0]  # or the compiler would keep all scores times factor from before
+            parts, largest = self.write(team, scores, again, scales)
             wg.fence_async()
             wg.barrier(team.barrier, threads)
         return State(self.summed(total, parts), out, parity)
@@ -442,7 +445,7 @@ class WideAttention:
         """
         row = (wg.thread_again() % LANES) >> 2
         for n in range(0, self.column_tiles, 2):
-            b = [ptx.transpose8x8(ptx.to_half2(*part)) for part in parts[n : n + 2]]
+            b = [ptx.transpose8x8(part) for part in parts[n : n + 2]]
             ones = [cutlass.select_(row == (n + i) % 8, Int32(HALF2_ONES), Int32(0)) for i in range(len(b))]
             a = [Int32(0)] * 4
             for i in range(len(b)):
@@ -450,9 +453,10 @@ class WideAttention:
             total = ptx.mma(total, a, (b + [Int32(0)])[:2])
         return total
 
-    def write(self, team: Team, scores: list, factor: Float32, scales: list) -> list:
-        """Write P^T as B operands, one per V group -> [n][2] sums of P over the lane's rows."""
+    def write(self, team: Team, scores: list, factor: Float32, scales: list) -> tuple:
+        """Write P^T as B operands, one per V group -> [n] half2 sums of P over the lane's rows, the largest of them."""
         parts = []
+        largest = Float32(0.0)
         k_step = wg.CORE_BYTES * self.column_tiles
         pairs = [list(range(n, min(n + 2, self.column_tiles))) for n in range(0, self.column_tiles, 2)]
         for pair in pairs:
@@ -464,7 +468,8 @@ class WideAttention:
                 part = [p[n, 0][j] + p[n, 0][j + 2] for j in range(2)]
                 for s in range(1, self.score_tiles):
                     part = [part[j] + (p[n, s][j] + p[n, s][j + 2]) for j in range(2)]
-                parts.append(part)
+                parts.append(ptx.to_half2(*part))
+                largest = ptx.fmax(largest, ptx.fmax(*part))
             for j, scale in enumerate(scales):
                 for s in range(self.score_tiles):
                     halves = []
@@ -476,7 +481,7 @@ class WideAttention:
                             halves.append(ptx.to_half2(*x))
                     offset = j * self.plan.p_group_stride + pair[0] * wg.CORE_BYTES + 2 * s * k_step
                     wg.store_matrices(team.p_store, offset, halves)
-        return parts
+        return parts, largest
 
     # -- values ------------------------------------------------------------------------------------------------------
 

@@ -13,10 +13,10 @@ from .plan import BARRIER_BYTES, FLAG_BYTES, SLOTS, SMEM_ALIGN, Plan
 GROUP_WARPS = 4  # of a warpgroup
 M_TILE = 64  # rows of one wgmma
 MAX_TEAM = 2  # warpgroups
-AUXILIARY_WARPS = 4  # producer, folder, mergers: a warpgroup of their own, for setmaxnreg
+AUXILIARY_WARPS = 4  # producer and folder; a warpgroup, for setmaxnreg
 REGISTER_STEP = 8
 SM_REGISTERS = 65536
-AUXILIARY_REGISTERS = 64
+AUXILIARY_REGISTERS = 32
 ALIGN = 16
 
 
@@ -37,11 +37,11 @@ class WidePlan(Plan):
         self.value_tiles_per_group = self.value_tiles // self.team_groups
         self.chunk = BLOCK_TOKENS  # tokens of a 16-bit unit
         self.states = self.block_groups
-        self.merge_warps = AUXILIARY_WARPS - 2
-        self.merge_floats = 16  # they have few registers
+        self.merge_floats = 40
         self.threads = LANES * (self.warps + AUXILIARY_WARPS)
         self.batch = 2 if self.team_groups == 2 else 4  # k steps whose A registers are made before their wgmma are issued
-        self.ahead = True  # codes of the next k steps are loaded before the registers of these are made
+        # codes of the next k steps are loaded before the registers of these are made, where there are registers for them
+        self.ahead = self.columns <= 32
         # P is scaled per group of V; a group of less than an M tile's rows would need an operand per warp
         self.p_groups = self.v_groups
 
@@ -57,7 +57,7 @@ class WidePlan(Plan):
         total = self.start_registers * (groups + 1)
         return min((total - AUXILIARY_REGISTERS) // groups // REGISTER_STEP * REGISTER_STEP, 240)
 
-    # shared memory: as in Plan, with the folded parameters of the stages behind the ring and, behind the flags,
+    # shared memory: as in Plan, with the folded parameters of the stages behind the ring, one slot and, behind the flags,
     # ``exchange``: of each team a float per warp and column, then per column ``top`` and its last change; ``ready`` barriers per stage, ``free`` ones per team.
     # The merge scratch also holds P while a piece is worked on: a row per query column has room for its P.
 
@@ -72,6 +72,10 @@ class WidePlan(Plan):
     @cached_property
     def slots_at(self) -> int:
         return self.scratch_at + self.states * self.q_tile * self.row_bytes
+
+    @cached_property
+    def full_at(self) -> int:
+        return self.slots_at + self.slot_bytes
 
     @cached_property
     def ready_at(self) -> int:

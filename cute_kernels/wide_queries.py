@@ -1,6 +1,6 @@
-"""Query tiles as wgmma's B operand, prepared by the merge warps while the consumers are at the piece before.
+"""Query tiles as wgmma's B operand, prepared by the consumers when a piece begins.
 
-A slot holds, per split of the columns, Q^T in core matrices (warpgroup.py), then of each column the position behind the
+The slot holds, per split of the columns, Q^T in core matrices (warpgroup.py), then of each column the position behind the
 last key that it sees. Q * softmax scale * log2 e is divided by one power of two, so that fp16 loses no range of q.
 """
 
@@ -15,7 +15,7 @@ from .queries import EXPONENT, floats, hadamard_lanes, hadamard_registers
 from .schedule import Params, Piece
 from .wide_plan import WidePlan
 
-ROWS_AT_ONCE = 4  # rows of a warp whose loads are in flight together
+MAX_AT_ONCE = 4  # rows of a warp whose loads are in flight together
 ROTATED_ROOM = 16.0  # rotated channels are larger than any one of q
 
 
@@ -25,6 +25,7 @@ class WideQueries:
     def __init__(self, plan: WidePlan):
         self.plan = plan
         self.words = plan.head_dim // LANES // 2  # half2 of a lane when a warp holds a row
+        self.at_once = max(1, min(MAX_AT_ONCE, plan.q_tile // plan.warps))
 
     def scale(self, p: Params) -> Float32:
         """What q is multiplied with, all in all."""
@@ -37,18 +38,16 @@ class WideQueries:
         return exponent * cutlass.select_(p.rotate_q == 1, Float32(2.0 * ROTATED_ROOM), Float32(2.0))
 
     @cute.jit
-    def prepare(self, p: Params, slot: Int32, warp: Int32, lane: Int32, piece: Piece, length: Int32):
-        """Write a piece's queries into a slot; row = query token * group + head of the group.
-
-        ``length``: tokens of the sequence.
-        """
+    def prepare(self, p: Params, slot: Int32, warp: Int32, lane: Int32, piece: Piece):
+        """Write a piece's queries into the slot; row = query token * group + head of the group."""
         plan = self.plan
+        length = piece.window_start + p.window
         scale = self.scale(p) / self.power(p)
         first = warp
         while first < plan.q_tile:
             loaded, inside, tokens = [], [], []
-            for i in range_constexpr(ROWS_AT_ONCE):
-                row = piece.first_row + first + i * plan.merge_warps
+            for i in range_constexpr(self.at_once):
+                row = piece.first_row + first + i * plan.warps
                 token = row // p.group
                 held = token < p.q_len
                 at = Int64(piece.b * p.q_len + token) * p.num_q_heads + piece.head * p.group + row - token * p.group
@@ -57,8 +56,8 @@ class WideQueries:
                 loaded.append(ptx.load_global(at, self.words))
                 inside.append(held)
                 tokens.append(token)
-            for i in range_constexpr(ROWS_AT_ONCE):
-                column = first + i * plan.merge_warps
+            for i in range_constexpr(self.at_once):
+                column = first + i * plan.warps
                 values = floats(p, loaded[i])
                 if p.rotate_q == 1:
                     values = hadamard_registers(values, 2 * self.words)
@@ -66,10 +65,11 @@ class WideQueries:
                 factor = cutlass.select_(inside[i], scale, Float32(0.0))
                 values = [saturated(x * factor) for x in values]
                 halves = [ptx.to_half2(values[j], values[j + 1]) for j in range(0, len(values), 2)]
-                ptx.store_shared(self.place(slot, column, lane), 0, halves)
-                if lane == 0:
+                if column < plan.q_tile:
+                    ptx.store_shared(self.place(slot, column, lane), 0, halves)
+                if (column < plan.q_tile) & (lane == 0):
                     ptx.store_shared(slot + column * 4, plan.highs_offset, [length - p.q_len + tokens[i] + 1])
-            first += ROWS_AT_ONCE * plan.merge_warps
+            first += self.at_once * plan.warps
         wg.fence_async()
 
     def place(self, slot: Int32, column: Int32, lane: Int32) -> Int32:

@@ -264,7 +264,6 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   // as in cute_kernels/plan.py: ring, merge scratch, slots of pieces, barriers, flags
   constexpr std::int64_t kRowPad = 4;
   constexpr std::int64_t kBarrierBytes = 16;  // two mbarriers: per stage, of the scratch, of the slots
-  constexpr std::int64_t kSlots = 2;
   constexpr std::int64_t kPieceBytes = 80;
   constexpr std::int64_t kFlagBytes = 16;
   const bool wide = mma == "wgmma";
@@ -272,7 +271,7 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   const std::int64_t states = wide ? num_warps / warps_per_block : num_warps;
   const std::int64_t scratch = states * q_tile * (head_dim + kRowPad) * static_cast<std::int64_t>(sizeof(float));
   // 16-bit queries, a power and a position of each, the piece
-  const std::int64_t slots = kSlots * (q_tile * (2 * head_dim + 8) + kPieceBytes);
+  const std::int64_t slots = (wide ? 1 : 2) * (q_tile * (2 * head_dim + 8) + kPieceBytes);
   std::int64_t bytes = ring + scratch + slots + kBarrierBytes * (stages + 2) + kFlagBytes;
   if (wide) {  // more barriers: per stage, per team; floats per warp and column, and two per team and column
     const WideTiling tiling(*this);
