@@ -30,6 +30,7 @@ from .wide_plan import plan_of
 GPU_ARCHS = {"sm80": "sm_80", "sm89": "sm_89", "sm90a": "sm_90a", "sm100": "sm_100f", "sm120": "sm_120f"}
 MANIFEST_HEAD_DIMS = (64, 128)
 MANIFEST_GROUPS = (32, 64, 128)
+MANIFEST_COLUMNS = (8, 16, 32, 64)  # query columns
 MAX_WORKERS = 8
 
 
@@ -123,12 +124,13 @@ def manifest(arch: str) -> list[KernelConfig]:
     """The kernels that a build for ``arch`` compiles: all formats for up to 8 query columns, the presets' for more."""
     configs = []
     for head_dim in MANIFEST_HEAD_DIMS:
-        for columns, specs in ((8, manifest_specs(head_dim)), (16, preset_specs(head_dim))):
+        for columns in MANIFEST_COLUMNS:
+            specs = manifest_specs(head_dim) if columns == min(MANIFEST_COLUMNS) else preset_specs(head_dim)
             configs += [
                 KernelConfig.for_problem(head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch)
                 for spec in specs
             ]
-    return list(dict.fromkeys(configs))  # 16 columns may come down to 8
+    return list(dict.fromkeys(configs))  # many columns may come down to a tile of fewer
 
 
 def main(arguments: list[str] | None = None) -> int:
