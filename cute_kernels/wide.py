@@ -1,7 +1,7 @@
 """Decode attention for many query columns with wgmma (sm_90a): schedule, blocks, merging and launch are those of decode.py.
 
 producer       as in decode.py: one bulk copy per block into a ring of shared-memory stages
-folder         makes a block's parameters ready once it has landed (fold.py); "ready" mbarriers
+folders        make a block's parameters ready once it has landed (fold.py); "ready" mbarriers
 consumers      warpgroups in teams (wide_plan.py); a team takes every n-th block for its query columns:
     S^T = K Q^T            A = K from registers: per register one AND, one HFMA2 with the folded scale and offset;
                            B = Q^T in shared memory; m64nNk16
@@ -25,7 +25,7 @@ from .merge import CONSUMER_BARRIER, Merge
 from .plan import BARRIER_BYTES
 from .schedule import BLOCK_SHIFT, Params, Place, Schedule, Shares, load_piece, store_piece
 from .wide_attention import WideAttention
-from .wide_plan import AUXILIARY_REGISTERS, WidePlan
+from .wide_plan import WidePlan
 from .wide_queries import WideQueries
 
 
@@ -71,39 +71,41 @@ class WideKernel(DecodeKernel):
             if x < end:
                 self.consume(p, smem, warp, lane, x, end, shares)
         else:
-            wg.give_registers(AUXILIARY_REGISTERS)
+            wg.give_registers(plan.auxiliary_registers)
             if x < end:
                 at = self.schedule.locate(p, x, lane)
                 if warp == plan.warps:
                     self.produce(p, smem, lane, at, end)
-                elif warp == plan.warps + 1:
-                    self.fold_blocks(p, smem, lane, at, end)
+                elif warp <= plan.warps + plan.folders:
+                    self.fold_blocks(p, smem, warp - (plan.warps + 1), lane, at, end)
 
     @cute.jit
-    def fold_blocks(self, p: Params, smem: Int32, lane: Int32, at: Place, end: Int32):
-        """Fold the parameters of the blocks of units [at.x, end), as they land."""
+    def fold_blocks(self, p: Params, smem: Int32, folder: Int32, lane: Int32, at: Place, end: Int32):
+        """Fold the parameters of every n-th block of units [at.x, end), as they land."""
         plan = self.plan
         power = self.queries.power(p)
-        stage = Int32(0)
+        stage = folder
         parity = Int32(0)
+        block = folder  # the warp's next block, counted over the share
+        ring = Int32(0)  # blocks of the share before this piece
         while at.x < end:
             seq = self.schedule.sequence(p, at.b)
             count = cutlass.min(end - at.x, seq.units - at.unit)
-            blocks = cutlass.min(at.unit + count, seq.blocks) - at.unit
-            valid = seq.packed - (seq.first_block + at.unit) * BLOCK_TOKENS
-            i = Int32(0)
-            while i < blocks:
+            blocks = cutlass.max(cutlass.min(at.unit + count, seq.blocks) - at.unit, 0)
+            valid = seq.packed - (seq.first_block + at.unit - ring) * BLOCK_TOKENS  # tokens from the share's first on
+            ring += blocks
+            while block < ring:
                 ptx.mbarrier_wait(smem + plan.full_at + stage * BARRIER_BYTES, parity, plan.wait)
                 folded = smem + plan.folded_at + stage * plan.folded_bytes
-                self.fold.block(smem + stage * plan.fmt.block_bytes, folded, valid, power, lane)
+                in_block = valid - block * BLOCK_TOKENS
+                self.fold.block(smem + stage * plan.fmt.block_bytes, folded, in_block, power, lane)
                 cute.arch.sync_warp()
                 wg.mbarrier_arrive_once(smem + plan.ready_at + stage * BARRIER_BYTES)
-                valid -= BLOCK_TOKENS
-                stage += 1
-                if stage == plan.stages:
-                    stage = Int32(0)
+                block += plan.folders
+                stage += plan.folders
+                if stage >= plan.stages:
+                    stage -= plan.stages
                     parity = parity ^ 1
-                i += 1
             at = self.schedule.next_piece(p, at, seq.units, count)
 
     @cute.jit

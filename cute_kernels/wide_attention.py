@@ -40,7 +40,6 @@ class Team(NamedTuple):
     p_store: Int32  # address
     p_operand: Int32  # descriptor
     top: Int32  # address of ``top``
-    free: Int32  # mbarrier: P may be overwritten
 
 
 class Place(NamedTuple):
@@ -133,7 +132,6 @@ class WideAttention:
             p_store=p_store,
             p_operand=wg.descriptor(cute.arch.make_warp_uniform(p), self.column_tiles),
             top=smem + plan.exchange_at + index * plan.exchange_bytes + self.top_offset + (lane & 3) * 8,
-            free=smem + plan.free_at + index * BARRIER_BYTES,
         )
 
     def place(self, smem: Int32) -> Place:
@@ -157,6 +155,10 @@ class WideAttention:
         """Address of the positions behind the last keys that columns 2q and 2q + 1 of the team see."""
         first = place.index % self.plan.splits * self.plan.columns
         return slot + self.plan.highs_offset + first * 4 + (place.lane & 3) * 8
+
+    def free(self, smem: Int32, team: Team) -> Int32:
+        """The mbarrier that says that the team's P may be overwritten; found anew, to hold no register for it."""
+        return smem + self.plan.free_at + (wg.pin([team.barrier])[0] - TEAM_BARRIER) * BARRIER_BYTES
 
     def group(self, warp: Int32) -> Int32:
         """Warpgroup of the team."""
@@ -228,7 +230,7 @@ class WideAttention:
         state = self.weigh(smem, team, scores, factor, scales, state)
         if cutlass.const_expr(not self.plan.ahead):
             values.load(0)
-        return self.accumulate(team, values, empty, state)
+        return self.accumulate(smem, team, values, empty, state)
 
     def load_words(self, base: Int32, section, slice_: int, wanted: list, shift: Int32 | None) -> dict:
         """(vector, word) -> register of the ``wanted`` Fragments of a slice; base: of the stage, with the lane's part."""
@@ -379,7 +381,7 @@ class WideAttention:
         """
         total, out, parity = state
         threads = LANES * self.plan.team_warps
-        ptx.mbarrier_wait(team.free, parity, self.plan.wait)
+        ptx.mbarrier_wait(self.free(smem, team), parity, self.plan.wait)
         parts, largest = self.write(team, scores, factor, scales)
         wg.fence_async()
         if wg.barrier_any(team.barrier, threads, largest > P_LIMIT):
@@ -494,7 +496,7 @@ class WideAttention:
         return [operand + m * M_TILE // self.plan.quant.v_group * stride for m in range(self.value_tiles)]
 
     @cute.jit
-    def accumulate(self, team: Team, values, empty: Int32, state: State):
+    def accumulate(self, smem: Int32, team: Team, values, empty: Int32, state: State):
         """O^T += V^T P^T of a block; frees the stage and P."""
         total, out, parity = state
         steps = BLOCK_TOKENS // TILE
@@ -514,7 +516,7 @@ class WideAttention:
                 values.load(first + batch)
         wg.wait(0)
         out = [wg.pin(x) for x in out]
-        wg.mbarrier_arrive_once(team.free)
+        wg.mbarrier_arrive_once(self.free(smem, team))
         return State(total, out, parity ^ 1)
 
     def v_shares_words(self) -> bool:
@@ -631,7 +633,7 @@ class WideAttention:
             out = self.issue(out, a, range(t, t + 1), [operand] * self.value_tiles, False)
             wg.wait(0)
             out = [wg.pin(x) for x in out]
-        wg.mbarrier_arrive_once(team.free)
+        wg.mbarrier_arrive_once(self.free(smem, team))
         return State(total, out, parity ^ 1)
 
     def first_operand(self, team: Team, place: Place) -> Int32:

@@ -13,10 +13,11 @@ from .plan import BARRIER_BYTES, FLAG_BYTES, SLOTS, SMEM_ALIGN, Plan
 GROUP_WARPS = 4  # of a warpgroup
 M_TILE = 64  # rows of one wgmma
 MAX_TEAM = 2  # warpgroups
-AUXILIARY_WARPS = 4  # producer and folder; a warpgroup, for setmaxnreg
+AUXILIARY_WARPS = 4  # a producer and up to three folders; a warpgroup, for setmaxnreg
 REGISTER_STEP = 8
 SM_REGISTERS = 65536
-AUXILIARY_REGISTERS = 32
+AUXILIARY_REGISTERS = 56  # what they need at least; with accumulators that leave no choice, 32
+TIGHT_REGISTERS = 32
 ALIGN = 16
 
 
@@ -37,11 +38,14 @@ class WidePlan(Plan):
         self.value_tiles_per_group = self.value_tiles // self.team_groups
         self.chunk = BLOCK_TOKENS  # tokens of a 16-bit unit
         self.states = self.block_groups
+        # warps that fold parameters, in turn (one would be the slowest of all); a stage is always the same one's, or one
+        # could be a phase of its barrier ahead
+        self.folders = next(n for n in (3, 2, 1) if self.block_groups % n == 0)
         self.merge_floats = 40
         self.threads = LANES * (self.warps + AUXILIARY_WARPS)
-        self.batch = 2 if self.team_groups == 2 else 4  # k steps whose A registers are made before their wgmma are issued
+        self.batch = 2  # k steps whose A registers are made before their wgmma are issued
         # codes of the next k steps are loaded before the registers of these are made, where there are registers for them
-        self.ahead = self.columns <= 32
+        self.ahead = self.columns <= 32 or self.team_groups == 1
         # P is scaled per group of V; a group of less than an M tile's rows would need an operand per warp
         self.p_groups = self.v_groups
 
@@ -54,8 +58,13 @@ class WidePlan(Plan):
     @cached_property
     def consumer_registers(self) -> int:
         groups = self.warps // GROUP_WARPS
-        total = self.start_registers * (groups + 1)
-        return min((total - AUXILIARY_REGISTERS) // groups // REGISTER_STEP * REGISTER_STEP, 240)
+        others = TIGHT_REGISTERS if groups > 3 and self.columns > 16 else AUXILIARY_REGISTERS
+        return min((self.start_registers * (groups + 1) - others) // groups // REGISTER_STEP * REGISTER_STEP, 240)
+
+    @cached_property
+    def auxiliary_registers(self) -> int:
+        groups = self.warps // GROUP_WARPS
+        return self.start_registers * (groups + 1) - groups * self.consumer_registers
 
     # shared memory: as in Plan, with the folded parameters of the stages behind the ring, one slot and, behind the flags,
     # ``exchange``: of each team a float per warp and column, then per column ``top`` and its last change; ``ready`` barriers per stage, ``free`` ones per team.
