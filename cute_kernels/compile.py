@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import re
@@ -20,11 +21,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
+from .append_plan import AppendPlan
 from .config import KernelConfig, QuantSpec
 from .cubin import read_cubin
 from .errors import UnsupportedConfig
-from .pack import DSL, CompiledKernel, write_pack
-from .wide_plan import plan_of
+from .layouts import HEAD_DIMS
+from .merge_plan import MergePartsPlan
+from .pack import DSL, CompiledKernel, describe_pack, source_digest, write_pack
+from .plan import Plan
+from .wide_plan import decode_plan
 
 # "a": instructions of this architecture only; "f": runs on its family (sm_100 and 103, sm_120 and 121)
 GPU_ARCHS = {"sm80": "sm_80", "sm89": "sm_89", "sm90a": "sm_90a", "sm100": "sm_100f", "sm120": "sm_120f"}
@@ -44,23 +49,50 @@ class Compiled:
 
 
 def compile_config(config: KernelConfig) -> Compiled:
-    """Compile one kernel in this process; raises UnsupportedConfig or InvalidArgument before the DSL starts."""
+    """Compile one kernel in this process; raises UnsupportedConfig or InvalidArgument before the DSL starts.
+
+    $BITDECODING_COMPILED, a folder, keeps what was compiled for whoever compiles the same kernel from the same sources:
+    builds of several wheels, and tests of what a wheel holds.
+    """
     config.validate()
+    kept = os.environ.get("BITDECODING_COMPILED")
+    if not kept:
+        return _compile(config)
+    digest = source_digest(f"{metadata.version(DSL)} {toolkit()}")
+    cubin, ptx = (Path(kept, f"{config.name()}-{digest}.{kind}") for kind in ("cubin", "ptx"))
+    if not ptx.is_file():
+        made = _compile(config)
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        for path, data in ((cubin, made.cubin), (ptx, made.ptx.encode())):  # ptx last: with it both are whole
+            with tempfile.NamedTemporaryFile(dir=kept, delete=False) as file:
+                file.write(data)
+            os.replace(file.name, path)
+    return _compiled(ptx.read_text(), cubin.read_bytes())
+
+
+def _compile(config: KernelConfig) -> Compiled:
     arch = GPU_ARCHS[config.arch]
     os.environ["CUTE_DSL_ARCH"] = arch  # without it the DSL asks a driver
     os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"  # packs are the cache
     from cutlass import Int32, cute
 
-    from .decode import DecodeKernel, example_params
-    from .wide import WideKernel
+    from . import append, decode, merge_parts, wide
 
-    kernel = WideKernel if config.mma == "wgmma" else DecodeKernel
+    kernel, module = {
+        "append": (append.AppendKernel, append),
+        "decode": (wide.WideKernel if config.mma == "wgmma" else decode.DecodeKernel, decode),
+        "merge": (merge_parts.MergePartsKernel, merge_parts),
+    }[config.kind]
     options = f"--gpu-arch {arch} --keep-ptx --keep-cubin"
     with _scratch_directory():
-        made = cute.compile(kernel(config), example_params(), Int32(1), options=options)
+        made = cute.compile(kernel(config), module.example_params(), Int32(1), options=options)
         ptx, cubin = made.__ptx__, made.__cubin__
     if not ptx or not cubin:
         raise UnsupportedConfig(f"{config.name()}: the CuTe DSL produced no code for {arch}")
+    return _compiled(ptx, cubin)
+
+
+def _compiled(ptx: str, cubin: bytes) -> Compiled:
     entry = re.search(r"\.visible \.entry (\w+)\(", ptx)
     return Compiled(ptx, cubin, entry.group(1))
 
@@ -79,6 +111,11 @@ def compile_kernel(config: KernelConfig) -> CompiledKernel:
         regs=resources.registers,
         ctas_per_sm=config.ctas_per_sm,
     )
+
+
+def plan_of(config: KernelConfig) -> Plan | AppendPlan | MergePartsPlan:
+    """What a launch of the kernel must know: ``threads`` and ``smem_bytes``."""
+    return {"append": AppendPlan, "decode": decode_plan, "merge": MergePartsPlan}[config.kind](config)
 
 
 @contextlib.contextmanager
@@ -121,8 +158,10 @@ def manifest_specs(head_dim: int) -> list[QuantSpec]:
 
 
 def manifest(arch: str) -> list[KernelConfig]:
-    """The kernels that a build for ``arch`` compiles: all formats for up to 8 query columns, the presets' for more."""
-    configs = []
+    """The kernels that a build for ``arch`` compiles: of decode all formats for up to 8 query columns, the presets' for
+    more; of append all formats; of merge all head_dims.
+    """
+    configs = [KernelConfig(kind="merge", arch=arch, head_dim=head_dim) for head_dim in HEAD_DIMS]
     for head_dim in MANIFEST_HEAD_DIMS:
         for columns in MANIFEST_COLUMNS:
             specs = manifest_specs(head_dim) if columns == min(MANIFEST_COLUMNS) else preset_specs(head_dim)
@@ -130,6 +169,9 @@ def manifest(arch: str) -> list[KernelConfig]:
                 KernelConfig.for_problem(head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch)
                 for spec in specs
             ]
+        configs += [
+            KernelConfig(kind="append", arch=arch, head_dim=head_dim, quant=spec) for spec in manifest_specs(head_dim)
+        ]
     return list(dict.fromkeys(configs))  # many columns may come down to a tile of fewer
 
 
@@ -138,15 +180,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", required=True, choices=sorted(GPU_ARCHS))
     parser.add_argument("--out", required=True, type=Path, help="the pack to write")
     parser.add_argument("--name", action="append", help="a kernel's name, instead of the manifest (may be repeated)")
+    parser.add_argument("--manifest", type=Path, help="JSON to write: what the pack holds and what it was made of")
     parser.add_argument("--dsl-version", help="fail if another version of the DSL is installed")
+    parser.add_argument("--toolkit", help="fail if the DSL compiles with another CUDA toolkit: cu12 or cu13")
     args = parser.parse_args(arguments)
-    version = metadata.version(DSL)
+    version, used = metadata.version(DSL), toolkit()
     if args.dsl_version not in (None, version):
         parser.error(f"--dsl-version {args.dsl_version}: {DSL} {version} is installed")
+    if args.toolkit not in (None, used):
+        parser.error(f"--toolkit {args.toolkit}: {DSL} compiles with {used} here")
     configs = [KernelConfig.from_name(name) for name in args.name] if args.name else manifest(args.arch)
     kernels = compile_all(configs)
-    write_pack(args.out, kernels, {"arch": args.arch, "dsl": version})
+    write_pack(args.out, kernels, {"arch": args.arch, "dsl": version, "toolkit": used})
+    if args.manifest:
+        args.manifest.write_text(json.dumps(describe_pack(args.out), indent=1) + "\n")
     return 0
+
+
+def toolkit() -> str:
+    """The CUDA toolkit that the DSL compiles with here, such as cu12: drivers of that major version run its cubins."""
+    os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"
+    import cutlass  # noqa: F401
+
+    (name,) = re.findall(r"\.(cu\d+)\.", Path(sys.modules["cutlass._mlir._mlir_libs._cutlass_ir"].__file__).name)
+    return name
 
 
 Made = TypeVar("Made")

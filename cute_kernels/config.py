@@ -142,8 +142,8 @@ class KernelConfig(Object):
     """One kernel to compile. All fields are keywords with defaults; :meth:`for_problem` chooses them.
 
     Attributes:
-        kind: "decode", or "append" for the kernel of append and quantize, whose fields from q_tile on stay at their
-            defaults: they are no part of its name.
+        kind: "decode"; "append" for the kernel of append and quantize, "merge" for that of merge. What these do not
+            need stays at its default and is no part of the name: the fields from q_tile on, and quant for merge.
         arch: "sm80", "sm89", "sm90a", "sm100" or "sm120".
         head_dim: 64, 96, 128 or 256.
         quant: QuantSpec of the cache.

@@ -23,9 +23,9 @@ from cutlass.cute.runtime import make_ptr
 from . import ptx
 from .attention import Attention
 from .layouts import BLOCK_TOKENS, LANES
-from .merge import Merge
+from .merge import CONSUMER_BARRIER, Merge
 from .plan import BARRIER_BYTES, MERGE_WARPS, SLOTS, Plan
-from .schedule import Params, Place, Schedule, Shares, load_piece
+from .schedule import Params, Schedule, load_piece
 
 COPY_BYTES = 16  # of one cp.async
 MAX_WINDOW = 1 << 30  # more than any length; positions minus a window stay within 32 bits
@@ -66,47 +66,32 @@ class DecodeKernel:
                 ptx.mbarrier_init(smem + (self.plan.slot_full_at + BARRIER_BYTES * slot), MERGE_WARPS)
             if cutlass.const_expr(self.plan.bulk):
                 ptx.fence_mbarrier_init()
-        if cutlass.const_expr(self.plan.programmatic):
-            ptx.wait_for_previous_kernel()
-
-        self.schedule.prefetch_table(p)
-        p = p._replace(window=cutlass.min(p.window, MAX_WINDOW))
-        units = self.schedule.total_units(p, lane) * (p.num_kv_heads * p.q_tiles)
-        ctas = cute.arch.grid_dim()[0]
-        base = units // ctas
-        shares = Shares(base, units - base * ctas)
-        cta = cute.arch.block_idx()[0]
-        x, end = shares.start(cta), shares.start(cta + 1)
         cute.arch.sync_threads()  # the barriers are initialised
-        if x < end:
+        p = p._replace(window=cutlass.min(p.window, MAX_WINDOW))
+        if warp == self.plan.warps:
+            self.produce(p, smem, lane)
+        else:
+            slot = Int32(0)
             if warp < self.plan.warps:
-                self.consume(p, smem, warp, lane)
-            else:
-                at = self.schedule.locate(p, x, lane)
-                if warp == self.plan.warps:
-                    self.produce(p, smem, lane, at, end)
-                else:
-                    self.merge.merge_pieces(p, smem, warp - (self.plan.warps + 1), lane, at, end, shares)
+                slot = self.consume(p, smem, warp, lane)
+            self.merge.work(p, smem, warp, lane, slot)
 
     # -- producer ----------------------------------------------------------------------------------------------
 
     @cute.jit
-    def produce(self, p: Params, smem: Int32, lane: Int32, at: Place, end: Int32):
-        """Copy the blocks of units [at.x, end) into the ring."""
+    def produce(self, p: Params, smem: Int32, lane: Int32):
+        """Copy the blocks of the CTA's share into the ring."""
+        at, end, seq, _ = self.schedule.begin(p, lane, lambda *share: None)
         stage = Int32(0)
         parity = Int32(1)  # the first round finds every stage empty
         while at.x < end:
-            seq = self.schedule.sequence(p, at.b)
-            count = cutlass.min(end - at.x, seq.units - at.unit)
-            head, _ = self.schedule.tile(p, at)
-            blocks = cutlass.min(at.unit + count, seq.blocks) - at.unit
-            pages = p.pages.toint() + cutlass.Int64(head) * p.head_stride
-            table = p.block_table.toint() + (cutlass.Int64(at.b) * p.max_pages + seq.first_block + at.unit) * 4
+            count, blocks, pages, table = self.schedule.blocks_of(p, at, end, seq)
             page = Int32(0)
             i = Int32(0)
             while i < blocks:
                 if i % LANES == 0:  # the next table entries, one per lane
-                    page = ptx.load_global(table + cutlass.Int64(cutlass.min(i + lane, blocks - 1)) * 4)[0]
+                    entry = cutlass.min(i + lane, blocks - 1)
+                    page = ptx.load_global(table + cutlass.Int64(entry) * 4, cache="cg")[0]
                 source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES)) * p.page_stride
                 self.copy_block(smem, source, stage, parity, lane)
                 stage += 1
@@ -115,6 +100,7 @@ class DecodeKernel:
                     parity = parity ^ 1
                 i += 1
             at = self.schedule.next_piece(p, at, seq.units, count)
+            seq = self.schedule.sequence(p, at.b)
 
     @cute.jit
     def copy_block(self, smem: Int32, source: cutlass.Int64, stage: Int32, parity: Int32, lane: Int32):
@@ -143,8 +129,15 @@ class DecodeKernel:
 
     @cute.jit
     def consume(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
-        """Attend over the CTA's share: blocks from the ring, 16-bit units from global memory."""
+        """Attend over the CTA's share: blocks from the ring, 16-bit units from global memory.
+
+        -> the slot of the last piece, whose results are in the scratch for all consumers to merge.
+        """
         plan = self.plan
+        if cutlass.const_expr(plan.programmatic):
+            if warp == plan.warps - 1:  # the last to get a block
+                self.schedule.warm(p, lane)
+            ptx.wait_for_previous_kernel()  # it may have written the tail
         group = warp // plan.warps_per_block
         member = warp % plan.warps_per_block
         block = group  # the group's next block, counted over the share; its stage and the parity of its round
@@ -192,13 +185,14 @@ class DecodeKernel:
             ptx.mbarrier_wait(smem + plan.merge_empty_at, (done + 1) % 2, plan.wait)  # the first finds it empty
             self.merge.store_state(smem, warp, lane, state)
             if piece.is_last == 1:
-                self.merge.merge_last(p, smem, warp, lane, piece)
+                ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
             else:
                 cute.arch.sync_warp()
                 if lane == 0:
                     ptx.mbarrier_arrive(smem + plan.merge_full_at)
             is_last = piece.is_last
             done += 1
+        return (done - 1) % SLOTS
 
 
 def example_params() -> Params:

@@ -133,3 +133,19 @@ def read_pack(path: str | os.PathLike) -> tuple[dict[str, str], list[CompiledKer
     except (ValueError, KeyError) as error:
         raise CacheFormatError(f"{path}: not a usable kernel pack: {error}") from None
     return header, kernels
+
+
+def describe_pack(path: str | os.PathLike) -> dict[str, object]:
+    """What a pack holds and what it was made of; equal for equal sources and compilers."""
+    header, kernels = read_pack(path)
+    data = Path(path).read_bytes()
+    return {
+        **header,
+        "source_digest": source_digest(),
+        "pack": {"name": Path(path).name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
+        "kernels": [
+            {field: getattr(kernel, field) for field in _TEXT_FIELDS + _NUMBER_FIELDS}
+            | {"bytes": len(kernel.cubin), "sha256": hashlib.sha256(kernel.cubin).hexdigest()}
+            for kernel in kernels
+        ],
+    }

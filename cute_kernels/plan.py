@@ -9,14 +9,15 @@ COLUMNS = 8  # query columns of one MMA
 ROW_PAD = 4  # floats behind a row of the merge scratch: spreads the rows over banks, holds maximum and sum
 SMEM_ALIGN = 128
 BARRIER_BYTES = 8
-FLAG_BYTES = 16
 QUERY_VECTOR = 16  # bytes
+QUAD = 4  # floats of a 16-byte vector
+WARM_BYTES = 128 << 10  # per SM, a third of L2 in all: what memory delivers between two kernels
 SLOTS = 2  # the next piece is prepared while the consumers are at a piece
 PIECE_WORDS = 20  # of a Piece (schedule.py)
 # warps that merge: with producer and up to 8 consumers a scheduler holds three warps, as without them, so they cost no
 # registers
 MERGE_WARPS = 3
-MERGE_FLOATS = 72  # of partial results that a thread has in flight while merging: one round trip for 18 CTAs
+MERGE_FLOATS = 56  # of partial results that a thread has in flight while merging: one round trip for 14 CTAs
 
 
 class Plan:
@@ -49,7 +50,7 @@ class Plan:
         self.threads = LANES * (self.warps + 1 + MERGE_WARPS)  # consumers, producer, mergers
 
     # shared memory: ring | merge scratch | piece slots | barriers of the ring and of the scratch: full, empty
-    # | barriers of the piece slots: full | last-arriver flags, of consumers and of merge warps
+    # | barriers of the piece slots: full
 
     @cached_property
     def row_bytes(self) -> int:
@@ -108,12 +109,28 @@ class Plan:
         return self.merge_empty_at + BARRIER_BYTES
 
     @cached_property
-    def flag_at(self) -> int:
-        return self.slot_full_at + SLOTS * BARRIER_BYTES
+    def smem_bytes(self) -> int:
+        return -(-(self.slot_full_at + SLOTS * BARRIER_BYTES) // SMEM_ALIGN) * SMEM_ALIGN
 
     @cached_property
-    def smem_bytes(self) -> int:
-        return -(-(self.flag_at + FLAG_BYTES) // SMEM_ALIGN) * SMEM_ALIGN
+    def width(self) -> int:
+        """Channels of a row that a thread merges: 4, or 8 so that a warp has the whole row."""
+        return max(QUAD, self.head_dim // LANES)
+
+    @cached_property
+    def items(self) -> int:
+        """Threads that a row takes to merge."""
+        return self.head_dim // self.width
+
+    @cached_property
+    def merge_parts(self) -> int:
+        """Warps' worth of a query tile; each is merged on its own."""
+        return self.q_tile * self.items // LANES
+
+    @cached_property
+    def warm_blocks(self) -> int:
+        """Blocks that a CTA brings into L2 before its turn."""
+        return max(1, WARM_BYTES // self.fmt.block_bytes)
 
     @cached_property
     def partial_bytes(self) -> int:

@@ -11,6 +11,7 @@ from cutlass._mlir.dialects import llvm, nvvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 asm = cute.arch.inline_ptx
+SHARED_SPACE = 3  # address space of LLVM
 
 
 @dsl_user_op
@@ -42,6 +43,18 @@ def transpose8x8(x: Int32, *, loc=None, ip=None) -> Int32:
     return Int32(nvvm.movmatrix(Int32(x).ir_value(**at), shape, kind, layout=nvvm.MMALayout.col, **at))
 
 
+@dsl_user_op
+def load_matrices(address: Int32, transposed: bool, *, loc=None, ip=None) -> list:
+    """``ldmatrix.x4``: four 8x8 matrices of 16 bit in fragment order, one register each; lane i gives the address
+    of row i % 8 of matrix i / 8 in shared memory. transposed: a lane gets two rows of a column.
+    """
+    at = dict(loc=loc, ip=ip)
+    pointer = llvm.inttoptr(llvm.PointerType.get(SHARED_SPACE), Int32(address).ir_value(**at), **at)
+    layout = nvvm.MMALayout.col if transposed else nvvm.MMALayout.row
+    got = nvvm.ldmatrix(pointer, 4, layout, results=[llvm.StructType.get_literal([T.i32()] * 4)], **at)
+    return [Int32(llvm.extractvalue(T.i32(), got, [i], **at)) for i in range(4)]
+
+
 # -- arithmetic ------------------------------------------------------------------------------------------------
 
 
@@ -69,6 +82,28 @@ def fabs(x: Float32) -> Float32:
     return asm("abs.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
 
 
+def add(a: Float32, b: Float32) -> Float32:
+    """a + b, rounded; as the next three, never fused with what comes before or after."""
+    return asm("add.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def subtract(a: Float32, b: Float32) -> Float32:
+    return asm("sub.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def multiply(a: Float32, b: Float32) -> Float32:
+    return asm("mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def divide(a: Float32, b: Float32) -> Float32:
+    return asm("div.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def subtract_saturated(a: Float32, b: Float32) -> Float32:
+    """a - b, rounded, then clamped to 0 .. 1."""
+    return asm("sub.rn.sat.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
 def bits(x: Float32) -> Int32:
     return asm("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
 
@@ -77,8 +112,19 @@ def from_bits(x: Int32) -> Float32:
     return asm("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
 
 
+def sign_mask(x: Int32) -> Int32:
+    """-1 where x is negative, else 0; not to be taken for a select."""
+    return asm("shr.s32 {$w0}, {$r0}, 31;", write_only_types=[Int32], read_only_args=[x])
+
+
 def mul_half2(a: Int32, b: Int32) -> Int32:
     return asm("mul.rn.f16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[a, b])
+
+
+def min_max(a: Int32, b: Int32, bfloat: bool, function: str) -> Int32:
+    """``function`` ("min" or "max") of two registers of two fp16 or bf16."""
+    kind = "bf16x2" if bfloat else "f16x2"
+    return asm(f"{function}.{kind} {{$w0}}, {{$r0}}, {{$r1}};", write_only_types=[Int32], read_only_args=[a, b])
 
 
 def to_half2(low: Float32, high: Float32) -> Int32:
@@ -160,12 +206,32 @@ def store_shared(address: Int32, offset: int, values: list) -> None:
     asm(f"st.shared{vector}.{kind} [{{$r0}}+{offset}], {operand};", read_only_args=[address, *values])
 
 
-def load_global(address: Int64, words: int = 1, offset: int = 0, cache: str = "nc") -> list:
-    """4, 8 or 16 bytes; cache "nc" for data that no one writes during the launch, "cg" for partial results."""
+def store_shared_half(address: Int32, offset: int, value: Int32) -> None:
+    """The lower 16 bits of a register."""
+    asm(
+        f"{{ .reg .b16 low, high; mov.b32 {{low, high}}, {{$r1}}; st.shared.b16 [{{$r0}}+{offset}], low; }}",
+        read_only_args=[address, value],
+    )
+
+
+def load_shared_half(address: Int32, offset: int) -> Float32:
+    """An fp16 as fp32."""
+    return asm(
+        f"{{ .reg .b16 half; ld.shared.b16 half, [{{$r0}}+{offset}]; cvt.f32.f16 {{$w0}}, half; }}",
+        write_only_types=[Float32],
+        read_only_args=[address],
+    )
+
+
+def load_global(address: Int64, words: int = 1, offset: int = 0, cache: str = "") -> list:
+    """4, 8 or 16 bytes; cache "cg" past L1, for what others write during the launch.
+
+    Not "nc": with programmatic launch the previous kernel may still write while this one runs.
+    """
     regs = ",".join(f"{{$w{i}}}" for i in range(words))
     vector, operand = (f".v{words}", "{" + regs + "}") if words > 1 else ("", regs)
     got = asm(
-        f"ld.global.{cache}{vector}.b32 {operand}, [{{$r0}}+{offset}];",
+        f"ld.global{cache and '.' + cache}{vector}.b32 {operand}, [{{$r0}}+{offset}];",
         write_only_types=[Int32] * words,
         read_only_args=[address],
     )
@@ -189,9 +255,14 @@ def atomic_add(address: Int64, value: Int32) -> Int32:
     )
 
 
-def prefetch(address: Int64) -> None:
-    """Bring the line of an address into L2."""
-    asm("prefetch.global.L2 [{$r0}];", read_only_args=[address])
+def atomic_max(address: Int64, value: Int32) -> None:
+    """Device-wide, of signed numbers."""
+    asm("red.relaxed.gpu.global.max.s32 [{$r0}], {$r1};", read_only_args=[address, value])
+
+
+def prefetch(address: Int64, nbytes: int) -> None:
+    """``cp.async.bulk.prefetch``: bring nbytes (a multiple of 16) into L2."""
+    asm("cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};", read_only_args=[address, Int32(nbytes)])
 
 
 # -- kernels of a stream ---------------------------------------------------------------------------------------
@@ -249,9 +320,14 @@ def mbarrier_wait(address: Int32, parity: Int32, test: str):
 
 
 def bulk_copy(shared: Int32, source: Int64, nbytes: int, mbarrier: Int32) -> None:
-    """``cp.async.bulk``: one thread copies nbytes (a multiple of 16) and the barrier counts them."""
+    """``cp.async.bulk``: one thread copies nbytes (a multiple of 16) and the barrier counts them.
+
+    The data are read once, so they are the first to leave L2: queries, lengths and results stay.
+    """
     asm(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[{$r0}], [{$r1}], {$r2}, [{$r3}], policy; }",
         read_only_args=[shared, source, Int32(nbytes), mbarrier],
     )
 
@@ -259,6 +335,11 @@ def bulk_copy(shared: Int32, source: Int64, nbytes: int, mbarrier: Int32) -> Non
 def copy16(shared: Int32, source: Int64, offset: int) -> None:
     """``cp.async`` of 16 bytes past L1, at the same offset from both addresses."""
     asm(f"cp.async.cg.shared.global [{{$r0}}+{offset}], [{{$r1}}+{offset}], 16;", read_only_args=[shared, source])
+
+
+def wait_for_copies() -> None:
+    """Until all of this thread's ``cp.async`` have landed."""
+    asm("cp.async.wait_all;")
 
 
 def mbarrier_arrive_after_copies(address: Int32) -> None:

@@ -12,7 +12,7 @@ from cutlass import Float32, Int32, Int64, cute, range_constexpr
 from . import ptx
 from .layouts import LANES
 from .plan import COLUMNS, MERGE_WARPS, QUERY_VECTOR, Plan
-from .schedule import Params, Piece
+from .schedule import Params
 
 LOG2E = 1.4426950408889634
 EXPONENT = 0x7F800000  # of fp32
@@ -25,18 +25,20 @@ class Queries:
         self.plan = plan
 
     @cute.jit
-    def prepare(self, p: Params, slot: Int32, warp: Int32, lane: Int32, piece: Piece, length: Int32):
-        """Write a piece's queries into a slot; row = query token * group + head of the group.
+    def prepare(
+        self, p: Params, slot: Int32, warp: Int32, lane: Int32, b: Int32, head: Int32, first_row: Int32, length: Int32
+    ):
+        """Write the queries of a tile into a slot; row = query token * group + head of the group.
 
-        Merge warp ``warp`` takes every third column tile. ``length``: tokens of the sequence.
+        Merge warp ``warp`` takes every third column tile. ``length``: tokens of sequence ``b``; ``head``: KV head.
         """
         column, quad = lane >> 2, lane & 3
         for n in range_constexpr(self.plan.column_tiles):
             if warp == n % MERGE_WARPS:
-                row = piece.first_row + n * COLUMNS + column
+                row = first_row + n * COLUMNS + column
                 token = row // p.group
                 inside = token < p.q_len
-                at = Int64(piece.b * p.q_len + token) * p.num_q_heads + piece.head * p.group + row - token * p.group
+                at = Int64(b * p.q_len + token) * p.num_q_heads + head * p.group + row - token * p.group
                 at = cutlass.select_(inside, at, Int64(0))  # any row; it counts as zero
                 at = p.q.toint() + at * (2 * self.plan.head_dim) + Int64(quad) * 4
                 # a lane's pair i holds channels 8 i + 2 quad and the next

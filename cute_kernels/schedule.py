@@ -15,7 +15,6 @@ from .layouts import BLOCK_TOKENS, LANES
 from .plan import Plan
 
 BLOCK_SHIFT = BLOCK_TOKENS.bit_length() - 1
-TABLE_LINE = 32  # entries of the block table in a line of 128 bytes
 
 
 class Params(NamedTuple):
@@ -33,13 +32,14 @@ class Params(NamedTuple):
     sink_logits: cute.Pointer  # f32 [num_q_heads] or null
     out: cute.Pointer  # like q
     lse: cute.Pointer  # f32 [batch, q_len, num_q_heads] or null
-    workspace: cute.Pointer  # counters i32 [batch, num_kv_heads, q_tiles], then partial results
+    workspace: cute.Pointer  # counters i32 [batch, num_kv_heads, q_tiles, merge_parts], then partial results
     page_stride: Int64  # bytes
     head_stride: Int64  # bytes
     batch: Int32
     q_len: Int32
     num_q_heads: Int32
     num_kv_heads: Int32
+    num_pages: Int32
     max_pages: Int32
     tail_capacity: Int32
     num_sink: Int32
@@ -110,13 +110,13 @@ class Piece(NamedTuple):
     sink_chunks: Int32
     sinks: Int32  # tokens
     tail: Int32  # tokens
-    x: Int32  # place of the first unit in the list, and within the piece
-    unit: Int32
-    count: Int32  # units of this CTA
-    units: Int32  # of the piece
     is_last: Int32  # 1: the CTA's last
-    base: Int32  # Shares
-    extra: Int32
+    index: Int32  # of the piece
+    columns: Int32  # query columns of the tile; 0 if the CTA's share is empty
+    slot: Int32  # workspace slot of this CTA's partial result
+    first_cta: Int32  # of those that share the piece
+    first_slot: Int32  # slot of that CTA's partial result
+    ctas: Int32  # how many share it; 1: no partial results
 
 
 def store_piece(address: Int32, piece: Piece) -> None:
@@ -135,25 +135,33 @@ class Schedule:
     def __init__(self, plan: Plan):
         self.chunk = plan.chunk
         self.q_tile = plan.q_tile
+        self.programmatic = plan.programmatic
+        self.warm_blocks = plan.warm_blocks
+        self.block_bytes = plan.fmt.block_bytes
+
+    def lengths(self, p: Params, b: Int32) -> tuple:
+        """seqlens and packed_lens of sequence b (of the last one beyond the batch), past L1: the previous kernel may be
+        writing them.
+        """
+        row = Int64(cutlass.min(b, p.batch - 1)) * 4
+        packed_lens = cutlass.select_(p.packed_lens.toint() != 0, p.packed_lens.toint(), p.seqlens.toint())
+        return tuple(ptx.load_global(x + row, cache="cg")[0] for x in (p.seqlens.toint(), packed_lens))
+
+    def sequence(self, p: Params, b: Int32) -> Sequence:
+        """Units of sequence b, none beyond the batch."""
+        return self.units_of(p, b, self.lengths(p, b))
 
     @cute.jit
-    def prefetch_table(self, p: Params):
-        """Start fetching the block table, a line per thread of the grid, while the lengths are on their way."""
-        thread = cute.arch.block_idx()[0] * cute.arch.block_dim()[0] + cute.arch.thread_idx()[0]
-        if thread * TABLE_LINE < p.batch * p.max_pages:
-            ptx.prefetch(p.block_table.toint() + Int64(thread) * (4 * TABLE_LINE))
-
-    @cute.jit
-    def sequence(self, p: Params, b: Int32):
-        """Units of sequence b. Lengths are clamped to what the buffers hold, so that no read leaves them."""
-        length = cutlass.max(ptx.load_global(p.seqlens.toint() + Int64(b) * 4)[0], 0)
+    def units_of(self, p: Params, b: Int32, lengths: tuple):
+        """The Sequence of these lengths, clamped to what the buffers hold, so that no read leaves them."""
+        length = cutlass.max(lengths[0], 0)
         sinks = cutlass.min(length, p.num_sink)
         rest = length - sinks
         packed = rest
         if p.tail_capacity > 0:
             packed = (rest >> BLOCK_SHIFT) << BLOCK_SHIFT
         if p.packed_lens.toint() != 0:
-            packed = cutlass.max(ptx.load_global(p.packed_lens.toint() + Int64(b) * 4)[0], 0)
+            packed = cutlass.max(lengths[1], 0)
         packed = cutlass.min(packed, cutlass.min(rest, p.max_pages * BLOCK_TOKENS))
         tail = cutlass.min(rest - packed, p.tail_capacity)
         first_visible = length - p.q_len - p.window + 1  # to the oldest query
@@ -163,39 +171,68 @@ class Schedule:
         if first_visible >= sinks:
             sink_units = Int32(0)
         units = cutlass.max(blocks + sink_units + (tail + self.chunk - 1) // self.chunk, 1)
+        units = cutlass.select_(b < p.batch, units, Int32(0))
         return Sequence(length, sinks, packed, tail, first_block, blocks, sink_units, units)
 
     @cute.jit
-    def units_of(self, p: Params, b: Int32):
-        """Units of one piece of sequence b, 0 beyond the batch."""
-        units = Int32(0)
-        if b < p.batch:
-            units = self.sequence(p, b).units
-        return units
+    def begin(self, p: Params, lane: Int32, meanwhile):
+        """Where the CTA's share begins (Place), its end, the Sequence there, and the Shares. An empty share ends where
+        it begins, somewhere in the list.
+
+        With programmatic launch this, and ``meanwhile(at, end, seq, shares)``, is done before the previous kernel ends,
+        and done again if the lengths turn out to be others then: it only has to be harmless whatever they are.
+        """
+        at, end, seq, shares = Place(*[lane] * 5), lane, Sequence(*[lane] * 8), Shares(lane, lane)
+        may_repeat = Int32(1)
+        again = Int32(1)
+        while again == 1:
+            again = Int32(0)
+            seen = self.lengths(p, lane)
+            at, end, seq, shares = self.share(p, lane, seen)
+            meanwhile(at, end, seq, shares)
+            if cutlass.const_expr(self.programmatic):
+                ptx.wait_for_previous_kernel()
+                now = self.lengths(p, lane)
+                if ptx.any_lane((now[0] != seen[0]) | (now[1] != seen[1]) | (p.batch > LANES)):
+                    again = may_repeat
+                may_repeat = Int32(0)
+        return at, end, seq, shares
+
+    def share(self, p: Params, lane: Int32, lengths: tuple) -> tuple:
+        """As :meth:`begin`, with the lengths of b = lane."""
+        cta = cute.arch.block_idx()[0]
+        mine = self.units_of(p, lane, lengths)
+        shares = self.deal(p, lane, mine)
+        x, end = shares.start(cta), shares.start(cta + 1)
+        at, seq = self.locate(p, cutlass.min(x, cutlass.max(end - 1, 0)), lane, mine)
+        return at._replace(x=x), end, seq, shares
 
     @cute.jit
-    def total_units(self, p: Params, lane: Int32):
-        """Units of one piece of every sequence, summed."""
-        total = Int32(0)
-        b = lane
+    def deal(self, p: Params, lane: Int32, mine: Sequence):
+        """The Shares of the CTAs; ``mine``: the Sequence of b = lane."""
+        total = mine.units
+        b = lane + LANES
         while b < p.batch:
             total += self.sequence(p, b).units
             b += LANES
         for i in range_constexpr(5):
             total += ptx.shuffle_xor(total, 1 << i)
-        return total
+        units = total * (p.num_kv_heads * p.q_tiles)
+        ctas = cute.arch.grid_dim()[0]
+        base = units // ctas
+        return Shares(base, units - base * ctas)
 
     @cute.jit
-    def locate(self, p: Params, x: Int32, lane: Int32):
-        """The Place of unit x."""
+    def locate(self, p: Params, x: Int32, lane: Int32, mine: Sequence):
+        """The Place of unit x and its Sequence; ``mine``: the Sequence of b = lane. b is -1 if there is no x."""
         pieces = p.num_kv_heads * p.q_tiles  # of a sequence
         found = Int32(-1)
         start = Int32(0)
         before = Int32(0)  # units of one piece of all earlier sequences
         base = Int32(0)
+        seq = mine
         while (found < 0) & (base < p.batch):
-            units = self.units_of(p, base + lane)
-            upto = units
+            upto = mine.units
             for i in range_constexpr(5):
                 left = ptx.shuffle_up(upto, 1 << i)
                 if lane >= 1 << i:
@@ -203,12 +240,43 @@ class Schedule:
             holder = ptx.first_lane((before + upto) * pieces > x)
             if holder >= 0:
                 found = base + holder
-                start = (before + ptx.shuffle(upto - units, holder)) * pieces
+                start = (before + ptx.shuffle(upto - mine.units, holder)) * pieces
+                seq = Sequence(*[ptx.shuffle(value, holder) for value in mine])
             before += ptx.shuffle(upto, LANES - 1)
             base += LANES
-        per_piece = self.sequence(p, found).units
-        piece = (x - start) // per_piece
-        return Place(x, found, start, piece, x - start - piece * per_piece)
+            if (found < 0) & (base < p.batch):
+                mine = self.sequence(p, base + lane)
+        piece = (x - start) // cutlass.max(seq.units, 1)
+        return Place(x, found, start, piece, x - start - piece * seq.units), seq
+
+    @cute.jit
+    def warm(self, p: Params, lane: Int32):
+        """Bring the first blocks of the CTA's share into L2, while the previous kernel ends.
+
+        Lengths and table may be stale: then it costs time, nothing else. Pages are checked, and entries are within the
+        table whatever the lengths are.
+        """
+        at, end, seq, _ = self.share(p, lane, self.lengths(p, lane))
+        left = Int32(self.warm_blocks)
+        while (at.x < end) & (at.b >= 0) & (at.b < p.batch) & (left > 0):
+            count, blocks, pages, table = self.blocks_of(p, at, end, seq)
+            i = lane
+            while i < cutlass.min(blocks, left):
+                page = ptx.load_global(table + Int64(i) * 4, cache="cg")[0]
+                if (page >= 0) & (page < p.num_pages):
+                    ptx.prefetch(pages + Int64(page) * p.page_stride, self.block_bytes)
+                i += LANES
+            left -= blocks
+            at = self.next_piece(p, at, seq.units, count)
+            seq = self.sequence(p, at.b)
+
+    def blocks_of(self, p: Params, at: Place, end: Int32, seq: Sequence) -> tuple:
+        """Of a piece from ``at`` on, within ``end``: units, blocks, its KV head's pages, its table entries."""
+        count = self.count(at, end, seq)
+        head, _ = self.tile(p, at)
+        pages = p.pages.toint() + Int64(head) * p.head_stride
+        table = p.block_table.toint() + (Int64(at.b) * p.max_pages + seq.first_block + at.unit) * 4
+        return count, self.blocks(at, count, seq), pages, table
 
     def tile(self, p: Params, at: Place) -> tuple:
         """KV head of a piece, and the first row of its query tile."""
@@ -218,10 +286,13 @@ class Schedule:
     def piece(self, p: Params, at: Place, end: Int32, seq: Sequence, shares: Shares) -> Piece:
         """The part of a piece from Place ``at`` on, within the CTA's ``end``."""
         head, first_row = self.tile(p, at)
-        count = cutlass.min(end - at.x, seq.units - at.unit)
+        count = self.count(at, end, seq)
         packed_end = seq.sinks + seq.packed
+        cta = cute.arch.block_idx()[0]
+        first_unit = at.x - at.unit
+        first_cta = shares.holder(first_unit)
         return Piece(
-            blocks=cutlass.max(cutlass.min(at.unit + count, seq.blocks) - at.unit, 0),
+            blocks=cutlass.max(self.blocks(at, count, seq), 0),
             first_position=seq.sinks + (seq.first_block + at.unit) * BLOCK_TOKENS,
             packed_end=packed_end,
             seen_by_all=cutlass.min(packed_end, seq.length - p.q_len + 1),
@@ -234,14 +305,23 @@ class Schedule:
             sink_chunks=seq.sink_units,
             sinks=seq.sinks,
             tail=seq.tail,
-            x=at.x,
-            unit=at.unit,
-            count=count,
-            units=seq.units,
             is_last=cutlass.select_(at.x + count == end, Int32(1), Int32(0)),
-            base=shares.base,
-            extra=shares.extra,
+            index=at.b * (p.num_kv_heads * p.q_tiles) + at.piece,
+            columns=cutlass.select_(count > 0, cutlass.min(p.group * p.q_len - first_row, self.q_tile), Int32(0)),
+            # a CTA has two slots, for the piece that its share begins with and for the one that it ends with
+            slot=2 * cta + cutlass.select_(at.x == shares.start(cta), Int32(0), Int32(1)),
+            first_cta=first_cta,
+            first_slot=2 * first_cta + cutlass.select_(shares.start(first_cta) == first_unit, Int32(0), Int32(1)),
+            ctas=shares.holder(first_unit + seq.units - 1) - first_cta + 1,
         )
+
+    def count(self, at: Place, end: Int32, seq: Sequence) -> Int32:
+        """Units of the piece from ``at`` on, within ``end``."""
+        return cutlass.min(end - at.x, seq.units - at.unit)
+
+    def blocks(self, at: Place, count: Int32, seq: Sequence) -> Int32:
+        """How many of ``count`` units are blocks, if any."""
+        return cutlass.min(at.unit + count, seq.blocks) - at.unit
 
     @cute.jit
     def next_piece(self, p: Params, at: Place, units: Int32, count: Int32):

@@ -23,7 +23,7 @@ from .fold import Fold
 from .layouts import BLOCK_TOKENS, LANES
 from .merge import CONSUMER_BARRIER, Merge
 from .plan import BARRIER_BYTES
-from .schedule import BLOCK_SHIFT, Params, Place, Schedule, Shares, load_piece, store_piece
+from .schedule import BLOCK_SHIFT, Params, Place, Schedule, Sequence, Shares, load_piece, store_piece
 from .wide_attention import WideAttention
 from .wide_plan import WidePlan
 from .wide_queries import WideQueries
@@ -55,45 +55,32 @@ class WideKernel(DecodeKernel):
             for team in range_constexpr(plan.teams):
                 ptx.mbarrier_init(smem + (plan.free_at + BARRIER_BYTES * team), plan.team_warps)
             ptx.fence_mbarrier_init()
-        ptx.wait_for_previous_kernel()
-
-        self.schedule.prefetch_table(p)
-        p = p._replace(window=cutlass.min(p.window, MAX_WINDOW))
-        units = self.schedule.total_units(p, lane) * (p.num_kv_heads * p.q_tiles)
-        ctas = cute.arch.grid_dim()[0]
-        base = units // ctas
-        shares = Shares(base, units - base * ctas)
-        cta = cute.arch.block_idx()[0]
-        x, end = shares.start(cta), shares.start(cta + 1)
         cute.arch.sync_threads()  # the barriers are initialised
+        p = p._replace(window=cutlass.min(p.window, MAX_WINDOW))
         if warp < plan.warps:
             wg.take_registers(plan.consumer_registers)
-            if x < end:
-                self.consume(p, smem, warp, lane, x, end, shares)
+            self.consume(p, smem, warp, lane)
         else:
             wg.give_registers(plan.auxiliary_registers)
-            if x < end:
-                at = self.schedule.locate(p, x, lane)
-                if warp == plan.warps:
-                    self.produce(p, smem, lane, at, end)
-                elif warp <= plan.warps + plan.folders:
-                    self.fold_blocks(p, smem, warp - (plan.warps + 1), lane, at, end)
+            if warp == plan.warps:
+                self.produce(p, smem, lane)
+            elif warp <= plan.warps + plan.folders:
+                self.fold_blocks(p, smem, warp - (plan.warps + 1), lane)
 
     @cute.jit
-    def fold_blocks(self, p: Params, smem: Int32, folder: Int32, lane: Int32, at: Place, end: Int32):
-        """Fold the parameters of every n-th block of units [at.x, end), as they land."""
+    def fold_blocks(self, p: Params, smem: Int32, folder: Int32, lane: Int32):
+        """Fold the parameters of every n-th block of the CTA's share, as they land."""
         plan = self.plan
+        at, end, seq, _ = self.schedule.begin(p, lane, lambda *share: None)
         power = self.queries.power(p)
         stage = folder
         parity = Int32(0)
         block = folder  # the warp's next block, counted over the share
         ring = Int32(0)  # blocks of the share before this piece
         while at.x < end:
-            seq = self.schedule.sequence(p, at.b)
-            count = cutlass.min(end - at.x, seq.units - at.unit)
-            blocks = cutlass.max(cutlass.min(at.unit + count, seq.blocks) - at.unit, 0)
+            count = self.schedule.count(at, end, seq)
             valid = seq.packed - (seq.first_block + at.unit - ring) * BLOCK_TOKENS  # tokens from the share's first on
-            ring += blocks
+            ring += cutlass.max(self.schedule.blocks(at, count, seq), 0)
             while block < ring:
                 ptx.mbarrier_wait(smem + plan.full_at + stage * BARRIER_BYTES, parity, plan.wait)
                 folded = smem + plan.folded_at + stage * plan.folded_bytes
@@ -107,33 +94,36 @@ class WideKernel(DecodeKernel):
                     stage -= plan.stages
                     parity = parity ^ 1
             at = self.schedule.next_piece(p, at, seq.units, count)
+            seq = self.schedule.sequence(p, at.b)
+
+    # -- consumers ---------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def first_piece(self, p: Params, address: Int32, lane: Int32, x: Int32, end: Int32, shares: Shares):
-        """Write the Piece of unit x."""
-        at = self.schedule.locate(p, x, lane)
-        self.write_piece(p, address, lane, at, end, shares)
+    def first_piece(self, p: Params, smem: Int32, lane: Int32):
+        """Find out where the share begins, and write its first Piece."""
+        at, end, seq, shares = self.schedule.begin(p, lane, lambda *share: None)
+        self.write_piece(p, smem, lane, at, end, seq, shares)
 
     @cute.jit
-    def write_piece(self, p: Params, address: Int32, lane: Int32, at: Place, end: Int32, shares: Shares):
-        piece = self.schedule.piece(p, at, end, self.schedule.sequence(p, at.b), shares)
+    def next_piece(self, p: Params, smem: Int32, lane: Int32):
+        """Overwrite the Piece by the one that follows it."""
+        words = [ptx.load_shared(smem + self.plan.walk_at, 16 * i, 4) for i in range(2)]
+        at, end, shares = Place(*words[0], words[1][0]), words[1][1], Shares(*words[1][2:])
+        seq = self.schedule.sequence(p, at.b)
+        at = self.schedule.next_piece(p, at, seq.units, self.schedule.count(at, end, seq))
+        cute.arch.sync_warp()  # all lanes have read the walk
+        self.write_piece(p, smem, lane, at, end, self.schedule.sequence(p, at.b), shares)
+
+    @cute.jit
+    def write_piece(self, p: Params, smem: Int32, lane: Int32, at: Place, end: Int32, seq: Sequence, shares: Shares):
         if lane == 0:
-            store_piece(address, piece)
+            store_piece(smem + (self.plan.slots_at + self.plan.piece_offset), self.schedule.piece(p, at, end, seq, shares))
+            ptx.store_shared(smem + self.plan.walk_at, 0, list(at[:4]))
+            ptx.store_shared(smem + self.plan.walk_at, 16, [at[4], end, *shares])
         cute.arch.sync_warp()
 
     @cute.jit
-    def next_piece(self, p: Params, address: Int32, lane: Int32):
-        """Overwrite a Piece by the one that follows it."""
-        piece = load_piece(address)
-        shares = Shares(piece.base, piece.extra)
-        index = piece.head * p.q_tiles + piece.first_row // self.plan.q_tile
-        at = Place(piece.x, piece.b, piece.x - piece.unit - index * piece.units, index, piece.unit)
-        at = self.schedule.next_piece(p, at, piece.units, piece.count)
-        cute.arch.sync_warp()  # all lanes have read it
-        self.write_piece(p, address, lane, at, shares.start(cute.arch.block_idx()[0] + 1), shares)
-
-    @cute.jit
-    def consume(self, p: Params, smem: Int32, warp: Int32, lane: Int32, x: Int32, end: Int32, shares: Shares):
+    def consume(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
         """Attend over the CTA's share: blocks from the ring, 16-bit units from global memory."""
         plan = self.plan
         group = warp // plan.warps_per_block
@@ -146,7 +136,11 @@ class WideKernel(DecodeKernel):
         free_parity = Int32(1)  # the first finds P free
         ring = Int32(0)  # blocks of the share before this piece
         if warp == 0:
-            self.first_piece(p, slot + plan.piece_offset, lane, x, end, shares)
+            self.first_piece(p, smem, lane)
+        else:
+            if warp == plan.warps - 1:
+                self.schedule.warm(p, lane)
+            ptx.wait_for_previous_kernel()
         is_last = Int32(0)
         while is_last == 0:
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # the piece is written, the one before merged
@@ -189,9 +183,10 @@ class WideKernel(DecodeKernel):
                 chunk += plan.block_groups
             free_parity = state.parity
             self.attention.store_state(smem, team, state)
-            self.merge.merge_last(p, smem, warp, lane, piece)
+            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # all results are in the scratch
+            self.merge.merge(p, smem, warp, Int32(plan.warps), lane, piece)
             is_last = piece.is_last
             if is_last == 0:
                 ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
                 if warp == 0:
-                    self.next_piece(p, slot + plan.piece_offset, lane)
+                    self.next_piece(p, smem, lane)

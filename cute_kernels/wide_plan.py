@@ -8,7 +8,7 @@ Teams differ in their blocks, or, where ``warps_per_block`` is more than a team,
 from functools import cached_property
 
 from .layouts import BLOCK_TOKENS, LANES, TILE
-from .plan import BARRIER_BYTES, FLAG_BYTES, SLOTS, SMEM_ALIGN, Plan
+from .plan import BARRIER_BYTES, SLOTS, SMEM_ALIGN, Plan
 
 GROUP_WARPS = 4  # of a warpgroup
 M_TILE = 64  # rows of one wgmma
@@ -19,6 +19,7 @@ SM_REGISTERS = 65536
 AUXILIARY_REGISTERS = 56  # what they need at least; with accumulators that leave no choice, 32
 TIGHT_REGISTERS = 32
 ALIGN = 16
+WALK_BYTES = 32  # the Place in the list of units, its end, the Shares (schedule.py)
 
 
 class WidePlan(Plan):
@@ -66,8 +67,8 @@ class WidePlan(Plan):
         groups = self.warps // GROUP_WARPS
         return self.start_registers * (groups + 1) - groups * self.consumer_registers
 
-    # shared memory: as in Plan, with the folded parameters of the stages behind the ring, one slot and, behind the flags,
-    # ``exchange``: of each team a float per warp and column, then per column ``top`` and its last change; ``ready`` barriers per stage, ``free`` ones per team.
+    # shared memory: as in Plan, with the folded parameters of the stages behind the ring, one slot and, behind the barriers,
+    # ``exchange``: of each team a float per warp and column, then per column ``top`` and its last change; ``walk``; ``ready`` barriers per stage, ``free`` ones per team.
     # The merge scratch also holds P while a piece is worked on: a row per query column has room for its P.
 
     @cached_property
@@ -88,7 +89,7 @@ class WidePlan(Plan):
 
     @cached_property
     def ready_at(self) -> int:
-        return self.flag_at + FLAG_BYTES
+        return self.slot_full_at + SLOTS * BARRIER_BYTES
 
     @cached_property
     def free_at(self) -> int:
@@ -99,12 +100,16 @@ class WidePlan(Plan):
         return -(-(self.free_at + self.teams * BARRIER_BYTES) // ALIGN) * ALIGN
 
     @cached_property
+    def walk_at(self) -> int:
+        return self.exchange_at + self.teams * self.exchange_bytes
+
+    @cached_property
     def exchange_bytes(self) -> int:
         return (self.team_warps + 2) * self.columns * 4
 
     @cached_property
     def smem_bytes(self) -> int:
-        end = self.exchange_at + self.teams * self.exchange_bytes
+        end = self.walk_at + WALK_BYTES
         return -(-end // SMEM_ALIGN) * SMEM_ALIGN
 
     # a stage's folded parameters, fp16 where not said otherwise:
@@ -146,12 +151,7 @@ class WidePlan(Plan):
         """Between P of one V group and the next, of a team's columns."""
         return self.columns * BLOCK_TOKENS * 2
 
-    def check(self) -> None:
-        assert self.p_groups * BLOCK_TOKENS * 2 <= self.row_bytes
-        assert self.v_groups <= self.value_tiles and TILE * GROUP_WARPS == M_TILE
-        assert SLOTS == 2
 
-
-def plan_of(config) -> Plan:
+def decode_plan(config) -> Plan:
     """The plan of a decode kernel."""
     return WidePlan(config) if config.mma == "wgmma" else Plan(config)

@@ -119,7 +119,7 @@ def test_spec_errors_name_the_argument(fields, message):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"kind": "encode"}, InvalidArgument, "kind=encode: allowed are decode, append"),
+        ({"kind": "encode"}, InvalidArgument, "kind=encode: allowed are decode, append, merge"),
         ({"arch": "sm70"}, InvalidArgument, "arch=sm70: allowed are sm80, sm89, sm90a, sm100, sm120"),
         ({"head_dim": 80}, InvalidArgument, "head_dim=80: allowed are 64, 96, 128, 256"),
         ({"head_dim": 96}, InvalidArgument, "v_group=128: must divide head_dim=96"),
@@ -139,6 +139,8 @@ def test_spec_errors_name_the_argument(fields, message):
         ({"ctas_per_sm": 0}, InvalidArgument, "ctas_per_sm=0: allowed are 1 to 8"),
         ({"ctas_per_sm": 3}, UnsupportedConfig, "sm90a has 76800 with ctas_per_sm=3"),
         ({"kind": "append", "stages": 2}, InvalidArgument, "stages=2: kind=append has no tiling, allowed is 4"),
+        ({"kind": "merge", "stages": 2}, InvalidArgument, "stages=2: kind=merge has no tiling"),
+        ({"kind": "merge", "quant": QuantSpec(k_bits=2)}, InvalidArgument, "quant=k2c128_v4g128: allowed are k4c128"),
         ({"kind": "append", "copy": "cp_async"}, InvalidArgument, "copy=cp_async: kind=append has no tiling"),
         ({"arch": "sm80"}, UnsupportedConfig, "copy=bulk: needs sm90a or later"),
         ({"stages": 14}, UnsupportedConfig, "stages=14: the kernel would need"),
@@ -201,7 +203,7 @@ def test_names_of_append_kernels_have_no_tiling():
     )
     assert config.name() == "append_sm80_d64_k2c128m_v4g32"
     assert KernelConfig.from_name(config.name()) == config
-    assert KernelConfig(kind="append").smem_bytes() == 128 * (2 * 128 + 16) + 4 * 128 + 1024
+    assert KernelConfig(kind="append").smem_bytes() == 128 * (2 * 128 + 16) + 512 + 512 + 256
     assert config.smem_bytes() == 128 * (2 * 64 + 16) + 4 * 64 + 1024 * 2
 
 

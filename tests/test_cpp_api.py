@@ -1,11 +1,10 @@
 """The C and C++ APIs: programs built against the installed headers and library, with nothing else installed."""
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -14,46 +13,52 @@ from bitdecoding.cute_kernels.pack import CompiledKernel, write_pack
 
 from bitdecoding import KernelConfig, QuantSpec
 
-SOURCES = Path(__file__).parent / "cpp"
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "tests" / "cpp"
 LIB_DIR = native.LIBRARY_PATH.parent
-RUNTIME = Path(__file__).parents[1] / "cute_kernels" / "runtime"
 NO_GPU = 77  # exit status of decode_loop
-PROGRAMS = ("consumer", "decode_cpu", "decode_loop", "c_api")
+ENGINE_STEPS = "4000 tokens per sequence"
 
 
-def compiler_of(source):
-    compiler = shutil.which("gcc" if source.suffix == ".c" else "g++")
-    if compiler is None:
-        pytest.skip("there is no compiler")
-    return [compiler, "-std=c11" if source.suffix == ".c" else "-std=c++17", f"-I{LIB_DIR.parent / 'include'}"]
+def cmake(*arguments):
+    program = shutil.which("cmake") or pytest.skip("there is no CMake")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """The folder with the programs of tests/cpp, built by find_package; without CMake by the compiler alone."""
-    folder = tmp_path_factory.mktemp("programs")
-    if cmake := shutil.which("cmake"):
-        command = [Path(sys.executable).parent / "bitdecoding", "cmake-dir"]
-        directory = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-        configure = [cmake, "-S", SOURCES, "-B", folder, f"-Dbitdecoding_DIR={directory}"]
-        subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-        subprocess.run([cmake, "--build", folder, "-j2"], check=True, stdout=subprocess.DEVNULL)
-        return folder
-    for source in (each for each in SOURCES.iterdir() if each.stem in PROGRAMS):
-        libraries = [f"-L{LIB_DIR}", "-lbitdecoding", f"-Wl,-rpath,{LIB_DIR}", "-lm", "-ldl"]
-        subprocess.run([*compiler_of(source), "-O1", source, *libraries, "-o", folder / source.stem], check=True)
+def build_programs(folder, directory, *options):
+    """tests/cpp, built against the library that find_package finds in a directory."""
+    try:
+        headers = [
+            Path(f.locate()) for f in metadata.files("nvidia-cuda-runtime") or [] if f.name == "cuda_runtime_api.h"
+        ]
+    except metadata.PackageNotFoundError:
+        headers = []
+    options = [*options, *(f"-DCUDA_HOME={header.parents[1]}" for header in headers)]
+    cmake("-S", SOURCES, "-B", folder, f"-Dbitdecoding_DIR={directory}", *options)
+    cmake("--build", folder, "-j2")
     return folder
 
 
 @pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """The programs of tests/cpp, with the library of this Python."""
+    command = [Path(sys.executable).parent / "bitdecoding", "cmake-dir"]
+    directory = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return build_programs(tmp_path_factory.mktemp("programs"), directory)
+
+
+@pytest.fixture(scope="module")
 def packs(tmp_path_factory):
-    """A pack with one kernel, which no driver would load, and a file that is none."""
+    """A pack with three kernels, which no driver would load, and a file that is none."""
     folder = tmp_path_factory.mktemp("packs")
-    config = KernelConfig(arch="sm80", copy="cp_async")
-    kernel = CompiledKernel(
-        name=config.name(), entry="entry", cubin=b"\x7fELF", threads=160, smem=4096, regs=128, ctas_per_sm=1
-    )
-    write_pack(folder / "sm80.bdpack", [kernel], {"arch": "sm80"})
+    configs = [
+        KernelConfig(arch="sm80", copy="cp_async"),
+        *(KernelConfig(arch="sm80", kind=x) for x in ("append", "merge")),
+    ]
+    launch = {"entry": "entry", "threads": 160, "smem": 4096, "regs": 128, "ctas_per_sm": 1}
+    kernels = [CompiledKernel(name=each.name(), cubin=each.kind.encode(), **launch) for each in configs]
+    write_pack(folder / "sm80.bdpack", kernels, {"arch": "sm80"})
     (folder / "none.bdpack").write_bytes(b"BDPACK 1\nwhatever")
     return [folder / "sm80.bdpack", folder / "none.bdpack"]
 
@@ -93,26 +98,15 @@ def test_a_c_program_gets_a_status_for_every_mistake(programs, packs):
 
 
 def test_nothing_that_sanitizers_find_happens_on_the_cpu(tmp_path, packs):
-    """The library's sources, instrumented, under the programs of the tests above."""
-    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    x86 = platform.machine() == "x86_64"
-    loops = {"Baseline": []} | ({"Avx2": ["-mavx2", "-mfma", "-mf16c"]} if x86 else {})  # as in CMakeLists.txt
-    units = [(path, []) for path in RUNTIME.glob("*.cpp") if path.stem not in ("binding", "check", "cpu_attend")]
-    units += [(RUNTIME / "cpu_attend.cpp", [f"-DBITDECODING_CPU_LOOPS=kLoops{x}", *f]) for x, f in loops.items()]
-    programs = {"decode_cpu.cpp": ["64"], "c_api.c": packs}
-    common = [*sanitize, "-Wno-psabi", *(["-DBITDECODING_CPU_AVX2"] if x86 else [])]
-
-    def compile_one(source, flags, output):
-        subprocess.run([*compiler_of(source), *common, *flags, "-c", source, "-o", output], check=True)
-        return output
-
-    with ThreadPoolExecutor(2) as pool:
-        library = [pool.submit(compile_one, *unit, tmp_path / f"{i}.o") for i, unit in enumerate(units)]
-        objects = {name: pool.submit(compile_one, SOURCES / name, [], tmp_path / f"{name}.o") for name in programs}
-    for name, arguments in programs.items():
-        linked = [each.result() for each in (*library, objects[name])]
-        subprocess.run(["g++", *sanitize, *linked, "-ldl", "-lpthread", "-o", tmp_path / "program"], check=True)
-        result = subprocess.run([tmp_path / "program", *arguments], capture_output=True, text=True, env={})
+    """A CMake install of the library alone, without Python, and the programs of the tests above; all instrumented."""
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+    options = [f"-DCMAKE_CXX_FLAGS={flags}", f"-DCMAKE_C_FLAGS={flags}", "-DCMAKE_BUILD_TYPE=Debug"]
+    cmake("-S", ROOT, "-B", tmp_path / "library", "-DBITDECODING_PYTHON=OFF", *options)
+    cmake("--build", tmp_path / "library", "-j2")
+    cmake("--install", tmp_path / "library", "--prefix", tmp_path / "prefix")
+    programs = build_programs(tmp_path / "programs", tmp_path / "prefix" / "lib" / "cmake" / "bitdecoding", *options)
+    for command in ([programs / "decode_cpu", "64"], [programs / "c_api", *packs], [programs / "consumer"]):
+        result = subprocess.run(command, capture_output=True, text=True, env={})
         assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -123,12 +117,39 @@ def test_a_decode_loop_without_a_gpu_says_so(programs):
     assert "libcuda.so.1: not found" in result.stdout or "CUDA_ERROR" in result.stdout
 
 
-@pytest.mark.gpu
-def test_a_decode_loop_on_a_gpu_equals_the_cpu(programs, tmp_path):
+def test_the_example_without_a_gpu_says_so(programs):
+    if not (programs / "engine").exists():
+        pytest.skip("there is no CUDA runtime to build it with")
+    result = subprocess.run([programs / "engine"], capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 1
+    assert "libcuda.so.1: not found" in result.stderr or "CUDA_ERROR" in result.stderr
+
+
+def test_the_example_is_short():
+    assert len((ROOT / "docs" / "engine.cpp").read_text().splitlines()) <= 150
+
+
+@pytest.fixture(scope="module")
+def gpu_packs(tmp_path_factory):
+    """Packs with the kernels of the default format for this machine's GPU: the one that is installed, or compiled."""
     config = KernelConfig.for_problem(head_dim=128, quant=QuantSpec(), num_q_heads=32, num_kv_heads=8)
     pack = native.PACKS_DIR / f"bitdecoding-{config.arch}.bdpack"
     if not pack.is_file():
-        pack = tmp_path / "one.bdpack"
-        write_pack(pack, [pytest.importorskip("bitdecoding.cute_kernels.compile").compile_kernel(config)], {})
-    result = subprocess.run([programs / "decode_loop", pack], capture_output=True, text=True)
+        compiler = pytest.importorskip("bitdecoding.cute_kernels.compile")
+        configs = [config, KernelConfig(kind="append", arch=config.arch)]
+        pack = tmp_path_factory.mktemp("gpu") / "two.bdpack"
+        write_pack(pack, [compiler.compile_kernel(each) for each in configs], {})
+    return [pack]
+
+
+@pytest.mark.gpu
+def test_a_decode_loop_on_a_gpu_equals_the_cpu(programs, gpu_packs):
+    result = subprocess.run([programs / "decode_loop", *gpu_packs], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.gpu
+def test_the_example_runs(programs, gpu_packs):
+    result = subprocess.run([programs / "engine", *gpu_packs], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert ENGINE_STEPS in result.stdout

@@ -197,3 +197,19 @@ def test_a_model_generates_on_the_gpu() -> None:
         got = model(tokens[:, -1:], past_key_values=got.past_key_values, use_cache=True).logits[:, -1].float()
     assert relative_error(got.cpu(), want.cpu()) < 2e-2
     assert model.generate(tokens, max_new_tokens=20, do_sample=False).shape == (1, 520)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_merge_equals_the_cpu(head_dim: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(head_dim)
+    for parts, rows in ((1, 1), (2, 7), (5, 4097)):
+        outs = torch.randn(parts, rows, 2, head_dim, generator=generator).to(dtype)
+        lses = 4 * torch.randn(parts, rows, 2, generator=generator)
+        lses[0, ::3] = lses[:, 0] = -torch.inf
+        outs[0, ::3] = torch.nan
+        want, want_lse = bd.merge(outs, lses)
+        out, lse = bd.merge(outs.cuda(), lses.cuda())
+        torch.testing.assert_close(out.cpu(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        torch.testing.assert_close(lse.cpu(), want_lse, atol=1e-5, rtol=1e-5)
+    assert bd.merge(outs[:, :0].cuda(), lses[:, :0].cuda())[0].shape == (0, 2, head_dim)

@@ -18,8 +18,8 @@ LAYERS = [
     {"cute_kernels.*"},  # the kernels
     {"cute_kernels.compile"},
     {"bitdecoding.quantization", "bitdecoding.cpu", "bitdecoding.tuned", "bitdecoding.cuda"},
-    {"bitdecoding.ops"},
-    {"bitdecoding.cache", "bitdecoding"},
+    {"bitdecoding.ops", "bitdecoding.torch_ops"},
+    {"bitdecoding.cache", "bitdecoding.policy", "bitdecoding"},
     {"bitdecoding.integrations.*"},
     {"bitdecoding.info", "bitdecoding.models", "bitdecoding.*"},  # what the commands run
     {"bitdecoding.cli"},

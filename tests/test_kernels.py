@@ -17,7 +17,6 @@ pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 from attention_reference import attention, relative_error
 from bitdecoding.cute_kernels import compile as compiler
 from bitdecoding.cute_kernels.cubin import read_cubin
-from bitdecoding.cute_kernels.wide_plan import plan_of
 from bitdecoding.cute_kernels.schedule import Params
 from dsl import listing, sass
 from ptx_interpreter import Memory, run
@@ -35,8 +34,8 @@ BULK_ARCHS = ("sm90a", "sm120")
 
 @lru_cache(maxsize=None)
 def compiled(arch: str) -> dict[bd.KernelConfig, compiler.Compiled]:
-    """The manifest of an architecture."""
-    configs = compiler.manifest(arch)
+    """The decode kernels of an architecture's manifest."""
+    configs = [config for config in compiler.manifest(arch) if config.kind == "decode"]
     return dict(zip(configs, compiler.compile_all(configs, compiler.compile_config), strict=True))
 
 
@@ -52,7 +51,7 @@ def kernel(arch: str, spec: bd.QuantSpec, head_dim: int, group: int, q_len: int 
 def test_resources(arch: str) -> None:
     for config, made in compiled(arch).items():
         found = read_cubin(made.cubin)[made.entry]
-        plan = plan_of(config)
+        plan = compiler.plan_of(config)
         name = config.name()
         assert found.frame_bytes == 0, f"{name} spills"
         assert found.max_threads == plan.threads, name
@@ -129,9 +128,9 @@ def execute(config: bd.KernelConfig, made: compiler.Compiled, case: Problem, q: 
 
     group = num_q_heads // num_kv_heads
     q_tiles = -(-group * q_len // config.q_tile)
-    counters = batch * num_kv_heads * q_tiles
+    counters = batch * num_kv_heads * q_tiles * compiler.plan_of(config).merge_parts
     counters = -(-counters // 32) * 32  # of 4 bytes, to a multiple of 128
-    slots = grid * 2 * plan_of(config).partial_bytes
+    slots = grid * 2 * compiler.plan_of(config).partial_bytes
     workspace = np.concatenate((np.zeros(counters * 4, np.uint8), np.full(slots, 0xFF, np.uint8)))
     out = torch.full((batch, q_len, num_q_heads, head_dim), torch.nan).to(q.dtype)
     lse = np.full((batch, q_len, num_q_heads), np.nan, np.float32)
@@ -157,6 +156,7 @@ def execute(config: bd.KernelConfig, made: compiler.Compiled, case: Problem, q: 
         "q_len": q_len,
         "num_q_heads": num_q_heads,
         "num_kv_heads": num_kv_heads,
+        "num_pages": case.pages.shape[0],
         "max_pages": case.block_table.shape[1],
         "tail_capacity": tail_k.shape[1],
         "num_sink": 0 if sink_k is None else sink_k.shape[1],
@@ -169,7 +169,7 @@ def execute(config: bd.KernelConfig, made: compiler.Compiled, case: Problem, q: 
         "group": group,
         "q_tiles": q_tiles,
     }
-    plan = plan_of(config)
+    plan = compiler.plan_of(config)
     run(
         made.ptx, made.entry, (grid,), (plan.threads,), [values[name] for name in Params._fields], plan.smem_bytes,
         memory, async_copies=options.get("async_copies", "late"),

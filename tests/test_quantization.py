@@ -408,14 +408,14 @@ def test_rotation_spreads_outliers() -> None:
 def test_presets_exist_for_every_head_dim(name: str, head_dim: int) -> None:
     spec, policy = bd.preset(name, head_dim)
     assert bd.block_bytes(head_dim, spec) % 128 == 0
-    assert policy.recent in (0, 128)
+    assert policy.recent in (0, 64)
     assert head_dim % spec.v_group == 0
 
 
 def test_presets_say_what_the_design_says() -> None:
     spec, policy = bd.preset("kv4")
     assert spec == bd.QuantSpec(v_group=64, v_symmetric=True, v_clip="mse", rotate_k=True, rotate_v=True)
-    assert (policy.recent, policy.sink_tokens) == (128, 4)
+    assert (policy.recent, policy.sink_tokens) == (64, 4)
     spec, policy = bd.preset("kv2", 96)
     assert (spec.k_axis, spec.k_group, spec.v_group, spec.k_mean) == ("token", 32, 32, "block")
     assert policy.sink_tokens == 16

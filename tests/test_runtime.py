@@ -443,7 +443,7 @@ def test_a_command_without_its_extra(monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------- on a GPU
 
 # Thread 0 of the first CTA writes its parameters to one of them, then grid, block and shared-memory sizes.
-PARAMETERS = [("u64", 15), ("u32", 11)]
+PARAMETERS = [("u64", 15), ("u32", 12)]
 APPEND_PARAMETERS = [("u64", 19), ("u32", 15)]
 
 
@@ -502,20 +502,20 @@ def test_launch_passes_every_parameter(report_kernel):
     with torch.cuda.stream(stream):
         native.function("decode")(handle, *tensors.values(), workspace, 77, 0.25, 0.0, False, False)
     stream.synchronize()
-    report = tensors["out"].view(torch.uint8).flatten()[:176].cpu()
+    report = tensors["out"].view(torch.uint8).flatten()[:180].cpu()
     words = report[:120].view(torch.int64).tolist()
-    ints = report[120:152].view(torch.int32).tolist()
-    floats = report[152:160].view(torch.float32).tolist()
+    ints = report[120:156].view(torch.int32).tolist()
+    floats = report[156:164].view(torch.float32).tolist()
     expected = [tensors[name].data_ptr() for name in NAMES]
     counters = native.function("counter_bytes")()
     assert words[:12] == expected
-    assert words[12] == workspace.data_ptr() + counters - 128  # 2 sequences x 8 heads x 1 tile: 64 bytes, aligned
+    assert words[12] == workspace.data_ptr() + counters - 4096  # 2 sequences x 8 heads x 1 tile x 64 rows x 4 bytes
     assert words[13:] == [8 * SPEC.block_bytes(128), SPEC.block_bytes(128)]
-    assert ints == [2, 1, 32, 8, 3, 16, 4, 77]
-    assert report[160:164].view(torch.int32).item() == 0  # float16
+    assert ints == [2, 1, 32, 8, tensors["pages"].shape[0], 3, 16, 4, 77]
+    assert report[164:168].view(torch.int32).item() == 0  # float16
     assert floats == [pytest.approx(0.25 * 1.4426950408889634), 0.0]
     sms = native.function("device_info")(0)["num_sms"]
-    assert report[164:].view(torch.int32).tolist() == [2 * sms, 160, smem]
+    assert report[168:].view(torch.int32).tolist() == [2 * sms, 160, smem]
     with pytest.raises(InvalidArgument, match="workspace: has 128 bytes"):
         native.function("decode")(handle, *tensors.values(), workspace[:128], 77, 0.25, 0.0, False, False)
     on_cpu = tensors | {"seqlens": tensors["seqlens"].cpu()}
@@ -523,7 +523,7 @@ def test_launch_passes_every_parameter(report_kernel):
         native.function("decode")(handle, *on_cpu.values(), workspace, 77, 0.25, 0.0, False, False)
     bf16 = decode_tensors(torch.bfloat16, "cuda")
     native.function("decode")(handle, *bf16.values(), workspace, 77, 0.25, 30.0, False, False)
-    report = bf16["out"].view(torch.uint8).flatten()[156:164].cpu()
+    report = bf16["out"].view(torch.uint8).flatten()[160:168].cpu()
     assert report[:4].view(torch.float32).item() == 30.0
     assert report[4:].view(torch.int32).item() == 1
 

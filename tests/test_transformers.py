@@ -1,15 +1,17 @@
 """The transformers integration, on tiny models with random weights: no downloads."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from bitdecoding.cute_kernels.errors import InvalidArgument, OutOfPages, UnsupportedConfig
+from bitdecoding.cute_kernels.errors import CacheFormatError, InvalidArgument, OutOfPages, UnsupportedConfig
 from transformers import (
     AutoModelForCausalLM,
+    CompileConfig,
     DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
@@ -21,11 +23,12 @@ from transformers import (
     StaticCache,
 )
 
-from bitdecoding import QuantSpec
+from bitdecoding import QuantPolicy, QuantSpec
 from bitdecoding.integrations.transformers import NAME, BitDecodingCache, disable, enable
-from bitdecoding.quantization import CachePolicy
+from bitdecoding.quantization import CachePolicy, preset
 
 VOCABULARY = 97
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 128,
@@ -47,9 +50,15 @@ CONFIGS = {
     "mistral": MistralConfig(**SIZES, sliding_window=100),
     "gemma2": Gemma2Config(**SIZES, sliding_window=100, attn_logit_softcapping=2.0, query_pre_attn_scalar=64),
     "gemma3": Gemma3TextConfig(**SIZES, sliding_window=100, sliding_window_pattern=2, query_pre_attn_scalar=64),
+    "mqa": LlamaConfig(**SIZES | {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 192}),
     "gpt_oss": GptOssConfig(**SIZES, sliding_window=100, num_local_experts=2, num_experts_per_tok=2),
 }
 EIGHT_BIT = (QuantSpec(k_bits=8, v_bits=8, k_group=32, v_group=32), CachePolicy(recent=16, sink_tokens=2))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
 
 
 def build(family="llama"):
@@ -69,6 +78,15 @@ def tokens(batch, length, seed=1):
 def feed(model, ids, cache, sizes):
     """Logits of a text fed in chunks of these sizes."""
     return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(sizes, dim=1)], dim=1)
+
+
+def cut(length, first, pattern):
+    """Sizes of chunks that add up to a length: the first ones, then a pattern again and again."""
+    sizes = list(first)
+    for size in itertools.cycle(pattern):
+        if sum(sizes) == length:
+            return sizes
+        sizes.append(min(size, length - sum(sizes)))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -95,16 +113,17 @@ def test_other_caches_and_no_cache_get_exact_attention(family):
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
 
 
-@pytest.mark.parametrize(("quant", "sinks"), [("kv8", 4), ("kv4", 4), ("kv2", 16), ("kc4", 0)])
-def test_chunks_and_single_steps_agree(quant, sinks):
-    """Chunks that end where a step-by-step decode packs a block see the same 16-bit and packed tokens as its steps."""
+@pytest.mark.parametrize("quant", ["kv8", "kv4", "kv2", "kc4"])
+def test_chunks_and_single_steps_agree(quant):
+    """Chunks see the same 16-bit and packed tokens as single steps, if the tokens that fill a block come alone."""
     model, ids = build(), tokens(1, 420)
     model.set_attn_implementation(NAME)
-    prompt = sinks + 128
+    policy = preset(quant)[1]
+    prompt = policy.sink_tokens + max(1, policy.recent) + 127
     caches = [BitDecodingCache(model.config, quant) for _ in range(3)]
     stepped, halves, blocks = (
-        feed(model, ids, cache, [prompt] + [size] * ((420 - prompt) // size) + [(420 - prompt) % size] * (size > 1))
-        for cache, size in zip(caches, (1, 64, 128), strict=True)
+        feed(model, ids, cache, cut(420, [prompt], pattern))
+        for cache, pattern in zip(caches, ([1], [1, 63, 64], [1, 127]), strict=True)
     )
     assert len({cache.layers[1].kv.packed_lens.item() for cache in caches}) == 1
     assert caches[0].layers[1].kv.packed_lens > 0
@@ -214,6 +233,156 @@ def test_assisted_decoding_gives_the_same_text():
     assert model.generate(ids, assistant_model=assistant, max_new_tokens=24, do_sample=False).equal(plain)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_steps_equal_plain_ones(family, device):
+    """A whole model's step, over the border of a block, in one graph that is compiled once; layers of four formats."""
+    model, ids = build(family).to(device), tokens(2, 200).to(device)
+    model.set_attn_implementation(NAME)
+    policy = QuantPolicy("kv4", {0: "16bit"} if family == "qwen3" else {0: "kv8"} if family == "llama" else {})
+    plain, compiled = (BitDecodingCache(model.config, policy, max_tokens=200) for _ in range(2))
+    feed(model, ids[:, :193], plain, [193])
+    feed(model, ids[:, :193], compiled, [193])
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(model, fullgraph=True, backend=count)
+    with torch.no_grad():
+        for i in range(193, 200):
+            expected = model(ids[:, i : i + 1], past_key_values=plain).logits
+            actual = step(ids[:, i : i + 1], past_key_values=compiled).logits
+            torch.testing.assert_close(actual, expected)
+    assert len(graphs) == 1
+    compiled.sync()
+    assert int(compiled.get_seq_length()) == 200
+    assert compiled.layers[1].kv.packed_lens.tolist() == plain.layers[1].kv.packed_lens.tolist() == [128, 128]
+
+
+def test_generate_compiles_its_steps():
+    model, ids = build(), tokens(2, 120)
+    mask = torch.ones_like(ids)
+    mask[1, :30] = 0
+    enable(model, "kv4")
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiling = CompileConfig(fullgraph=True, backend=count, mode=None)
+    compiling._compile_all_devices = True
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    plain = model.generate(ids, **options)
+    assert not graphs
+    for _ in range(2):  # a second generation has another cache and the same graph
+        assert model.generate(ids, **options, compile_config=compiling).equal(plain)
+        assert len(graphs) == 1
+    plain = model.generate(ids, max_new_tokens=2, do_sample=False, prefill_chunk_size=60)
+    chunked = model.generate(ids, max_new_tokens=2, do_sample=False, prefill_chunk_size=60, compile_config=compiling)
+    assert chunked.equal(plain)
+    assert len(graphs) > 1
+
+
+def test_compiled_prompts_with_padding():
+    model, ids = build(), tokens(2, 40)
+    model.set_attn_implementation(NAME)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    plain, compiled = (BitDecodingCache(model.config, "kv8", max_tokens=64) for _ in range(2))
+    with pytest.raises(Exception, match="early_initialization"):
+        step(ids, attention_mask=mask, past_key_values=BitDecodingCache(model.config, "kv8", max_tokens=64))
+    compiled.initialize(model, 2)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, past_key_values=plain).logits
+        actual = step(ids, attention_mask=mask, past_key_values=compiled).logits
+        torch.testing.assert_close(actual[0], expected[0])
+        torch.testing.assert_close(actual[1, 9:], expected[1, 9:])
+        with pytest.raises(RuntimeError, match="padding on the left"):
+            step(ids, attention_mask=1 - mask, past_key_values=compiled)
+
+
+def test_layers_in_16_bit_are_exact():
+    model, ids, sizes = build(), tokens(2, 400), [150, 1, 147, 99, 1, 1, 1]
+    expected = feed(model, ids, DynamicCache(config=model.config), sizes)
+    model.set_attn_implementation(NAME)
+    cache = BitDecodingCache(model.config, "16bit", max_tokens=400)
+    assert (feed(model, ids, cache, sizes) - expected).std() < 1e-3 * expected.std()  # K and V are rounded to fp16
+    assert cache.used_nbytes == 2 * 2 * 2 * 400 * 2 * 64 * 2
+
+
+def test_saved_cache_goes_on_where_it_was(tmp_path):
+    model, ids = build(), tokens(2, 320)
+    model.set_attn_implementation(NAME)
+    cache = BitDecodingCache(model.config, QuantPolicy("kv4", {0: "16bit"}, recent=32), max_tokens=400)
+    feed(model, ids[:, :300], cache, [300])
+    cache.save(tmp_path / "prompt")
+    loaded = BitDecodingCache.load(tmp_path / "prompt", model.config)
+    assert loaded.policy == cache.policy
+    assert int(loaded.get_seq_length()) == 300
+    assert feed(model, ids[:, 300:], loaded, 1).equal(feed(model, ids[:, 300:], cache, 1))
+
+    (tmp_path / "prompt" / "policy.json").write_text('{"policy": {"default": "kv2"}, "length": 300}')
+    with pytest.raises(CacheFormatError, match="layer"):
+        BitDecodingCache.load(tmp_path / "prompt", model.config)
+    with pytest.raises(CacheFormatError, match="policy.json"):
+        BitDecodingCache.load(tmp_path / "nothing", model.config)
+
+
+@pytest.mark.gpu
+def test_a_thousand_tokens_on_the_gpu_are_those_of_the_cpu(tmp_path):
+    """From the same cache bytes, the same text fed to both: logits within rounding, so that likeliest tokens agree
+    wherever the two likeliest are farther apart."""
+    model, ids = build(), tokens(2, 1000)
+    model.set_attn_implementation(NAME)
+    cache = BitDecodingCache(model.config, "kv4", max_tokens=2100)
+    feed(model, ids, cache, [1000])
+    cache.save(tmp_path)
+    twin = build().cuda()
+    twin.set_attn_implementation(NAME)
+    on_gpu = BitDecodingCache.load(tmp_path, model.config, "cuda")
+    token, worst, margins = ids[:, :1], 0.0, 0
+    with torch.no_grad():
+        for _ in range(1000):
+            expected = model(token, past_key_values=cache).logits[:, -1]
+            actual = twin(token.cuda(), past_key_values=on_gpu).logits[:, -1].cpu()
+            error = (actual - expected).abs().max().item()
+            worst = max(worst, error)
+            top = expected.topk(2).values
+            same = actual.argmax(-1) == expected.argmax(-1)
+            assert (same | (top[:, 0] - top[:, 1] < 2 * error)).all()
+            margins += int((top[:, 0] - top[:, 1] >= 2 * error).sum())
+            token = actual.argmax(-1, keepdim=True)
+    assert worst < 0.02 * expected.std()
+    assert margins > 1900, "hardly any token was decided"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_reduce_overhead_on_the_gpu(family):
+    """generate() compiles by itself on a GPU: CUDA graphs, and the same text as without."""
+    model, ids = build(family).cuda(), tokens(2, 200).cuda()
+    enable(model, "kv4")
+    options = {"max_new_tokens": 100, "do_sample": False, "return_dict_in_generate": True}
+    compiled = model.generate(ids, **options, compile_config=CompileConfig(fullgraph=True, mode="reduce-overhead"))
+    plain = model.generate(ids, **options, disable_compile=True)
+    compiled.past_key_values.sync()
+    same = (compiled.sequences == plain.sequences)[:, 200:]
+    assert same[:, :20].all(), "rounding alone does not change the text at once"
+    assert same.float().mean() > 0.8
+
+
+def test_beam_search():
+    model, ids = build(), tokens(2, 150)
+    options = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False}
+    plain = model.generate(ids, **options)
+    enable(model, EIGHT_BIT)
+    assert model.generate(ids, **options).equal(plain)
+
+
 def test_bits_per_layer_and_memory():
     model, ids = build(), tokens(1, 300)
     model.set_attn_implementation(NAME)
@@ -224,8 +393,10 @@ def test_bits_per_layer_and_memory():
     assert (first.quant.k_bits, second.quant.k_bits) == (8, 2)
     assert cache.nbytes == first.nbytes + second.nbytes
     cache.reset()
-    assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
-    feed(model, ids, cache, [300])
+    logits = feed(model, ids, cache, [300])
+    cache.reset()
+    assert (cache.get_seq_length(), cache.used_nbytes) == (0, 0)
+    assert feed(model, ids, cache, [300]).equal(logits)
 
 
 class TestErrors:
@@ -264,12 +435,6 @@ class TestErrors:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
         with pytest.raises(UnsupportedConfig):
             model(tokens(1, 8), use_cache=False)
-
-    def test_beam_search(self):
-        model = build()
-        enable(model)
-        with pytest.raises(UnsupportedConfig, match="beam"):
-            model.generate(tokens(1, 20), num_beams=2, max_new_tokens=4, do_sample=False)
 
     def test_full_cache(self):
         model, ids = build(), tokens(1, 40)

@@ -320,6 +320,21 @@ void decode_cpu_py(DLTensor* q, DLTensor* pages, DLTensor* block_table, DLTensor
   raise_unless_ok(decode_cpu(params, options));
 }
 
+// outs [num_parts, .., head_dim], lses [num_parts, ..], out [.., head_dim], lse [..]: contiguous, checked by the caller
+void merge_py(int64_t handle, DLTensor* outs, DLTensor* lses, DLTensor* out, DLTensor* lse) {
+  const auto data = [](const DLTensor* tensor) { return static_cast<char*>(tensor->data) + tensor->byte_offset; };
+  MergeParams params;
+  params.outs = data(outs);
+  params.lses = reinterpret_cast<const float*>(data(lses));
+  params.out = data(out);
+  params.lse = reinterpret_cast<float*>(data(lse));
+  params.num_parts = static_cast<std::int32_t>(outs->shape[0]);
+  params.bfloat16 = outs->dtype.code == kDLBfloat ? 1 : 0;
+  params.rows = 1;
+  for (int i = 1; i < outs->ndim - 1; ++i) params.rows *= outs->shape[i];
+  raise_unless_ok(merge(static_cast<int>(handle), params, on_current_stream(*outs)));
+}
+
 int64_t workspace_bytes_py(int64_t handle, int64_t device) {
   int64_t bytes = 0;
   raise_unless_ok(decode_workspace_bytes(static_cast<int>(handle), static_cast<int>(device), &bytes));
@@ -381,6 +396,7 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("bitdecoding.decode", decode_py)
       .def("bitdecoding.append", append_py)
       .def("bitdecoding.quantize", quantize_py)
+      .def("bitdecoding.merge", merge_py)
       .def("bitdecoding.decode_cpu", decode_cpu_py)
       .def("bitdecoding.cpu_instruction_set", []() { return ffi::String(cpu_instruction_set()); });
 }

@@ -59,6 +59,19 @@ Status write(const char* name, T from, T* to) {
 
 Status check_flag(const char* name, std::int32_t value) { return check_one_of(name, value, {0, 1}); }
 
+Status to_clip(const char* name, float value, Clip* out) {
+  if (value == BITDECODING_CLIP_SEARCHED) {
+    out->search = true;
+  } else if (value == 0.0f) {
+    out->factor = 1.0;
+  } else if (value > 0.0f && value <= 1.0f) {
+    out->factor = value;
+  } else {
+    return fail(Status::invalid_argument, name, "=", value, ": allowed are 0, factors up to 1, and -1 (searched)");
+  }
+  return Status::ok;
+}
+
 Status to_quant(const bitdecoding_quant_spec* given, QuantSpec* out) {
   bitdecoding_quant_spec q = {};
   BITDECODING_TRY(read("quant", given, &q));
@@ -78,7 +91,8 @@ Status to_quant(const bitdecoding_quant_spec* given, QuantSpec* out) {
   out->k_mean = q.k_mean != 0 ? "block" : "none";
   out->rotate_k = q.rotate_k != 0;
   out->rotate_v = q.rotate_v != 0;
-  return Status::ok;
+  BITDECODING_TRY(to_clip("k_clip", q.k_clip, &out->k_clip));
+  return to_clip("v_clip", q.v_clip, &out->v_clip);
 }
 
 // All but workspace and rotation.
@@ -104,6 +118,7 @@ Status to_params(const bitdecoding_decode_params& given, std::int64_t block_byte
   p.q_len = given.q_len;
   p.num_q_heads = given.num_q_heads;
   p.num_kv_heads = given.num_kv_heads;
+  p.num_pages = given.num_pages;
   p.max_pages = given.max_pages;
   p.tail_capacity = given.tail_capacity;
   p.num_sink = given.num_sink;
@@ -152,13 +167,20 @@ Status decode_on_host(const bitdecoding_quant_spec* quant, const bitdecoding_dec
                                              {BITDECODING_FLOAT16, BITDECODING_BFLOAT16, BITDECODING_FLOAT32}));
   DecodeParams params;
   BITDECODING_TRY(to_params(given, block_bytes(given.head_dim, options.quant), &params));
-  params.rotate_q = options.quant.rotate_k ? 1 : 0;
-  params.rotate_out = options.quant.rotate_v ? 1 : 0;
+  set_quant(options.quant, &params);
   options.head_dim = given.head_dim;
   options.num_pages = given.num_pages;
   options.float32 = given.dtype == BITDECODING_FLOAT32;
   options.num_threads = num_threads;
   return decode_cpu(params, options);
+}
+
+DeviceInfo to_device(const bitdecoding_device& given) {
+  DeviceInfo info;
+  info.index = given.index;
+  info.arch.assign(given.arch, strnlen(given.arch, sizeof(given.arch)));
+  info.num_sms = given.num_sms;
+  return info;
 }
 
 Status plan(const bitdecoding_decode_problem* given_problem, const bitdecoding_device* given_device,
@@ -173,18 +195,116 @@ Status plan(const bitdecoding_decode_problem* given_problem, const bitdecoding_d
   problem.num_q_heads = given.num_q_heads;
   problem.num_kv_heads = given.num_kv_heads;
   problem.q_len = given.q_len;
-  DeviceInfo info;
-  info.arch.assign(device.arch, strnlen(device.arch, sizeof(device.arch)));
-  info.num_sms = device.num_sms;
+  if (given.kernel != nullptr) problem.kernel = given.kernel;
   DecodePlan chosen;
-  BITDECODING_TRY(plan_decode(problem, info, &chosen));
+  BITDECODING_TRY(plan_decode(problem, to_device(device), &chosen));
   bitdecoding_decode_plan result = BITDECODING_DECODE_PLAN_INIT;
   result.kernel = chosen.handle;
   result.device = device.index;
   result.workspace_bytes = chosen.workspace_bytes;
-  result.rotate_q = problem.quant.rotate_k ? 1 : 0;
-  result.rotate_out = problem.quant.rotate_v ? 1 : 0;
+  DecodeParams wanted;
+  set_quant(problem.quant, &wanted);
+  result.rotate_q = wanted.rotate_q;
+  result.rotate_out = wanted.rotate_out;
   return write("plan", result, out);
+}
+
+Status plan(const bitdecoding_quant_spec* given_quant, std::int64_t head_dim, const bitdecoding_device* given_device,
+            bitdecoding_append_plan* out) {
+  bitdecoding_device device = {};
+  QuantSpec quant;
+  AppendPlan chosen;
+  bitdecoding_append_plan result = BITDECODING_APPEND_PLAN_INIT;
+  BITDECODING_TRY(to_quant(given_quant, &quant));
+  BITDECODING_TRY(read("device", given_device, &device));
+  BITDECODING_TRY(plan_append(quant, head_dim, to_device(device), &chosen));
+  AppendParams wanted;
+  set_quant(quant, &wanted);
+  result.kernel = chosen.handle;
+  result.device = device.index;
+  result.workspace_bytes = chosen.workspace_bytes;
+  result.rotate_k = wanted.rotate_k;
+  result.rotate_v = wanted.rotate_v;
+  result.k_clip = wanted.k_clip;
+  result.v_clip = wanted.v_clip;
+  return write("plan", result, out);
+}
+
+// All but workspace; dtype and head_dim are valid.
+void to_params(const bitdecoding_append_params& given, const QuantSpec& quant, bool pack_all, AppendParams* out) {
+  AppendParams p;
+  p.k_new = given.k_new;
+  p.v_new = given.v_new;
+  p.lengths = given.lengths;
+  p.cu_seqlens = given.cu_seqlens;
+  p.pages = given.pages;
+  p.block_table = given.block_table;
+  p.seqlens = given.seqlens;
+  p.packed_lens = given.packed_lens;
+  p.tail_k = given.tail_k;
+  p.tail_v = given.tail_v;
+  p.sink_k = given.sink_k;
+  p.sink_v = given.sink_v;
+  p.status = given.status;
+  const auto or_default = [](std::int64_t value, std::int64_t otherwise) { return value != 0 ? value : otherwise; };
+  const std::int64_t row_bytes = std::int64_t{given.head_dim} * (given.dtype == BITDECODING_FLOAT32 ? 4 : 2);
+  p.new_head_stride_bytes = or_default(given.new_head_stride_bytes, row_bytes);
+  p.new_token_stride_bytes = or_default(given.new_token_stride_bytes, given.num_kv_heads * p.new_head_stride_bytes);
+  p.new_batch_stride_bytes = or_default(given.new_batch_stride_bytes, given.new_tokens * p.new_token_stride_bytes);
+  p.head_stride_bytes = or_default(given.head_stride_bytes, block_bytes(given.head_dim, quant));
+  p.page_stride_bytes = or_default(given.page_stride_bytes, given.num_kv_heads * p.head_stride_bytes);
+  p.batch = given.batch;
+  p.new_tokens = given.new_tokens;
+  p.num_kv_heads = given.num_kv_heads;
+  p.num_pages = given.num_pages;
+  p.max_pages = given.max_pages;
+  p.tail_capacity = given.tail_capacity;
+  p.num_sink = given.num_sink;
+  p.recent = given.recent;
+  p.bfloat16 = given.dtype == BITDECODING_BFLOAT16 ? 1 : 0;
+  p.pack_all = pack_all ? 1 : 0;
+  set_quant(quant, &p);
+  *out = p;
+}
+
+Status append_on_device(const bitdecoding_append_plan* given_plan, const bitdecoding_append_params* given_params,
+                        bool pack_all, void* workspace, std::int64_t workspace_bytes, void* stream) {
+  bitdecoding_append_plan plan = {};
+  bitdecoding_append_params given = {};
+  BITDECODING_TRY(read("plan", given_plan, &plan));
+  BITDECODING_TRY(read("params", given_params, &given));
+  const KernelConfig* config = nullptr;
+  AppendParams params;
+  BITDECODING_TRY(kernel_config(plan.kernel, &config));
+  BITDECODING_TRY(check_one_of<std::int64_t>("head_dim", given.head_dim, {config->head_dim}));
+  BITDECODING_TRY(check_one_of<std::int32_t>("dtype", given.dtype, {BITDECODING_FLOAT16, BITDECODING_BFLOAT16}));
+  to_params(given, config->quant, pack_all, &params);
+  params.rotate_k = plan.rotate_k;
+  params.rotate_v = plan.rotate_v;
+  params.k_clip = plan.k_clip;
+  params.v_clip = plan.v_clip;
+  params.workspace = workspace;
+  LaunchOptions options;
+  options.device = plan.device;
+  options.stream = stream;
+  return append(plan.kernel, params, workspace_bytes, options);
+}
+
+Status append_on_host(const bitdecoding_quant_spec* quant, const bitdecoding_append_params* given_params, bool pack_all,
+                      std::int32_t num_threads) {
+  CpuAppendOptions options;
+  bitdecoding_append_params given = {};
+  AppendParams params;
+  BITDECODING_TRY(to_quant(quant, &options.quant));
+  BITDECODING_TRY(read("params", given_params, &given));
+  BITDECODING_TRY(options.quant.validate(given.head_dim));
+  BITDECODING_TRY(check_one_of<std::int32_t>("dtype", given.dtype,
+                                             {BITDECODING_FLOAT16, BITDECODING_BFLOAT16, BITDECODING_FLOAT32}));
+  to_params(given, options.quant, pack_all, &params);
+  options.head_dim = given.head_dim;
+  options.float32 = given.dtype == BITDECODING_FLOAT32;
+  options.num_threads = num_threads;
+  return append_cpu(params, options);
 }
 
 Status list(char* names, std::size_t capacity, std::size_t* needed) {
@@ -259,6 +379,55 @@ bitdecoding_status bitdecoding_decode(const bitdecoding_decode_plan* plan, const
 bitdecoding_status bitdecoding_decode_cpu(const bitdecoding_quant_spec* quant, const bitdecoding_decode_params* params,
                                           int32_t num_threads) {
   return bd::guarded([&] { return bd::decode_on_host(quant, params, num_threads); });
+}
+
+bitdecoding_status bitdecoding_plan_append(const bitdecoding_quant_spec* quant, int64_t head_dim,
+                                           const bitdecoding_device* device, bitdecoding_append_plan* plan) {
+  return bd::guarded([&] { return bd::plan(quant, head_dim, device, plan); });
+}
+
+bitdecoding_status bitdecoding_append(const bitdecoding_append_plan* plan, const bitdecoding_append_params* params,
+                                      void* workspace, int64_t workspace_bytes, void* stream) {
+  return bd::guarded([&] { return bd::append_on_device(plan, params, false, workspace, workspace_bytes, stream); });
+}
+
+bitdecoding_status bitdecoding_quantize(const bitdecoding_append_plan* plan, const bitdecoding_append_params* params,
+                                        void* stream) {
+  return bd::guarded([&] { return bd::append_on_device(plan, params, true, nullptr, 0, stream); });
+}
+
+bitdecoding_status bitdecoding_append_cpu(const bitdecoding_quant_spec* quant, const bitdecoding_append_params* params,
+                                          int32_t num_threads) {
+  return bd::guarded([&] { return bd::append_on_host(quant, params, false, num_threads); });
+}
+
+bitdecoding_status bitdecoding_quantize_cpu(const bitdecoding_quant_spec* quant,
+                                            const bitdecoding_append_params* params, int32_t num_threads) {
+  return bd::guarded([&] { return bd::append_on_host(quant, params, true, num_threads); });
+}
+
+bitdecoding_status bitdecoding_merge(const bitdecoding_device* device, int32_t dtype, int32_t num_parts,
+                                     const void* outs, const float* lses, int64_t rows, int64_t head_dim, void* out,
+                                     float* lse, void* stream) {
+  return bd::guarded([&] {
+    bitdecoding_device given = {};
+    int kernel = -1;
+    BITDECODING_TRY(bd::read("device", device, &given));
+    BITDECODING_TRY(bd::check_one_of<std::int32_t>("dtype", dtype, {BITDECODING_FLOAT16, BITDECODING_BFLOAT16}));
+    BITDECODING_TRY(bd::plan_merge(head_dim, bd::to_device(given), &kernel));
+    bd::MergeParams params;
+    params.outs = outs;
+    params.lses = lses;
+    params.out = out;
+    params.lse = lse;
+    params.rows = rows;
+    params.num_parts = num_parts;
+    params.bfloat16 = dtype == BITDECODING_BFLOAT16 ? 1 : 0;
+    bd::LaunchOptions options;
+    options.device = given.index;
+    options.stream = stream;
+    return bd::merge(kernel, params, options);
+  });
 }
 
 bitdecoding_status bitdecoding_merge_cpu(int32_t dtype, int32_t num_parts, const void* const* outs,

@@ -339,6 +339,7 @@ Status check_decode(const DecodeTensors& t, const QuantSpec& quant, std::int64_t
   p.q_len = static_cast<std::int32_t>(q_len);
   p.num_q_heads = static_cast<std::int32_t>(num_q_heads);
   p.num_kv_heads = static_cast<std::int32_t>(num_kv_heads);
+  p.num_pages = static_cast<std::int32_t>(t.pages->shape[0]);
   p.max_pages = static_cast<std::int32_t>(t.block_table->shape[1]);
   p.tail_capacity = slots(t.tail_k);
   p.num_sink = slots(t.sink_k);

@@ -60,12 +60,13 @@ std::int64_t folded_bytes(std::int64_t head_dim, const QuantSpec& q) {
   return bytes + (q.k_mean == "block" ? head_dim * kHalf : 0);
 }
 
-// A kernel of kind=append has no tiling: its fields are at their defaults, so that its name says all.
+// Kernels of the other kinds have no tiling: its fields are at their defaults, so that the name says all.
 Status check_untiled(const KernelConfig& config) {
   const KernelConfig defaults;
-  auto untiled = [](const char* field, const auto& value, const auto& only) {
+  auto untiled = [&config](const char* field, const auto& value, const auto& only) {
     if (value == only) return Status::ok;
-    return fail(Status::invalid_argument, field, "=", value, ": kind=append has no tiling, allowed is ", only);
+    return fail(Status::invalid_argument, field, "=", value, ": kind=", config.kind, " has no tiling, allowed is ",
+                only);
   };
   BITDECODING_TRY(untiled("q_tile", config.q_tile, defaults.q_tile));
   BITDECODING_TRY(untiled("mma", config.mma, defaults.mma));
@@ -138,9 +139,10 @@ class NameReader {
 bool read_name(NameReader& in, KernelConfig* c) {
   QuantSpec& q = c->quant;
   std::string axis;
-  if (!(in.one_of({"decode", "append"}, &c->kind) && in.literal("_"))) return false;
+  if (!(in.one_of({"decode", "append", "merge"}, &c->kind) && in.literal("_"))) return false;
   if (!in.one_of({"sm80", "sm89", "sm90a", "sm100", "sm120"}, &c->arch)) return false;
   if (!(in.literal("_d") && in.number(&c->head_dim))) return false;
+  if (c->kind == "merge") return in.at_end();
   if (!(in.literal("_k") && in.number(&q.k_bits) && in.one_of({"c", "t"}, &axis) && in.number(&q.k_group)))
     return false;
   q.k_axis = axis == "c" ? "channel" : "token";
@@ -190,9 +192,13 @@ std::string QuantSpec::name() const {
 }
 
 Status KernelConfig::validate() const noexcept {
-  BITDECODING_TRY(check_one_of("kind", kind, {"decode", "append"}));
+  BITDECODING_TRY(check_one_of("kind", kind, {"decode", "append", "merge"}));
   BITDECODING_TRY(check_one_of("arch", arch, {"sm80", "sm89", "sm90a", "sm100", "sm120"}));
   BITDECODING_TRY(check_one_of("head_dim", head_dim, {64, 96, 128, 256}));
+  if (kind == "merge") {  // knows no blocks
+    BITDECODING_TRY(check_one_of("quant", quant.name(), {QuantSpec{}.name()}));
+    return check_untiled(*this);
+  }
   BITDECODING_TRY(quant.validate(head_dim));
   if (kind == "append") return check_untiled(*this);
   BITDECODING_TRY(check_one_of("mma", mma, {"mma_sync", "wgmma"}));
@@ -234,7 +240,9 @@ Status KernelConfig::validate() const noexcept {
 }
 
 std::string KernelConfig::name() const {
-  const std::string problem = kind + "_" + arch + "_d" + std::to_string(head_dim) + "_" + quant.name();
+  std::string problem = kind + "_" + arch + "_d" + std::to_string(head_dim);
+  if (kind == "merge") return problem;
+  problem += "_" + quant.name();
   if (kind == "append") return problem;
   return problem + "_q" + std::to_string(q_tile) + "_" + mma + "_" + copy + "_w" + std::to_string(num_warps) + "x" +
          std::to_string(warps_per_block) + "_s" + std::to_string(stages) + "_c" + std::to_string(ctas_per_sm);
@@ -253,30 +261,32 @@ Status KernelConfig::parse(const std::string& name, KernelConfig* out) noexcept 
 }
 
 std::int64_t KernelConfig::smem_bytes() const noexcept {
+  if (kind == "merge") return 0;
   if (kind == "append") {
-    // as in cute_kernels/append.py: a block's rows of one operand, a value per channel, sums over the groups' values
+    // as in cute_kernels/append.py: a block's rows of one operand, its parameters, 1 / scale as fp32, a job per warp
     constexpr std::int64_t kRowPadBytes = 16;
-    constexpr std::int64_t kGroupBytes = 1024;
+    constexpr std::int64_t kJobsBytes = 4 * 64;
+    const BlockSections s = block_sections(block_spec(head_dim, quant));
     const std::int64_t rows = kBlockTokens * (2 * head_dim + kRowPadBytes);
-    const std::int64_t channels = head_dim * static_cast<std::int64_t>(sizeof(float));
-    return round_up(rows + channels + kGroupBytes * head_dim / std::min(quant.k_group, quant.v_group), kSmemAlign);
+    const std::int64_t image = std::max(s.v_codes.offset - s.k_scale.offset, s.block_bytes - s.v_scale.offset);
+    return round_up(rows + image + 2 * std::max(s.k_scale.bytes, s.v_scale.bytes) + kJobsBytes, kSmemAlign);
   }
-  // as in cute_kernels/plan.py: ring, merge scratch, slots of pieces, barriers, flags
+  // as in cute_kernels/plan.py: ring, merge scratch, slots of pieces, barriers
   constexpr std::int64_t kRowPad = 4;
   constexpr std::int64_t kBarrierBytes = 16;  // two mbarriers: per stage, of the scratch, of the slots
   constexpr std::int64_t kPieceBytes = 80;
-  constexpr std::int64_t kFlagBytes = 16;
   const bool wide = mma == "wgmma";
   const std::int64_t ring = stages * (block_bytes(head_dim, quant) + (wide ? folded_bytes(head_dim, quant) : 0));
   const std::int64_t states = wide ? num_warps / warps_per_block : num_warps;
   const std::int64_t scratch = states * q_tile * (head_dim + kRowPad) * static_cast<std::int64_t>(sizeof(float));
   // 16-bit queries, a power and a position of each, the piece
   const std::int64_t slots = (wide ? 1 : 2) * (q_tile * (2 * head_dim + 8) + kPieceBytes);
-  std::int64_t bytes = ring + scratch + slots + kBarrierBytes * (stages + 2) + kFlagBytes;
-  if (wide) {  // more barriers: per stage, per team; floats per warp and column, and two per team and column
+  std::int64_t bytes = ring + scratch + slots + kBarrierBytes * (stages + 2);
+  if (wide) {  // more barriers: per stage, per team; floats per warp and column, two per team and column; the walk
+    constexpr std::int64_t kWalkBytes = 32;
     const WideTiling tiling(*this);
     bytes = round_up(bytes + kBarrierBytes / 2 * (stages + tiling.teams), 16);
-    bytes += (num_warps + 2 * tiling.teams) * tiling.columns * static_cast<std::int64_t>(sizeof(float));
+    bytes += (num_warps + 2 * tiling.teams) * tiling.columns * static_cast<std::int64_t>(sizeof(float)) + kWalkBytes;
   }
   return round_up(bytes, kSmemAlign);
 }

@@ -1,7 +1,6 @@
 // Attention over cache blocks and 16-bit tokens with vectors of eight floats.
 //
-// Compiled once per instruction set, BITDECODING_CPU_LOOPS names the result; cpu_decode.cpp chooses at run time. So
-// nothing here may be shared by the linker with code for other machines: no inline function of a standard header.
+// Compiled once per instruction set; see cpu_vectors.hpp.
 //
 // A block, for up to kTileRows rows of queries at once:
 //   words    eight words whose codes lie in eight adjacent rows of A become a vector (CodeWalk); K and V alike
@@ -11,64 +10,20 @@
 // A code costs a shift, an AND, a conversion, and one FMA per query.
 #include "cpu_attend.hpp"
 
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include "cpu_vectors.hpp"
 
 namespace bitdecoding::cpu {
 namespace {
-
-constexpr int kLanes = 8;
-typedef float F32 __attribute__((vector_size(4 * kLanes)));
-typedef std::int32_t I32 __attribute__((vector_size(4 * kLanes)));
-typedef std::uint32_t U32 __attribute__((vector_size(4 * kLanes)));
-typedef std::uint16_t U16 __attribute__((vector_size(2 * kLanes)));
 
 #ifdef __clang__
 #define BITDECODING_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define BITDECODING_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (U32){__VA_ARGS__})
 #endif
-#define BITDECODING_INLINE inline __attribute__((always_inline))
 
-constexpr float kInfinity = __builtin_inff();
 constexpr int kLineBytes = 64;
 
-template <typename To, typename From>
-BITDECODING_INLINE To load(const From* from) {
-  To to;
-  __builtin_memcpy(&to, from, sizeof(To));
-  return to;
-}
-
-template <typename From, typename To>
-BITDECODING_INLINE void store(To* to, From from) {
-  __builtin_memcpy(to, &from, sizeof(From));
-}
-
-BITDECODING_INLINE F32 splat(float x) { return F32{x, x, x, x, x, x, x, x}; }
-
 BITDECODING_INLINE float sum(F32 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
-
-BITDECODING_INLINE F32 from_bits(U32 bits) { return (F32)bits; }
-
-BITDECODING_INLINE F32 half_to_float(U16 half) {
-#ifdef __F16C__
-  return (F32)_mm256_cvtph_ps((__m128i)half);
-#else
-  const U32 bits = __builtin_convertvector(half, U32);
-  const U32 magnitude = (bits & 0x7fffu) << 13;
-  const U32 scaled = (U32)(from_bits(magnitude) * 0x1p112f);  // the exponent's other bias; subnormals become normal
-  const U32 special = (U32)((bits & 0x7c00u) == 0x7c00u);     // infinity, NaN
-  return from_bits(scaled | (special & 0x7f800000u) | (bits & 0x8000u) << 16);
-#endif
-}
-
-BITDECODING_INLINE F32 load_element(const unsigned char* from, Type type) {
-  if (type == Type::float32) return load<F32>(from);
-  const U16 bits = load<U16>(from);
-  return type == Type::float16 ? half_to_float(bits) : from_bits(__builtin_convertvector(bits, U32) << 16);
-}
 
 // 2^x, to 2e-7 of the result; 0 below 2^-126. For x <= 0, NaN stays.
 BITDECODING_INLINE F32 exp2(F32 x) {
@@ -551,6 +506,12 @@ void attend_tokens(int head_dim, const Tokens& tokens, const Rows& rows, Scratch
 
 }  // namespace
 
-const Loops BITDECODING_CPU_LOOPS = {attend_blocks, attend_tokens};
+namespace BITDECODING_CPU_ISA {
 
+Load load;  // cpu_quantise.cpp
+Quantise quantise;
+
+const Loops kLoops = {attend_blocks, attend_tokens, load, quantise};
+
+}  // namespace BITDECODING_CPU_ISA
 }  // namespace bitdecoding::cpu

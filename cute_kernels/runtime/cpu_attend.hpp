@@ -1,4 +1,5 @@
-// What cpu_decode.cpp and the attention loops in cpu_attend.cpp, which is compiled once per instruction set, share.
+// What decode and append on the CPU share with their loops in cpu_attend.cpp and cpu_quantise.cpp, which are compiled
+// once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +9,9 @@
 namespace bitdecoding::cpu {
 
 constexpr int kMaxHeadDim = 256;
-constexpr int kMaxGroups = 8;  // parameter groups of a row: channels of a head in groups of 32
-constexpr int kTileRows = 4;   // rows of queries that are multiplied at once: what 16 vector registers hold
+constexpr float kValueLimit = 32768.0f;  // of what is quantised: products of the kernels stay finite
+constexpr int kMaxGroups = 8;            // parameter groups of a row: channels of a head in groups of 32
+constexpr int kTileRows = 4;             // rows of queries that are multiplied at once: what 16 vector registers hold
 constexpr int kMaxColumnSteps = kMaxHeadDim / 4;
 
 enum class Type { float16, bfloat16, float32 };
@@ -98,13 +100,43 @@ struct alignas(64) Scratch {
   float values[kMaxHeadDim];               // a token
 };
 
+// How values become codes.
+struct Quantiser {
+  int bits = 0;
+  int group = 0;  // rows that share a scale
+  bool symmetric = false;
+  float clip = 1.0f;  // as in AppendParams
+};
+
+struct Extent {
+  int size = 0;   // of columns: a multiple of eight
+  int valid = 0;  // the first ones; the others are not looked at
+};
+
+// count values (a multiple of eight) as fp32: NaN as 0, the others at most kValueLimit in magnitude.
+using Load = void(const unsigned char* from, Type type, int count, float* to);
+
+// x [rows, columns] -> codes [rows, columns], scale and zero fp16 [rows / group, columns]. Only what valid rows and
+// columns need is written, in whole vectors of columns.
+using Quantise = void(const Quantiser& quantiser, const float* x, const Extent& rows, const Extent& columns,
+                      unsigned char* codes, std::uint16_t* scale, std::uint16_t* zero);
+
 // The loops of one instruction set.
 struct Loops {
   void (*blocks)(const Format& format, const Blocks& blocks, const Rows& rows, Scratch* scratch);
   void (*tokens)(int head_dim, const Tokens& tokens, const Rows& rows, Scratch* scratch);
+  Load* load;
+  Quantise* quantise;
 };
 
-extern const Loops kLoopsBaseline;
-extern const Loops kLoopsAvx2;  // where BITDECODING_CPU_AVX2 is defined
+namespace baseline {
+extern const Loops kLoops;
+}
+namespace avx2 {
+extern const Loops kLoops;  // where BITDECODING_CPU_AVX2 is defined
+}
+
+// Those that this machine has; the environment variable BITDECODING_CPU=baseline is for tests and for comparing.
+const Loops& loops();
 
 }  // namespace bitdecoding::cpu

@@ -62,6 +62,18 @@ Format make_format(const BlockSpec& spec) {
   return format;
 }
 
+const Loops& loops() {
+#ifdef BITDECODING_CPU_AVX2
+  static const bool has_avx2 = [] {
+    const char* wanted = std::getenv("BITDECODING_CPU");
+    if (wanted != nullptr && std::strcmp(wanted, "baseline") == 0) return false;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // all of these have F16C
+  }();
+  if (has_avx2) return avx2::kLoops;
+#endif
+  return baseline::kLoops;
+}
+
 namespace {
 
 constexpr std::int64_t kMaxRows = 1 << 20;  // of a KV head
@@ -69,35 +81,6 @@ constexpr std::int64_t kPartBlocks = 16;    // work for about 100 us: little is 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// What this machine has; the environment variable is for tests and for comparing.
-const Loops& loops() {
-#ifdef BITDECODING_CPU_AVX2
-  static const bool avx2 = [] {
-    const char* wanted = std::getenv("BITDECODING_CPU");
-    if (wanted != nullptr && std::strcmp(wanted, "baseline") == 0) return false;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // all of these have F16C
-  }();
-  if (avx2) return kLoopsAvx2;
-#endif
-  return kLoopsBaseline;
-}
-
-// x H / sqrt(h) over blocks of h, the largest power of two in head_dim; as quantization.hadamard.
-void hadamard(float* x, int head_dim) {
-  const int size = head_dim & -head_dim;
-  for (int stride = 1; stride < size; stride *= 2) {
-    for (int i = 0; i < head_dim; i += 2 * stride) {
-      for (int j = i; j < i + stride; ++j) {
-        const float a = x[j], b = x[j + stride];
-        x[j] = a + b;
-        x[j + stride] = a - b;
-      }
-    }
-  }
-  const float factor = 1.0f / std::sqrt(static_cast<float>(size));
-  for (int i = 0; i < head_dim; ++i) x[i] *= factor;
-}
 
 Status validate(const DecodeParams& p, const CpuDecodeOptions& options) {
   BITDECODING_TRY(validate_params(p));
@@ -351,6 +334,6 @@ Status decode_cpu(const DecodeParams& params, const CpuDecodeOptions& options) n
   }
 }
 
-const char* cpu_instruction_set() noexcept { return &cpu::loops() == &cpu::kLoopsBaseline ? "baseline" : "avx2"; }
+const char* cpu_instruction_set() noexcept { return &cpu::loops() == &cpu::baseline::kLoops ? "baseline" : "avx2"; }
 
 }  // namespace bitdecoding

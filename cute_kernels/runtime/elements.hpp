@@ -1,6 +1,7 @@
-// Elements of q, out and 16-bit tokens on the host, to and from fp32.
+// Elements of q, out and 16-bit tokens on the host, to and from fp32; their rotation.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -70,6 +71,22 @@ inline void store_elements(const float* from, Type type, std::int64_t index, int
   for (int i = 0; i < count; ++i) {
     halves[i] = type == Type::float16 ? float_to_half(from[i]) : float_to_bfloat16(from[i]);
   }
+}
+
+// x H / sqrt(h) over blocks of h, the largest power of two in head_dim; as quantization.hadamard.
+inline void hadamard(float* x, int head_dim) {
+  const int size = head_dim & -head_dim;
+  for (int stride = 1; stride < size; stride *= 2) {
+    for (int i = 0; i < head_dim; i += 2 * stride) {
+      for (int j = i; j < i + stride; ++j) {
+        const float a = x[j], b = x[j + stride];
+        x[j] = a + b;
+        x[j + stride] = a - b;
+      }
+    }
+  }
+  const float factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(size)));
+  for (int i = 0; i < head_dim; ++i) x[i] *= factor;
 }
 
 }  // namespace bitdecoding::cpu

@@ -127,9 +127,15 @@ std::int64_t q_tiles_of(const KernelConfig& config, const DecodeParams& p) {
   return (columns + config.q_tile - 1) / config.q_tile;
 }
 
-// What the kernel takes for its counters, one per (sequence, KV head, tile of query columns).
-std::int64_t counter_bytes(const DecodeParams& p, std::int64_t q_tiles) {
-  const std::int64_t bytes = p.batch * p.num_kv_heads * q_tiles * static_cast<std::int64_t>(sizeof(std::int32_t));
+// What the kernel takes for its counters: of every (sequence, KV head, tile of query columns) one per warp's worth of
+// the tile, as in cute_kernels/plan.py.
+std::int64_t counter_bytes(const KernelConfig& config, const DecodeParams& p, std::int64_t q_tiles) {
+  constexpr std::int64_t kLanes = 32;
+  constexpr std::int64_t kQuad = 4;
+  const std::int64_t width = std::max(kQuad, config.head_dim / kLanes);
+  const std::int64_t parts = config.q_tile * (config.head_dim / width) / kLanes;
+  const std::int64_t bytes =
+      p.batch * p.num_kv_heads * q_tiles * parts * static_cast<std::int64_t>(sizeof(std::int32_t));
   return (bytes + kCounterAlign - 1) / kCounterAlign * kCounterAlign;
 }
 
@@ -233,8 +239,8 @@ Status validate_cache(const AppendParams& p) {
     return fail(Status::invalid_argument, "tail_capacity=", p.tail_capacity, ": allowed are numbers from ", least,
                 " (recent + ", kBlockTokens - 1, ")");
   }
-  if (p.cu_seqlens != nullptr) BITDECODING_TRY(absent("lengths", p.lengths, "with cu_seqlens"));
-  return check_present("workspace", p.workspace);
+  if (p.cu_seqlens != nullptr) return absent("lengths", p.lengths, "with cu_seqlens");
+  return Status::ok;
 }
 
 Status validate(const AppendParams& p) {
@@ -263,7 +269,23 @@ std::int64_t append_items(const AppendParams& p) {
   return 1 + p.new_tokens / kBlockTokens;
 }
 
+// CTAs of an append or quantise of num_items in all. An append that would not fit on the device at once, one item per
+// CTA, and is not so large that this does not matter, is dealt evenly: most of its items are a few rows to copy.
+std::int64_t append_grid(const Kernel& kernel, const DeviceInfo& info, const AppendParams& p, std::int64_t num_items) {
+  constexpr std::int64_t kItemsOfCta = 4;  // at most, one per warp of the kernel
+  constexpr std::int64_t kRegisters = 65536;
+  constexpr std::int64_t kCtaSmem = 1024;  // that the driver reserves
+  if (p.pack_all != 0) return num_items;
+  const std::int64_t by_smem = (smem_limit(info.arch) + kCtaSmem) / (kernel.smem + kCtaSmem);
+  const std::int64_t by_registers = kRegisters / std::max(kernel.regs * kernel.threads, 1);
+  const std::int64_t resident = info.num_sms * std::max<std::int64_t>(std::min(by_smem, by_registers), 1);
+  const std::int64_t per_cta = (num_items + resident - 1) / resident;
+  return per_cta > kItemsOfCta ? num_items : (num_items + per_cta - 1) / per_cta;
+}
+
 }  // namespace
+
+Status validate_params(const AppendParams& p) { return validate(p); }
 
 Status validate_params(const DecodeParams& p) {
   BITDECODING_TRY(positive("batch", p.batch));
@@ -275,8 +297,8 @@ Status validate_params(const DecodeParams& p) {
     return fail(Status::invalid_argument, "num_q_heads=", p.num_q_heads,
                 ": must be a multiple of num_kv_heads=", p.num_kv_heads);
   }
-  if (p.max_pages < 0 || p.tail_capacity < 0 || p.num_sink < 0) {
-    return fail(Status::invalid_argument, "max_pages, tail_capacity and num_sink must not be negative");
+  if (p.num_pages < 0 || p.max_pages < 0 || p.tail_capacity < 0 || p.num_sink < 0) {
+    return fail(Status::invalid_argument, "num_pages, max_pages, tail_capacity and num_sink must not be negative");
   }
   BITDECODING_TRY(check_present("q", p.q));
   BITDECODING_TRY(check_present("out", p.out));
@@ -358,7 +380,7 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
   BITDECODING_TRY(find_target(*r, options.device, &driver, &info));
   const int num_ctas = info->num_sms * r->kernel.ctas_per_sm;
   const std::int64_t q_tiles = q_tiles_of(r->config, params);
-  const std::int64_t counters = counter_bytes(params, q_tiles);
+  const std::int64_t counters = counter_bytes(r->config, params, q_tiles);
   if (counters > kCounterBytes) {
     return fail(Status::unsupported_config, "batch=", params.batch, ": with q_len=", params.q_len,
                 " and num_kv_heads=", params.num_kv_heads, " one launch would need ", counters, " bytes of counters, ",
@@ -394,6 +416,7 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
                        &p.q_len,
                        &p.num_q_heads,
                        &p.num_kv_heads,
+                       &p.num_pages,
                        &p.max_pages,
                        &p.tail_capacity,
                        &p.num_sink,
@@ -425,6 +448,7 @@ Status append(int handle, const AppendParams& params, std::int64_t workspace_byt
                 " thread blocks");
   }
   if (params.pack_all == 0) {
+    BITDECODING_TRY(check_present("workspace", params.workspace));
     const std::int64_t counters = params.batch * static_cast<std::int64_t>(sizeof(std::int32_t));
     if (counters > kCounterBytes) {
       return fail(Status::unsupported_config, "batch=", params.batch, ": one launch would need ", counters,
@@ -472,7 +496,32 @@ Status append(int handle, const AppendParams& params, std::int64_t workspace_byt
                        &p.rotate_v,
                        &p.bfloat16,
                        &p.pack_all};
-  return launch(*driver, *info, r, num_heads * items * kOperands, arguments, options);
+  const std::int64_t num_ctas = append_grid(r->kernel, *info, p, num_heads * items * kOperands);
+  return launch(*driver, *info, r, num_ctas, arguments, options);
+}
+
+Status merge(int handle, const MergeParams& params, const LaunchOptions& options) noexcept {
+  constexpr std::int64_t kVectorValues = 8;  // of a thread
+  constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
+  const cuda::Driver* driver = nullptr;
+  Registered* r = nullptr;
+  const DeviceInfo* info = nullptr;
+  BITDECODING_TRY(find_kind(handle, "merge", &r));
+  BITDECODING_TRY(positive("num_parts", params.num_parts));
+  BITDECODING_TRY(not_negative("rows", params.rows));
+  BITDECODING_TRY(vectors("outs", params.outs));
+  BITDECODING_TRY(check_present("lses", params.lses));
+  BITDECODING_TRY(vectors("out", params.out));
+  const std::int64_t row_vectors = r->config.head_dim / kVectorValues, threads = r->kernel.threads;
+  if (params.rows > kMaxGrid / row_vectors * threads) {
+    return fail(Status::unsupported_config, "rows=", params.rows, ": one launch would need more than ", kMaxGrid,
+                " thread blocks");
+  }
+  BITDECODING_TRY(find_target(*r, options.device, &driver, &info));
+  if (params.rows == 0) return Status::ok;
+  MergeParams p = params;
+  void* arguments[] = {&p.outs, &p.lses, &p.out, &p.lse, &p.rows, &p.num_parts, &p.bfloat16};
+  return launch(*driver, *info, r, (p.rows * row_vectors + threads - 1) / threads, arguments, options);
 }
 
 Status capture_id(int device, void* stream, std::uint64_t* out) noexcept {

@@ -1,4 +1,4 @@
-// What kernels and the CPU ask of a decode's parameters alike.
+// What kernels and the CPU ask of parameters alike.
 #pragma once
 
 #include "bitdecoding/block_format.hpp"
@@ -11,5 +11,6 @@ BlockSpec block_spec(std::int64_t head_dim, const QuantSpec& quant);
 
 // Null pointers and impossible sizes; the workspace is not looked at.
 Status validate_params(const DecodeParams& params);
+Status validate_params(const AppendParams& params);
 
 }  // namespace bitdecoding

@@ -15,6 +15,12 @@
 namespace bitdecoding {
 namespace {
 
+// condition.wait(lock, done). GCC 12's own asks for a libstdc++ that distributions with glibc 2.34 do not have.
+template <typename Done>
+void wait(std::condition_variable* condition, std::unique_lock<std::mutex>* lock, const Done& done) {
+  while (!done()) pthread_cond_wait(condition->native_handle(), lock->mutex()->native_handle());
+}
+
 class Pool {
  public:
   void run(std::int64_t num_tasks, int num_threads, void (*function)(void*, std::int64_t), void* context) {
@@ -32,7 +38,7 @@ class Pool {
     begin_.notify_all();
     work();
     std::unique_lock<std::mutex> lock(mutex_);
-    end_.wait(lock, [this] { return running_ == 0; });
+    wait(&end_, &lock, [this] { return running_ == 0; });
   }
 
  private:
@@ -51,7 +57,7 @@ class Pool {
   void loop(int index, std::uint64_t seen) {
     for (;;) {
       std::unique_lock<std::mutex> lock(mutex_);
-      begin_.wait(lock, [&] { return call_ != seen; });
+      wait(&begin_, &lock, [&] { return call_ != seen; });
       seen = call_;
       if (index >= wanted_) continue;
       lock.unlock();

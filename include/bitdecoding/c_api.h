@@ -45,6 +45,8 @@ const char* bitdecoding_last_error(void);
 
 /* ---- what the bits of a cache mean ---- */
 
+#define BITDECODING_CLIP_SEARCHED (-1.0f)
+
 typedef struct bitdecoding_quant_spec {
   size_t size;
   int32_t k_bits, v_bits;           /* of a code: 8, 4 or 2 */
@@ -53,8 +55,10 @@ typedef struct bitdecoding_quant_spec {
   int32_t k_symmetric, v_symmetric; /* 1: codes are centred, no zero is stored */
   int32_t k_mean;                   /* 1: the mean of a block's keys is subtracted and stored once */
   int32_t rotate_k, rotate_v;       /* 1: keys (and queries) / values (and out) go through a Hadamard transform */
+  float k_clip, v_clip;             /* range of a group: 0: from minimum to maximum; in (0, 1]: that times this factor;
+                                     * BITDECODING_CLIP_SEARCHED: the factor of the least squared error. Quantising alone asks */
 } bitdecoding_quant_spec;
-#define BITDECODING_QUANT_SPEC_INIT {sizeof(bitdecoding_quant_spec), 4, 4, 0, 128, 128, 0, 0, 0, 0, 0}
+#define BITDECODING_QUANT_SPEC_INIT {sizeof(bitdecoding_quant_spec), 4, 4, 0, 128, 128, 0, 0, 0, 0, 0, 0.0f, 0.0f}
 
 /* Bytes of a block, 128 tokens of one KV head. head_dim: 64, 96, 128 or 256. */
 BITDECODING_MUST_USE bitdecoding_status bitdecoding_block_bytes(int64_t head_dim, const bitdecoding_quant_spec* quant,
@@ -92,8 +96,9 @@ typedef struct bitdecoding_decode_problem {
   int32_t num_q_heads;
   int32_t num_kv_heads; /* divides num_q_heads */
   int32_t q_len;        /* new tokens per sequence */
+  const char* kernel;   /* optional, the name of a registered kernel to use, see bitdecoding_list_kernels */
 } bitdecoding_decode_problem;
-#define BITDECODING_DECODE_PROBLEM_INIT {sizeof(bitdecoding_decode_problem), NULL, 128, 1, 1, 1}
+#define BITDECODING_DECODE_PROBLEM_INIT {sizeof(bitdecoding_decode_problem), NULL, 128, 1, 1, 1, NULL}
 
 typedef struct bitdecoding_decode_plan {
   size_t size;
@@ -189,9 +194,129 @@ BITDECODING_MUST_USE bitdecoding_status bitdecoding_decode_cpu(const bitdecoding
                                                                const bitdecoding_decode_params* params,
                                                                int32_t num_threads);
 
-/* Combines attention over disjoint sets of keys, on the CPU; outs may be out's parts of any decode.
- * outs: num_parts pointers to dtype [rows, head_dim]; lses: num_parts pointers to [rows], -inf where a part has no key.
- * out: dtype [rows, head_dim]; lse: optional [rows]. Zeros and -inf where no part has a key. */
+/* ---- quantise and append ---- */
+
+typedef struct bitdecoding_append_plan {
+  size_t size;
+  int32_t kernel; /* a registered kernel */
+  int32_t device;
+  int64_t workspace_bytes;    /* a workspace of decode may be shared */
+  int32_t rotate_k, rotate_v; /* of quant */
+  float k_clip, v_clip;
+} bitdecoding_append_plan;
+#define BITDECODING_APPEND_PLAN_INIT {sizeof(bitdecoding_append_plan), -1, 0, 0, 0, 0, 0.0f, 0.0f}
+
+/* Finds the registered kernel that appends to blocks of a format and quantises to them; as bitdecoding_plan_decode. */
+BITDECODING_MUST_USE bitdecoding_status bitdecoding_plan_append(const bitdecoding_quant_spec* quant, int64_t head_dim,
+                                                                const bitdecoding_device* device,
+                                                                bitdecoding_append_plan* plan);
+
+/* Pointers are device pointers for bitdecoding_append and bitdecoding_quantize and host pointers for their _cpu forms;
+ * tensors and strides are multiples of 16 bytes, lengths and table of 4. For quantising, the fields from lengths on
+ * that are marked "append" are null and 0. */
+typedef struct bitdecoding_append_params {
+  size_t size;
+  int32_t dtype; /* a bitdecoding_dtype: that of k_new, v_new, tail and sinks */
+  int32_t batch;
+  int32_t new_tokens; /* of each sequence, at most */
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t num_pages;
+  int32_t max_pages;     /* columns of block_table */
+  int32_t tail_capacity; /* append: at least recent + 127 */
+  int32_t num_sink;      /* append; 0: there are no sinks */
+  int32_t recent;        /* append: newest tokens that stay in 16 bit */
+  const void* k_new;     /* dtype [batch, new_tokens, num_kv_heads, head_dim] with the strides below, of which only */
+  const void* v_new;     /* head_dim must have no gaps; not rotated */
+  int64_t new_batch_stride_bytes; /* 0: new_tokens * new_token_stride_bytes */
+  int64_t new_token_stride_bytes; /* 0: num_kv_heads * new_head_stride_bytes */
+  int64_t new_head_stride_bytes;  /* 0: head_dim values */
+  const int32_t* cu_seqlens;  /* optional [batch + 1]: new tokens are [all, num_kv_heads, head_dim], those of sequence
+                               * b begin at cu_seqlens[b] and end before cu_seqlens[b + 1] */
+  void* pages;                /* uint8 [num_pages, num_kv_heads, block_bytes] with the strides below */
+  int64_t page_stride_bytes;  /* 0: num_kv_heads * head_stride_bytes */
+  int64_t head_stride_bytes;  /* 0: block_bytes */
+  const int32_t* block_table; /* [batch, max_pages]; a full block goes to the page that entry packed_lens / 128 names;
+                               * no two blocks may go to the same */
+  const int32_t* lengths;     /* append, optional [batch]: how many of the new tokens count; not with cu_seqlens */
+  int32_t* seqlens;           /* append [batch], all tokens of a sequence; advanced */
+  int32_t* packed_lens;       /* append [batch], multiples of 128; advanced */
+  void* tail_k;               /* append, dtype [batch, tail_capacity, num_kv_heads, head_dim]; rotated where quant */
+  void* tail_v;               /* rotates */
+  void* sink_k;               /* append, dtype [batch, num_sink, num_kv_heads, head_dim]; rotated likewise */
+  void* sink_v;
+  int32_t* status; /* append, optional [1]: becomes at least 1 + b where sequence b had no page for a block, because its
+                    * row of the table ends or the entry names none; such a sequence stays as it was */
+} bitdecoding_append_params;
+#define BITDECODING_APPEND_PARAMS_INIT \
+  {sizeof(bitdecoding_append_params),  \
+   BITDECODING_FLOAT16,                \
+   1,                                  \
+   1,                                  \
+   1,                                  \
+   128,                                \
+   0,                                  \
+   0,                                  \
+   0,                                  \
+   0,                                  \
+   0,                                  \
+   NULL,                               \
+   NULL,                               \
+   0,                                  \
+   0,                                  \
+   0,                                  \
+   NULL,                               \
+   NULL,                               \
+   0,                                  \
+   0,                                  \
+   NULL,                               \
+   NULL,                               \
+   NULL,                               \
+   NULL,                               \
+   NULL,                               \
+   NULL,                               \
+   NULL,                               \
+   NULL,                               \
+   NULL}
+
+/* Enqueues an append and returns. New tokens go to the sinks while these have room, the others behind the tail; as long
+ * as the tail then holds recent + 128 tokens or more, its oldest 128 become a block in a page, and the others move up.
+ * Values on the device are trusted, but entries of the table that name no page. workspace and stream as for
+ * bitdecoding_decode. */
+BITDECODING_MUST_USE bitdecoding_status bitdecoding_append(const bitdecoding_append_plan* plan,
+                                                           const bitdecoding_append_params* params, void* workspace,
+                                                           int64_t workspace_bytes, void* stream);
+
+/* Enqueues the quantisation of all new tokens, each sequence from the beginning of its first block on, and returns; the
+ * last block may be partial. A block that has no page is left out. */
+BITDECODING_MUST_USE bitdecoding_status bitdecoding_quantize(const bitdecoding_append_plan* plan,
+                                                             const bitdecoding_append_params* params, void* stream);
+
+/* The same on the CPU, bit for bit, done when they return; lengths and table are checked before anything is written. A
+ * sequence without a page for a block is an error, unless `status` is given. num_threads: at most so many, 0: one per
+ * core. */
+BITDECODING_MUST_USE bitdecoding_status bitdecoding_append_cpu(const bitdecoding_quant_spec* quant,
+                                                               const bitdecoding_append_params* params,
+                                                               int32_t num_threads);
+BITDECODING_MUST_USE bitdecoding_status bitdecoding_quantize_cpu(const bitdecoding_quant_spec* quant,
+                                                                 const bitdecoding_append_params* params,
+                                                                 int32_t num_threads);
+
+/* ---- merge ---- */
+
+/* Combines attention over disjoint sets of keys. head_dim: 64, 96, 128 or 256. dtype: float16 or bfloat16.
+ * outs: dtype [num_parts, rows, head_dim]; lses: [num_parts, rows], -inf where a part has no key.
+ * out: dtype [rows, head_dim]; lse: optional [rows]. Zeros and -inf where no part has a key. Device pointers, outs and
+ * out multiples of 16 bytes. Enqueued on a stream of the device, for which a kernel must be registered; the device is
+ * one that bitdecoding_get_device has filled. */
+BITDECODING_MUST_USE bitdecoding_status bitdecoding_merge(const bitdecoding_device* device, int32_t dtype,
+                                                          int32_t num_parts, const void* outs, const float* lses,
+                                                          int64_t rows, int64_t head_dim, void* out, float* lse,
+                                                          void* stream);
+
+/* The same on the CPU, done when it returns; head_dim: 1 to 256, any dtype.
+ * outs: num_parts pointers to dtype [rows, head_dim]; lses: num_parts pointers to [rows]; out and lse may be among
+ * them. */
 BITDECODING_MUST_USE bitdecoding_status bitdecoding_merge_cpu(int32_t dtype, int32_t num_parts, const void* const* outs,
                                                               const float* const* lses, int64_t rows, int64_t head_dim,
                                                               void* out, float* lse);

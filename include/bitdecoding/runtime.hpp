@@ -79,6 +79,7 @@ struct DecodeParams {
   std::int32_t q_len = 1;
   std::int32_t num_q_heads = 0;
   std::int32_t num_kv_heads = 0;
+  std::int32_t num_pages = 0;  // 0: unknown, then nothing is fetched ahead of the previous kernel's end
   std::int32_t max_pages = 0;
   std::int32_t tail_capacity = 0;
   std::int32_t num_sink = 0;
@@ -90,6 +91,9 @@ struct DecodeParams {
   std::int32_t rotate_out = 0;      // 1: out goes through a Hadamard transform, as the values did
 };
 
+// Sets what a cache's quantisation asks of a decode: rotation.
+void set_quant(const QuantSpec& quant, DecodeParams* params) noexcept;
+
 // What decides which kernel is needed.
 struct DecodeProblem {
   QuantSpec quant;
@@ -97,6 +101,7 @@ struct DecodeProblem {
   std::int32_t num_q_heads = 1;
   std::int32_t num_kv_heads = 1;  // divides num_q_heads
   std::int32_t q_len = 1;         // new tokens per sequence
+  std::string kernel;             // KernelConfig::name() of the kernel to use; "": the plan's choice
 };
 
 struct DecodePlan {
@@ -106,12 +111,13 @@ struct DecodePlan {
 
 // Chooses among the registered kernels for this format: the narrowest tile that holds all query columns of a KV head,
 // else the widest; of equal ones the first that was registered. Of `device` only arch and num_sms count, so this needs
-// no driver. Status::kernel_not_found says for which archs there is one.
+// no driver. Status::kernel_not_found says for which archs there is one. A decode of the plan must have the problem's
+// sizes and format.
 Status plan_decode(const DecodeProblem& problem, const DeviceInfo& device, DecodePlan* out) noexcept;
 
 // A workspace begins with counters, zeroed once when it is allocated; kernels leave them zero. Their space has a fixed
 // size, so calls of all shapes can share a workspace, as long as they do not run at the same time.
-constexpr std::int64_t kCounterBytes = 1 << 20;
+constexpr std::int64_t kCounterBytes = 4 << 20;
 
 // Bytes of workspace for a grid of num_ctas: the counters, then two partial results per CTA.
 std::int64_t decode_workspace_bytes(const KernelConfig& config, std::int64_t num_ctas) noexcept;
@@ -174,9 +180,40 @@ struct AppendParams {
   std::int32_t pack_all = 0;  // 1: quantise
 };
 
+// Sets what a cache's quantisation asks of an append: clip and rotation.
+void set_quant(const QuantSpec& quant, AppendParams* params) noexcept;
+
+struct AppendPlan {
+  int handle = -1;
+  std::int64_t workspace_bytes = 0;  // a workspace of decode may be shared
+};
+
+// Finds the registered kernel that appends to blocks of a format and quantises to them; as plan_decode.
+Status plan_append(const QuantSpec& quant, std::int64_t head_dim, const DeviceInfo& device, AppendPlan* out) noexcept;
+
 // Launches a registered kernel of kind=append; returns once it is enqueued. workspace_bytes: size of params.workspace.
 Status append(int handle, const AppendParams& params, std::int64_t workspace_bytes,
               const LaunchOptions& options) noexcept;
+
+// ---- merge ----
+
+// The parameters of a kernel of kind=merge, in its order. Tensors are without gaps and begin at multiples of 16 bytes.
+struct MergeParams {
+  const void* outs = nullptr;   // [num_parts, rows, head_dim], float16 or bfloat16 like out
+  const float* lses = nullptr;  // [num_parts, rows], natural logarithm; -inf: the part has no key there
+  void* out = nullptr;          // [rows, head_dim]; may be one part of outs
+  float* lse = nullptr;         // [rows], optional; must not be a part of lses
+  std::int64_t rows = 0;
+  std::int32_t num_parts = 0;
+  std::int32_t bfloat16 = 0;  // 1: bfloat16; 0: float16
+};
+
+// Finds the registered kernel that merges rows of head_dim values; as plan_decode. It needs no workspace.
+Status plan_merge(std::int64_t head_dim, const DeviceInfo& device, int* handle) noexcept;
+
+// Launches a registered kernel of kind=merge, which combines attention over disjoint sets of keys: zeros and -inf where
+// no part has a key.
+Status merge(int handle, const MergeParams& params, const LaunchOptions& options) noexcept;
 
 // An id of the graph capture that a stream is in, or 0.
 Status capture_id(int device, void* stream, std::uint64_t* out) noexcept;

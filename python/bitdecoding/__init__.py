@@ -15,6 +15,7 @@ from .cute_kernels.errors import (
     UnsupportedConfig,
 )
 from .ops import append, block_bytes, decode, dequantize, merge, quantize, rotate
+from .policy import QuantPolicy
 from .quantization import PRESETS, CachePolicy, hadamard, preset
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "KernelConfig",
     "KernelNotFound",
     "OutOfPages",
+    "QuantPolicy",
     "QuantSpec",
     "UnsupportedConfig",
     "append",

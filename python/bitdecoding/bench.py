@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from .candidates import LowBitCache, Rivals, Shape, parse_shapes
 from .cute_kernels.errors import BitDecodingError, InvalidArgument
-from .timing import measure, read_bandwidth
+from .timing import copy_bandwidth, measure, read_bandwidth
+from .writes import writes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ LENGTHS = (1, 16, 128, 512, *(1024 << i for i in range(8)))  # to 128K
 BATCHES = tuple(1 << i for i in range(7))  # to 64
 BATCH_TOKENS = {True: (1024, 8192), False: (256,)}  # of each sequence in the batch sweep, on a GPU or not
 MAX_CPU_TOKENS = 16384  # of a sweep on a CPU
-SUITES = ("main", "length", "batch")
+SUITES = ("main", "length", "batch", "write")
 MIN_POINTS = 3  # of a plot
 MAX_ERROR = 1e-2
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -67,6 +68,21 @@ class Row:
 
 
 @dataclass
+class WriteRow:
+    """A measured way of writing a cache; times as in Row."""
+
+    operation: str
+    shape: str
+    candidate: str
+    us: float
+    plain_us: float
+    host_us: float | None
+    nbytes: int  # read and written
+    gb_per_s: float
+    percent_of_copy: float
+
+
+@dataclass
 class LeftOut:
     """A rival that could not do a shape, and why."""
 
@@ -88,6 +104,8 @@ class Report:
     ceiling_gb_per_s: float  # of reading
     rows: list[Row] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
+    copy_gb_per_s: float | None = None  # read plus written; None: no writes were measured
+    writes: list[WriteRow] = field(default_factory=list)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -98,7 +116,8 @@ class Report:
         try:
             values = json.loads(text)
             rows, left_out = [Row(**row) for row in values["rows"]], [LeftOut(**one) for one in values["left_out"]]
-            report = cls(**values | {"rows": rows, "left_out": left_out})
+            written = [WriteRow(**one) for one in values["writes"]]
+            report = cls(**values | {"rows": rows, "left_out": left_out, "writes": written})
         except (ValueError, TypeError, KeyError) as error:
             raise InvalidArgument(f"not a report of this version of bitdecoding bench: {error}") from None
         return report
@@ -107,7 +126,8 @@ class Report:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite", nargs="+", choices=SUITES, default=["main"],
-        help="main (default); length: 1 token to 128K, batch 1; batch: 1 to 64 sequences; both for GQA and MHA",
+        help="main (default); length: 1 token to 128K, batch 1; batch: 1 to 64 sequences; both for GQA and MHA; "
+        "write: quantize, append, and steps of append and decode",
     )  # fmt: skip
     parser.add_argument(
         "--shapes",
@@ -164,6 +184,8 @@ def shapes_of(suite: str, cuda: bool) -> list[Shape]:
     """The problems of a suite on a GPU or a CPU."""
     if suite == "main":
         return parse_shapes(MAIN_CUDA if cuda else MAIN_CPU)
+    if suite == "write":
+        return []
     if suite == "length":
         lengths = [n for n in LENGTHS if cuda or n <= MAX_CPU_TOKENS]
         return [Shape((n,), *heads) for heads, n in itertools.product(HEADS, lengths)]
@@ -174,7 +196,7 @@ def device_of(name: str | None) -> torch.device:
     """A device by its name; None: the GPU if there is one. Raises InvalidArgument for what cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=device).device  # with its index
     except (RuntimeError, AssertionError) as error:
         raise InvalidArgument(f"device={name}: {str(error).partition(chr(10))[0]}") from None
     if device.type not in ("cuda", "cpu"):
@@ -210,7 +232,21 @@ def measure_all(args: argparse.Namespace) -> Report:
             write(report, args.out)
             if cuda:
                 torch.cuda.empty_cache()  # the caches of the next shape have other sizes
+    if args.shapes is None and "write" in args.suite:
+        measure_writes(report, args.presets, device, args.rounds)
+        write(report, args.out)
     return report
+
+
+def measure_writes(report: Report, presets: list[str], device: torch.device, rounds: int) -> None:
+    """Add the rows of all that writes a cache."""
+    report.copy_gb_per_s = copy_bandwidth(device)
+    for group in writes(presets, report.head_dim, DTYPES[report.dtype], device):
+        for made, taken in zip(group, measure([one.candidate for one in group], rounds, device), strict=True):
+            rate = made.nbytes / taken.us / 1e3
+            share = 100 * rate / report.copy_gb_per_s
+            row = WriteRow(made.operation, made.shape, made.preset, *taken, made.nbytes, rate, share)
+            report.writes.append(row)
 
 
 def measure_shape(
@@ -275,14 +311,15 @@ def format_table(report: Report) -> str:
         return "-" if value is None else format(value, form)
 
     on_gpu = report.device != "cpu"
+    if not report.rows:
+        lines.clear()
     for r in report.rows:
         times = [cell(us, ".1f") for us in (r.us, r.plain_us, r.host_us)]
         times[0] += "*" if on_gpu and not r.cold else ""
         rates = [cell(r.gb_per_s, ".1f"), cell(r.percent_of_read, ".1f")]
         ratios = [cell(r.ratios.get(name), ".2f") for name in rivals]
         lines.append([r.shape, r.candidate, *times, *rates, *ratios, cell(r.error, ".1e")])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(t.ljust(width) for t, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text = aligned(lines)
     text.insert(0, f"{report.device}, read bandwidth {report.ceiling_gb_per_s:.1f} GB/s")
     if on_gpu and not all(row.cold for row in report.rows):
         text.append("* the cache is so small that its copies stay in L2")
@@ -300,7 +337,21 @@ def format_table(report: Report) -> str:
     for one in report.left_out:
         reasons.setdefault((one.candidate, one.reason), []).append(one.shape)
     text += [f"left out: {name} on {'; '.join(shapes)}: {reason}" for (name, reason), shapes in reasons.items()]
+    if report.copy_gb_per_s is not None:
+        text.append(f"writing, copy bandwidth {report.copy_gb_per_s:.1f} GB/s (read plus written)")
+        lines = [["operation", "shape", "candidate", "us", "plain us", "host us", "GB/s", "% of copy"]]
+        for w in report.writes:
+            times = [cell(us, ".1f") for us in (w.us, w.plain_us, w.host_us)]
+            rates = [cell(w.gb_per_s, ".1f"), cell(w.percent_of_copy, ".1f")]
+            lines.append([w.operation, w.shape, w.candidate, *times, *rates])
+        text += aligned(lines)
     return "\n".join(text)
+
+
+def aligned(lines: list[list[str]]) -> list[str]:
+    """Cells of a table as text."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(t.ljust(width) for t, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 RIVAL_COLORS = {

@@ -33,8 +33,8 @@ class KVCache:
 
     Pages are taken and freed by the host. :meth:`append` takes what it needs, or, with ``reserved=True``, leaves all to
     the device, which then packs into pages that :meth:`reserve` has set aside. That form and :meth:`decode` can be
-    captured in a CUDA graph: a step allocates nothing and waits for nothing. What replays append, the host learns by
-    :meth:`sync`, which every method that needs it calls first.
+    captured in a CUDA graph or compiled by torch.compile: a step allocates nothing and waits for nothing. What replays
+    append, the host learns by :meth:`sync`, which every method that needs it calls first.
 
     Args:
         batch_size, num_kv_heads, head_dim: of the attention layer (one cache serves one layer).
@@ -44,6 +44,8 @@ class KVCache:
         dtype: of keys, values and queries: float16 or bfloat16, on the CPU also float32.
         device: cpu or cuda.
         num_pages: the pool that the sequences share; default: enough for max_tokens in every one of them.
+        workspace: from :func:`bitdecoding.ops.workspace`, for use within torch.compile (caches that are not used at the
+            same time can share one); without, a compiled step zeroes one at every call.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class KVCache:
         dtype: torch.dtype = torch.float16,
         device: torch.device | str = "cpu",
         num_pages: int | None = None,
+        workspace: Tensor | None = None,
     ) -> None:
         device = torch.device(device)
         for name, value, least in (
@@ -81,11 +84,13 @@ class KVCache:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.quant = quant
+        self._quant_json = quant.to_json()  # for torch.compile
         self.recent = recent
         self.sink_tokens = sink_tokens
         self.policy = CachePolicy(recent, sink_tokens)
         self.dtype = dtype
         self.device = device
+        self.workspace = workspace
 
         max_pages = self.policy.packed_len(max_tokens, 0) // BLOCK_TOKENS
         self.num_pages = batch_size * max_pages if num_pages is None else num_pages
@@ -126,8 +131,8 @@ class KVCache:
         cache is then as it was.
 
         reserved: blocks go to reserved pages only, so that the host need not know the lengths (int32 [batch_size] on
-        the cache's device, or None); always so while a graph is being captured. A sequence that has no page left for a
-        full block stays as it was, and the next :meth:`sync` raises OutOfPages.
+        the cache's device, or None); always so while a graph is being captured or torch.compile traces. A sequence that
+        has no page left for a full block stays as it was, and the next :meth:`sync` raises OutOfPages.
         """
         for name, x in (("k", k), ("v", v)):
             ops.check_tensor(
@@ -136,14 +141,15 @@ class KVCache:
             )  # fmt: skip
             if x.device != self.pages.device:
                 raise InvalidArgument(f"{name} is on {x.device}: allowed is {self.pages.device}")
-        capturing = self._capturing()
-        if reserved or capturing:
+        recorded = self._recording()
+        if reserved or recorded:
             if lengths is not None:
                 ops.check_tensor("lengths", lengths, (torch.int32,), batch_size=self.batch_size)
                 assert isinstance(lengths, Tensor)
             self._append(k, v, lengths, self.status)
             self._stale = True
-            self._captured |= capturing
+            if recorded:
+                self._captured = True
             return
 
         self.sync()
@@ -193,8 +199,9 @@ class KVCache:
     def decode(self, q: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of q [batch_size, q_len, num_q_heads, head_dim] over the cache; options: see bitdecoding.decode."""
         return ops.decode(
-            q, self.pages, self.block_table, self.seqlens, self.quant, packed_lens=self.packed_lens,
-            tail_k=self.tail_k, tail_v=self.tail_v, sink_k=self.sink_k, sink_v=self.sink_v, **options,
+            q, self.pages, self.block_table, self.seqlens, self._spec(), packed_lens=self.packed_lens,
+            tail_k=self.tail_k, tail_v=self.tail_v, sink_k=self.sink_k, sink_v=self.sink_v,
+            workspace=self._workspace_to_trace(), **options,
         )  # fmt: skip
 
     def truncate(self, lengths: int | Sequence[int] | Tensor) -> None:
@@ -295,18 +302,29 @@ class KVCache:
 
     def _append(self, k: Tensor, v: Tensor, lengths: Tensor | None, status: Tensor | None) -> None:
         ops.append(
-            k, v, self.pages, self.block_table, self.seqlens, self.packed_lens, self.tail_k, self.tail_v, self.quant,
+            k, v, self.pages, self.block_table, self.seqlens, self.packed_lens, self.tail_k, self.tail_v, self._spec(),
             sink_k=self.sink_k, sink_v=self.sink_v, lengths=lengths, recent=self.recent, status=status,
+            workspace=self._workspace_to_trace(),
         )  # fmt: skip
 
-    def _capturing(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    def _spec(self) -> QuantSpec | str:
+        return self._quant_json if torch.compiler.is_compiling() else self.quant
+
+    def _workspace_to_trace(self) -> Tensor | None:
+        """In plain calls that of the stream, so that calls on several streams do not meet."""
+        return self.workspace if torch.compiler.is_compiling() else None
+
+    def _recording(self) -> bool:
+        """Whether this call is recorded, to be done once or many times later."""
+        return torch.compiler.is_compiling() or (
+            self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        )
 
     def _refresh(self) -> None:
         """Bring the books up to date."""
         if not self._stale:
             return
-        if self._capturing():
+        if self._recording():
             raise InvalidArgument("a graph is being captured: allowed are append and decode")
         read = torch.cat((self.seqlens, self.packed_lens, self.status)).tolist()
         self._lens, self._packed = read[: self.batch_size], read[self.batch_size : -1]
@@ -354,7 +372,7 @@ class KVCache:
 
     def _on_device(self, values: list) -> Tensor:
         """int32 values on the cache's device, without waiting for it."""
-        if self._capturing():
+        if self._recording():
             raise InvalidArgument("a graph is being captured: allowed are append and decode")
         host = torch.tensor(values, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         return host.to(self.device, non_blocking=True)

@@ -15,8 +15,11 @@ COMMANDS = {
     "demo": ("demo", "a real model on a real text with 16-bit and low-bit caches"),
     "tune": ("tune", "finds the fastest kernels for this GPU, which decode then uses"),
     "cmake-dir": ("cmake_dir", "where CMake finds the C++ library"),
+    "eval": ("evaluate", "quality of policies against the 16-bit cache, on small real models"),
+    "bench-model": ("bench_model", "a whole model's decode step with 16-bit and low-bit caches, against its floor"),
     "bench": ("bench", "times decode against torch SDPA, FlashInfer and the read bandwidth"),
 }
+EXTRAS = {"bench": "bench"}  # what to install for a command; the others need what the demo needs
 USAGE_ERROR = 2
 
 
@@ -31,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 loaded = importlib.import_module(f".{module}", __package__)
             except ModuleNotFoundError as error:
-                print(f"bitdecoding {name}: needs {error.name}; pip install '.[{name}]'", file=sys.stderr)
+                extra = EXTRAS.get(name, "demo")
+                print(f"bitdecoding {name}: needs {error.name}; pip install '.[{extra}]'", file=sys.stderr)
                 return USAGE_ERROR
             loaded.add_arguments(command)
             command.set_defaults(run=loaded.run)

@@ -20,15 +20,17 @@ from torch import Tensor
 
 from . import tuned
 from .cute_kernels import native
-from .cute_kernels.config import KernelConfig, QuantSpec, device_arch
+from .cute_kernels.config import MAX_Q_TILE, KernelConfig, QuantSpec, device_arch
 from .cute_kernels.errors import BitDecodingError, CacheFormatError, InvalidArgument, KernelNotFound
 from .cute_kernels.pack import DSL, CompiledKernel, cache_dir, dsl_version, source_digest, write_pack
 
+MAX_CTAS_PER_SM = 2  # of any configuration
 MAX_PLANS = 4096  # a bound for callers that make a new QuantSpec for every call
 
 _decode = native.function("decode")
 _append = native.function("append")
 _quantize = native.function("quantize")
+_merge = native.function("merge")
 _device_info = native.function("device_info")
 _find_kernel = native.function("find_kernel")
 _add_kernel = native.function("add_kernel")
@@ -77,6 +79,7 @@ def decode(
     out: Tensor | None = None,
     return_lse: bool = False,
     config: KernelConfig | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`bitdecoding.decode` on CUDA tensors."""
     device = q.get_device()
@@ -84,7 +87,8 @@ def decode(
     plan = _plans.get(key)
     if plan is None:
         plan = _plan(key, q, pages, spec, config)
-    workspace = _workspace(device, plan.workspace_bytes)
+    if workspace is None:
+        workspace = _workspace(device, plan.workspace_bytes)
     if out is None:
         out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
@@ -112,13 +116,16 @@ def append(
     lengths: Tensor | None = None,
     recent: int = 0,
     status: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> None:
     """:func:`bitdecoding.append` on CUDA tensors."""
     device = k_new.get_device()
     plan = _append_plans.get((device, k_new.shape[-1], id(spec))) or _append_plan(device, k_new.shape[-1], spec)
+    if workspace is None:
+        workspace = _workspace(device, _counter_bytes)
     _append(
-        plan.handle, *_alike(k_new, v_new), pages, block_table, seqlens, packed_lens, tail_k, tail_v,
-        _workspace(device, _counter_bytes), sink_k, sink_v, lengths, status, recent, *plan.options,
+        plan.handle, *_alike(k_new, v_new), pages, block_table, seqlens, packed_lens, tail_k, tail_v, workspace, sink_k,
+        sink_v, lengths, status, recent, *plan.options,
     )  # fmt: skip
 
 
@@ -136,6 +143,17 @@ def quantize(
     device = k.get_device()
     plan = _append_plans.get((device, k.shape[-1], id(spec))) or _append_plan(device, k.shape[-1], spec)
     _quantize(plan.handle, *_alike(k, v), pages, block_table, cu_seqlens, max_seqlen, *plan.options)
+
+
+def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`bitdecoding.merge` on CUDA tensors of 16 bit with a head_dim of :data:`HEAD_DIMS`, parts stacked."""
+    device = outs.get_device()
+    outs, lses = outs.contiguous(), lses.contiguous()
+    out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    if out.numel():
+        config = KernelConfig(kind="merge", arch=device_arch(device), head_dim=outs.shape[-1])
+        _merge(kernel_handle(config), outs, lses, out, lse)
+    return out, lse
 
 
 def _alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,6 +180,19 @@ def _new_workspace(device: int, size: int) -> Tensor:
     workspace = torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
     workspace[:_counter_bytes].zero_()
     return workspace
+
+
+@torch.compiler.assume_constant_result
+def largest_workspace(device: int, head_dim: int) -> int:
+    """Bytes of workspace that suffice for every kernel at a head_dim."""
+    slots = 2 * _device_info(device)["num_sms"] * MAX_CTAS_PER_SM  # two partial results per CTA, see runtime.hpp
+    return _counter_bytes + slots * MAX_Q_TILE * (head_dim + 2) * torch.float32.itemsize
+
+
+def new_workspace(device: torch.device, head_dim: int) -> Tensor:
+    """A workspace for every kernel at a head_dim."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _new_workspace(index, largest_workspace(index, head_dim))
 
 
 def _workspace_for_capture(device: int, stream: int, size: int) -> Tensor:
@@ -265,11 +296,19 @@ def install_command(arch: str) -> str:
     return f"BITDECODING_ARCH={arch} pip install ."
 
 
+def _why_missing(arch: str) -> str:
+    built = [path.stem.removeprefix("bitdecoding-") for path in sorted(native.PACKS_DIR.glob("*.bdpack"))]
+    if arch in built:
+        return f"the kernels for {arch} of this installation lack one"
+    has = f"those for {', '.join(built)}" if built else "none"
+    return f"the GPU needs kernels for {arch}, this installation has {has}"
+
+
 def _compile(config: KernelConfig, name: str) -> int:
     version = dsl_version()
     if version is None:
         raise KernelNotFound(
-            f"kernel {name} is in no kernel pack, and {DSL} is not installed to compile it; "
+            f"{_why_missing(config.arch)}, and {DSL} is not installed to compile {name}; "
             f"install with `{install_command(config.arch)}`, or `pip install '.[jit]'` to compile at first use"
         )
     from .cute_kernels.compile import compile_kernel

@@ -1,19 +1,16 @@
 """`bitdecoding demo`: a real model on a real text with 16-bit and low-bit KV caches, side by side.
 
-The text is fed token by token as far as the cache is concerned: in chunks that end where a step-by-step decode would
-fill a block, so that every token sees the same mix of 16-bit and packed tokens as in decoding. The second half of the
-text is scored.
+The text is fed token by token as far as the cache is concerned, see :mod:`bitdecoding.evaluate`, which measures more.
+The second half of the text is scored.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,11 +22,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from .cute_kernels.errors import InvalidArgument
 from .cute_kernels.layouts import BLOCK_TOKENS
+from .evaluate import Scores, chunk_bounds, score
 from .integrations.transformers import NAME, BitDecodingCache, enable
 from .models import MODEL, TEXT, load_model, load_text
 from .quantization import PRESETS, preset
 
 TIMED_STEPS = 8
+REFERENCE_CHUNK = 512
 PLAIN = ("kc4", "kc2")
 BLUE, GREY = "#1f6fb4", "#8a8a8a"
 
@@ -104,20 +103,23 @@ def measure(model: PreTrainedModel, ids: Tensor, presets: list[str]) -> dict:
     config = model.config
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
     plain_attention = config._attn_implementation
-    reference, rows = None, []
+    scored_from = tokens // 2  # the first prediction that counts is that of the token behind
+    reference: Scores | None = None
+    rows = []
     with tqdm(total=tokens * (1 + len(presets)), unit=" tokens") as bar:
         for name in ["16-bit", *presets]:
             bar.set_description(f"{name:>6}")
-            sinks = 0
             if name == "16-bit":
                 cache: Cache = DynamicCache(config=config)
+                bounds = [*range(0, tokens, REFERENCE_CHUNK), tokens]
             else:
                 model.set_attn_implementation(NAME)
                 cache = BitDecodingCache(config, name, max_tokens=tokens + TIMED_STEPS)
-                sinks = preset(name, config.head_dim)[1].sink_tokens
-            scores = _score(model, ids, cache, sinks, reference, bar)
+                bounds = chunk_bounds(cache, tokens)
+            scores = score(model, ids, cache, bounds, scored_from, reference, bar)
             reference = reference or scores
             nbytes = _cache_bytes(cache)
+            perplexity, plain = (math.exp(x.loss.mean().item()) for x in (scores, reference))
             rows.append(
                 Row(
                     cache=name,
@@ -125,10 +127,10 @@ def measure(model: PreTrainedModel, ids: Tensor, presets: list[str]) -> dict:
                     bytes_total=nbytes,
                     bytes_per_token=nbytes / tokens,
                     compression=values * 2 / nbytes,
-                    perplexity=scores.perplexity,
-                    perplexity_change=scores.perplexity / reference.perplexity - 1,
-                    kl_divergence=scores.kl,
-                    top1_agreement=scores.agreement,
+                    perplexity=perplexity,
+                    perplexity_change=perplexity / plain - 1,
+                    kl_divergence=scores.kl.mean().item(),
+                    top1_agreement=scores.same.mean().item(),
                     step_ms=_time_steps(model, cache, ids[:, -1:]),
                 )
             )
@@ -142,53 +144,10 @@ def measure(model: PreTrainedModel, ids: Tensor, presets: list[str]) -> dict:
     }
 
 
-@dataclass(frozen=True)
-class _Scores:
-    perplexity: float
-    kl: float
-    agreement: float
-    log_probs: Tensor | None  # fp16 [scored tokens, vocabulary], only of the reference
-
-
-def _chunks(tokens: int, scored_from: int, sinks: int) -> Iterator[tuple[int, int]]:
-    """Bounds of the chunks: where a cache packs, that is every 128 tokens after the sinks, and where scoring begins."""
-    bounds = sorted({0, scored_from, tokens, *range(sinks + BLOCK_TOKENS, tokens, BLOCK_TOKENS)})
-    return itertools.pairwise(bounds)
-
-
-def _score(
-    model: PreTrainedModel, ids: Tensor, cache: Cache, sinks: int, reference: _Scores | None, bar: tqdm
-) -> _Scores:
-    """Feed a text and compare the predictions of its second half with the reference's."""
-    tokens = ids.shape[1]
-    scored_from = tokens // 2  # the first prediction that counts is that of token scored_from + 1
-    log_probs: list[Tensor] = []
-    loss = kl = agreed = 0.0
-    for start, end in _chunks(tokens, scored_from, sinks):
-        keep = end - start if start >= scored_from else 1
-        logits = model(ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
-        bar.update(end - start)
-        if start < scored_from:
-            continue
-        here = logits.float().log_softmax(-1)
-        targets = ids[0, start + 1 : end + 1]
-        loss -= here[: len(targets)].gather(1, targets[:, None]).sum().item()
-        if reference is None:
-            log_probs.append(here.half())
-        else:
-            there = reference.log_probs[start - scored_from : end - scored_from].float()
-            kl += (there.exp() * (there - here)).sum().item()
-            agreed += (there.argmax(-1) == here.argmax(-1)).sum().item()
-    predictions = tokens - scored_from
-    if reference is None:
-        return _Scores(math.exp(loss / (predictions - 1)), 0.0, 1.0, torch.cat(log_probs))
-    return _Scores(math.exp(loss / (predictions - 1)), kl / predictions, agreed / predictions, None)
-
-
 def _cache_bytes(cache: Cache) -> int:
     """Bytes that the cached tokens take; the plain cache counted in 16 bit, whatever the model computes in."""
     if isinstance(cache, BitDecodingCache):
-        return sum(layer.kv.used_nbytes for layer in cache.layers)
+        return cache.used_nbytes
     return sum(2 * (layer.keys.numel() + layer.values.numel()) for layer in cache.layers)
 
 
@@ -292,5 +251,5 @@ def answer(
     seconds = time.perf_counter() - start
     count = generated.sequences.shape[1] - chat["input_ids"].shape[1]
     nbytes = _cache_bytes(generated.past_key_values)
-    length = generated.past_key_values.get_seq_length()
+    length = int(generated.past_key_values.get_seq_length())
     print(f"\n{quant}: {count} tokens in {seconds:.1f} s; cache of {length} tokens: {nbytes / 1024:,.0f} KiB")

@@ -62,7 +62,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     if not facts["packs"]:
         lines.append("kernels    none built")
     for pack in facts["packs"]:
-        lines.append(f"kernels    {len(pack['kernels'])} for {pack.get('arch', '?')} in {pack['path']}")
+        made = f"{pack.get('toolkit', '?')}, {DSL} {pack.get('dsl', '?')}"
+        lines.append(f"kernels    {len(pack['kernels'])} for {pack.get('arch', '?')} ({made}) in {pack['path']}")
         lines += [f"           {name}" for name in pack["kernels"]]
     if facts["compiler"]:
         lines.append(f"compiler   {DSL} {facts['compiler']}: missing kernels are compiled at first use")

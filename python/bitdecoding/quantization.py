@@ -66,9 +66,9 @@ _PRESETS: dict[str, tuple[dict[str, Any], CachePolicy]] = {
     "kv8": ({"k_bits": 8, "v_bits": 8, "k_group": 128, "v_group": 64}, CachePolicy(0, 4)),
     "kv4": (
         _KV4_K | {"v_bits": 4, "v_group": 64, "v_symmetric": True, "v_clip": "mse", "rotate_v": True},
-        CachePolicy(128, 4),
+        CachePolicy(64, 4),
     ),
-    "k4v2": (_KV4_K | _V2, CachePolicy(128, 4)),
+    "k4v2": (_KV4_K | _V2, CachePolicy(64, 4)),
     "kv2": (
         {
             "k_bits": 2,
@@ -80,7 +80,7 @@ _PRESETS: dict[str, tuple[dict[str, Any], CachePolicy]] = {
             "rotate_k": True,
         }
         | _V2,
-        CachePolicy(128, 16),
+        CachePolicy(64, 16),
     ),
     "kc4": ({"k_bits": 4, "v_bits": 4, "k_group": 128, "v_group": 128}, CachePolicy()),
     "kc2": ({"k_bits": 2, "v_bits": 2, "k_group": 128, "v_group": 128}, CachePolicy()),
@@ -88,8 +88,9 @@ _PRESETS: dict[str, tuple[dict[str, Any], CachePolicy]] = {
 PRESETS = tuple(_PRESETS)
 
 
+@lru_cache(maxsize=None)
 def preset(name: str, head_dim: int = 128) -> tuple[QuantSpec, CachePolicy]:
-    """The named quantisation and cache policy: one of :data:`PRESETS`.
+    """The named quantisation and cache policy: one of :data:`PRESETS`; the same objects at every call.
 
     Channel groups that do not divide ``head_dim`` shrink to the largest group that does.
     """

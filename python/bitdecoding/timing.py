@@ -24,12 +24,16 @@ READ_ROUNDS = 5
 
 @dataclass
 class Candidate:
-    """One way to do a problem: ``call(i)`` works on copy ``i % copies`` of a cache of ``cache_bytes``."""
+    """One way to do a problem: ``call(i)`` works on copy ``i % copies`` of a cache of ``cache_bytes``.
+
+    ``reset``: what undoes the calls; before every measurement, outside its time.
+    """
 
     name: str
     call: Callable[[int], object]
     copies: int
     cache_bytes: int
+    reset: Callable[[], None] = lambda: None
 
     @property
     def cold(self) -> bool:
@@ -85,7 +89,8 @@ def graph_times(candidates: Sequence[Candidate], rounds: int) -> list[float]:
             graphs.append((graph, calls))
         times: list[list[float]] = [[] for _ in graphs]
         for _ in range(rounds):
-            for taken, (graph, calls) in zip(times, graphs, strict=True):
+            for taken, candidate, (graph, calls) in zip(times, candidates, graphs, strict=True):
+                candidate.reset()
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record(stream)
                 graph.replay()
@@ -107,6 +112,7 @@ def plain_times(candidates: Sequence[Candidate], rounds: int, device: torch.devi
         candidate.call(0)
     for i in range(rounds):
         for taken, candidate in zip(times, candidates, strict=True):
+            candidate.reset()
             wait()
             start = time.perf_counter()
             candidate.call(i)
@@ -118,6 +124,7 @@ def plain_times(candidates: Sequence[Candidate], rounds: int, device: torch.devi
 def host_time(candidate: Candidate) -> float:
     """Microseconds of the caller per plain call that it does not wait for."""
     for timed in (False, True):
+        candidate.reset()
         torch.cuda.synchronize()
         start = time.perf_counter()
         for i in range(HOST_CALLS):
@@ -126,6 +133,14 @@ def host_time(candidate: Candidate) -> float:
             taken = time.perf_counter() - start
     torch.cuda.synchronize()
     return taken / HOST_CALLS * 1e6
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """GB/s of copying a large buffer, bytes read plus bytes written, the best of several."""
+    size = READ_BYTES[device.type] // 2
+    source, target = torch.ones(2, size // 4, device=device)
+    copying = Candidate("copy", lambda _: target.copy_(source), 1, size)
+    return 2 * size / min(call_times([copying], 1, device)[0] for _ in range(READ_ROUNDS)) / 1e3
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -1,6 +1,7 @@
-// A C++ user with a GPU: generates tokens, one per step and sequence, into the 16-bit tail of a cache on the device,
-// and compares every step with decode_cpu on the same bytes. Argument: a kernel pack for the GPU with a decode kernel
-// of the default format. Prints the largest relative error; exit status 77: there is no GPU.
+// A C++ user with a GPU: appends ragged prompts to a cache on the device, then generates tokens, and does the same on
+// the CPU: the caches must be equal byte for byte, the results of decode nearly. Arguments: kernel packs for the GPU
+// with kernels of the default format for decode and append. Prints the largest relative error; exit status 77: there is
+// no GPU.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -17,9 +18,10 @@ namespace bd = bitdecoding;
 
 namespace {
 
-constexpr int kBatch = 3, kQueryHeads = 32, kHeads = 8, kHeadDim = 128, kTailCapacity = 40, kMaxPages = 9;
+constexpr int kBatch = 3, kQueryHeads = 32, kHeads = 8, kHeadDim = 128, kMaxPages = 9;
 constexpr int kNumPages = kBatch * kMaxPages;
-constexpr int kPacked[kBatch] = {1024, 0, 640};
+constexpr int kPrompts[kBatch] = {700, 0, 129}, kPrompt = 700, kSteps = 300;
+constexpr int kRecent = 20, kSinks = 4, kTailCapacity = kRecent + 127;
 constexpr int kNoGpu = 77;
 
 void must(bd::Status status) {
@@ -99,8 +101,10 @@ int main(int argc, char** argv) {
   problem.num_q_heads = kQueryHeads;
   problem.num_kv_heads = kHeads;
   bd::DecodePlan plan;
-  must(bd::load_pack(argc > 1 ? argv[1] : ""));
+  bd::AppendPlan append_plan;
+  for (int i = 1; i < argc; ++i) must(bd::load_pack(argv[i]));
   must(bd::plan_decode(problem, device, &plan));
+  must(bd::plan_append(problem.quant, kHeadDim, device, &append_plan));
 
   const Driver driver;
   random_cache::Random random;
@@ -113,64 +117,109 @@ int main(int argc, char** argv) {
     }
     return x;
   };
-  const random_cache::Cache cache =
-      random_cache::make_cache(&random, random_cache::block_spec(problem.quant, kHeadDim), kNumPages, kHeads);
-  std::vector<std::int32_t> table(kNumPages), packed(kPacked, kPacked + kBatch), seqlens = packed;
-  for (int i = 0; i < kNumPages; ++i) table[i] = kNumPages - 1 - i;
-  const std::size_t token = std::size_t{kHeads} * kHeadDim, q_size = std::size_t{kBatch} * kQueryHeads * kHeadDim;
-  std::vector<std::uint16_t> tail_k(kBatch * kTailCapacity * token), tail_v(tail_k.size()), out(q_size), got(q_size);
 
-  bd::DecodeParams host;
-  host.pages = cache.pages.data();
-  host.block_table = table.data();
-  host.seqlens = seqlens.data();
-  host.packed_lens = packed.data();
-  host.tail_k = tail_k.data();
-  host.tail_v = tail_v.data();
-  host.out = out.data();
-  host.head_stride_bytes = bd::block_bytes(kHeadDim, problem.quant);
-  host.page_stride_bytes = kHeads * host.head_stride_bytes;
-  host.batch = kBatch;
-  host.num_q_heads = kQueryHeads;
-  host.num_kv_heads = kHeads;
-  host.max_pages = kMaxPages;
-  host.tail_capacity = kTailCapacity;
-  host.softmax_scale_log2 = 1.4426950f / std::sqrt(static_cast<float>(kHeadDim));
+  // the cache on the host
+  const std::size_t token = std::size_t{kHeads} * kHeadDim, q_size = std::size_t{kBatch} * kQueryHeads * kHeadDim;
+  const std::int64_t block_bytes = bd::block_bytes(kHeadDim, problem.quant);
+  std::vector<std::uint8_t> pages(static_cast<std::size_t>(kNumPages * kHeads * block_bytes));
+  std::vector<std::int32_t> table(kNumPages), packed(kBatch), seqlens(kBatch);
+  for (int i = 0; i < kNumPages; ++i) table[i] = kNumPages - 1 - i;
+  std::vector<std::uint16_t> tail_k(kBatch * kTailCapacity * token), tail_v(tail_k.size());
+  std::vector<std::uint16_t> sink_k(kBatch * kSinks * token), sink_v(sink_k.size()), out(q_size), got(q_size);
+  bd::AppendParams append;
+  append.pages = pages.data();
+  append.block_table = table.data();
+  append.seqlens = seqlens.data();
+  append.packed_lens = packed.data();
+  append.tail_k = tail_k.data();
+  append.tail_v = tail_v.data();
+  append.sink_k = sink_k.data();
+  append.sink_v = sink_v.data();
+  append.head_stride_bytes = block_bytes;
+  append.page_stride_bytes = kHeads * block_bytes;
+  append.batch = kBatch;
+  append.num_kv_heads = kHeads;
+  append.num_pages = kNumPages;
+  append.max_pages = kMaxPages;
+  append.tail_capacity = kTailCapacity;
+  append.num_sink = kSinks;
+  append.recent = kRecent;
+  append.new_head_stride_bytes = kHeadDim * 2;
+  append.new_token_stride_bytes = kHeads * append.new_head_stride_bytes;
+  bd::CpuAppendOptions append_options;
+  append_options.quant = problem.quant;
+  append_options.head_dim = kHeadDim;
   bd::CpuDecodeOptions options;
   options.quant = problem.quant;
   options.head_dim = kHeadDim;
   options.num_pages = kNumPages;
 
-  bd::DecodeParams on_device = host;
-  on_device.q = driver.zeros(q_size * 2);
-  on_device.pages = driver.upload(cache.pages);
-  on_device.block_table = static_cast<std::int32_t*>(driver.upload(table));
-  on_device.seqlens = static_cast<std::int32_t*>(driver.upload(seqlens));
-  on_device.packed_lens = static_cast<std::int32_t*>(driver.upload(packed));
-  on_device.tail_k = driver.upload(tail_k);
-  on_device.tail_v = driver.upload(tail_v);
-  on_device.out = driver.zeros(q_size * 2);
-  on_device.workspace = driver.zeros(static_cast<std::size_t>(plan.workspace_bytes));
+  // and on the device
+  bd::AppendParams append_there = append;
+  append_there.pages = driver.upload(pages);
+  append_there.block_table = static_cast<std::int32_t*>(driver.upload(table));
+  append_there.seqlens = static_cast<std::int32_t*>(driver.upload(seqlens));
+  append_there.packed_lens = static_cast<std::int32_t*>(driver.upload(packed));
+  append_there.tail_k = driver.upload(tail_k);
+  append_there.tail_v = driver.upload(tail_v);
+  append_there.sink_k = driver.upload(sink_k);
+  append_there.sink_v = driver.upload(sink_v);
+  append_there.workspace = driver.zeros(static_cast<std::size_t>(plan.workspace_bytes));
 
-  double worst = 0.0;
-  for (int step = 0; step < kTailCapacity; ++step) {
-    const std::vector<std::uint16_t> k = random_halves(kBatch * token), v = random_halves(kBatch * token);
-    for (int b = 0; b < kBatch; ++b) {
-      const std::size_t at = (std::size_t{static_cast<unsigned>(b)} * kTailCapacity + step) * token;
-      std::copy_n(k.begin() + b * token, token, tail_k.begin() + at);
-      std::copy_n(v.begin() + b * token, token, tail_v.begin() + at);
-      ++seqlens[b];
+  const auto append_both = [&](const std::vector<std::uint16_t>& k, const std::vector<std::uint16_t>& v,
+                               const std::vector<std::int32_t>& lengths) {
+    for (bd::AppendParams* p : {&append, &append_there}) {
+      p->new_tokens = static_cast<std::int32_t>(k.size() / token / kBatch);
+      p->new_batch_stride_bytes = p->new_tokens * p->new_token_stride_bytes;
     }
-    const std::vector<std::uint16_t> q = random_halves(q_size);
-    host.q = q.data();
-    must(bd::decode_cpu(host, options));
+    append.k_new = k.data();
+    append.v_new = v.data();
+    append.lengths = lengths.data();
+    append_there.k_new = driver.upload(k);
+    append_there.v_new = driver.upload(v);
+    append_there.lengths = static_cast<std::int32_t*>(driver.upload(lengths));
+    must(bd::append_cpu(append, append_options));
+    must(bd::append(append_plan.handle, append_there, plan.workspace_bytes, {}));
+  };
+  const auto view = [](const bd::AppendParams& from) {
+    bd::DecodeParams p;
+    p.pages = from.pages;
+    p.block_table = from.block_table;
+    p.seqlens = from.seqlens;
+    p.packed_lens = from.packed_lens;
+    p.tail_k = from.tail_k;
+    p.tail_v = from.tail_v;
+    p.sink_k = from.sink_k;
+    p.sink_v = from.sink_v;
+    p.workspace = from.workspace;
+    p.head_stride_bytes = from.head_stride_bytes;
+    p.page_stride_bytes = from.page_stride_bytes;
+    p.batch = kBatch;
+    p.num_q_heads = kQueryHeads;
+    p.num_kv_heads = kHeads;
+    p.num_pages = kNumPages;
+    p.max_pages = kMaxPages;
+    p.tail_capacity = kTailCapacity;
+    p.num_sink = kSinks;
+    p.softmax_scale_log2 = 1.4426950f / std::sqrt(static_cast<float>(kHeadDim));
+    return p;
+  };
+  bd::DecodeParams decode = view(append), decode_there = view(append_there);
+  decode.out = out.data();
+  decode_there.q = driver.zeros(q_size * 2);
+  decode_there.out = driver.zeros(q_size * 2);
 
-    driver.copy(q, const_cast<void*>(on_device.q));
-    driver.copy(seqlens, const_cast<std::int32_t*>(on_device.seqlens));
-    driver.copy(tail_k, const_cast<void*>(on_device.tail_k));
-    driver.copy(tail_v, const_cast<void*>(on_device.tail_v));
-    must(bd::decode(plan.handle, on_device, plan.workspace_bytes, {}));
-    driver.copy(on_device.out, &got);
+  append_both(random_halves(kBatch * kPrompt * token), random_halves(kBatch * kPrompt * token),
+              {kPrompts, kPrompts + kBatch});
+  double worst = 0.0;
+  for (int step = 0; step < kSteps; ++step) {
+    append_both(random_halves(kBatch * token), random_halves(kBatch * token), {1, 1, step % 2});
+    const std::vector<std::uint16_t> q = random_halves(q_size);
+    decode.q = q.data();
+    must(bd::decode_cpu(decode, options));
+    driver.copy(q, const_cast<void*>(decode_there.q));
+    must(bd::decode(plan.handle, decode_there, plan.workspace_bytes, {}));
+    driver.copy(decode_there.out, &got);
     double error = 0.0, norm = 0.0;
     for (std::size_t i = 0; i < q_size; ++i) {
       const double want = half_value(out[i]), difference = half_value(got[i]) - want;
@@ -179,6 +228,20 @@ int main(int argc, char** argv) {
     }
     worst = std::max(worst, std::sqrt(error / norm));
   }
+
+  bool same = true;
+  const auto compare = [&](const char* name, const auto& here, const void* there) {
+    auto copy = here;
+    driver.copy(there, &copy);
+    if (copy == here) return;
+    std::printf("%s differ\n", name);
+    same = false;
+  };
+  compare("pages", pages, append_there.pages);
+  compare("seqlens", seqlens, append_there.seqlens);
+  compare("packed_lens", packed, append_there.packed_lens);
+  compare("sink_k", sink_k, append_there.sink_k);
+  compare("sink_v", sink_v, append_there.sink_v);
   std::printf("%g\n", worst);
-  return worst < 2e-3 ? 0 : 1;
+  return same && worst < 2e-3 ? 0 : 1;
 }

@@ -111,12 +111,14 @@ def _ld(d, ins, m):
             memory = w.cta.launch.memory
             if order:
                 synchronise(w, where, at, mask, True, False, order)
-            buffer, at = memory.locate(at, total)
-            memory.check_read(buffer, at, total, nc)
-            if not order and buffer.writable:
-                memory.check_race(buffer, at, total, w.agent, write=False)
-                w.touch(mask)
-            view = buffer.views[size]
+            data = np.empty((len(at), vector), ops.UNSIGNED[size])
+            for part, buffer, offsets in memory.parts(at, total):
+                memory.check_read(buffer, offsets, total, nc)
+                if not order and buffer.writable:
+                    memory.check_race(buffer, offsets, total, w.agent, write=False)
+                    w.touch(mask)
+                data[part] = buffer.views[size][(offsets // size)[:, None] + element]
+            view, at = data.reshape(-1), np.arange(len(at)) * total
         elif where == "shared":
             shared = w.cta.shared
             shared.check(at, total)
@@ -183,12 +185,14 @@ def _st(d, ins, m):
             memory = w.cta.launch.memory
             if order:
                 synchronise(w, where, at, mask, False, True, order)
-            buffer, at = memory.locate(at, total)
-            memory.mark_written(buffer, at, total)
-            if not order:
-                memory.check_race(buffer, at, total, w.agent, write=True)
-                w.touch(mask)
-            view = buffer.views[size]
+            for part, buffer, offsets in memory.parts(at, total):
+                memory.mark_written(buffer, offsets, total)
+                if not order:
+                    memory.check_race(buffer, offsets, total, w.agent, write=True)
+                    w.touch(mask)
+                buffer.views[size][(offsets // size)[:, None] + element] = data[part]
+            w.cta.launch.events += 1
+            return
         elif where == "shared":
             shared = w.cta.shared
             shared.check(at, total)
@@ -420,8 +424,8 @@ def _cp(d, ins, m):
         if (src[lanes] % nbytes).any():
             raise OutOfBounds(f"misaligned source of a cp.async of {nbytes} bytes")
         for n in np.unique(sizes[reading]):
-            buffer, offsets = launch.memory.locate(src[reading & (sizes == n)], int(n), align=1)
-            launch.memory.check_race(buffer, offsets, int(n), w.agent, write=False)
+            for _, buffer, offsets in launch.memory.parts(src[reading & (sizes == n)], int(n), align=1):
+                launch.memory.check_race(buffer, offsets, int(n), w.agent, write=False)
         shared.check_write(dst[lanes], nbytes, w.agent)
         w.touch(mask)
         index = dst[lanes][:, None] + np.arange(nbytes)

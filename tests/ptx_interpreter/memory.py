@@ -126,6 +126,14 @@ class Memory:
             raise OutOfBounds(f"misaligned access of {nbytes} bytes to {buffer.name!r}")
         return buffer, offsets
 
+    def parts(self, addresses: np.ndarray, nbytes: int, align: int = 0) -> list[tuple]:
+        """(which of the addresses, their buffer, offsets in it) for every buffer among lanes' addresses."""
+        windows = np.asarray(addresses, np.uint64) >> np.uint64(WINDOW_BITS)
+        if (windows == windows[0]).all():
+            return [(slice(None), *self.locate(addresses, nbytes, align))]
+        which = [np.flatnonzero(windows == window) for window in np.unique(windows)]
+        return [(part, *self.locate(addresses[part], nbytes, align)) for part in which]
+
     def sync_clock(self, address: int) -> np.ndarray:
         return self.sync_clocks.setdefault(address, np.zeros(len(self.clocks.now), np.int64))
 

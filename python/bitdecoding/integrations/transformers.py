@@ -16,15 +16,23 @@ through it.
 
 New tokens attend before they, or older ones, are quantised: a chunk of a prompt sees the cache as it was and its own
 tokens in 16 bit, and only then is it appended and full blocks are packed. Packing first would make the result depend on
-how a prompt is cut into chunks, and let the token that completes a block see itself quantised. Where the append packs
-nothing, as in 127 of 128 decode steps, the order makes no difference; then the tokens are appended first and attention
-is one call on the cache. The first chunk of an empty cache needs no cache and goes to torch's own attention.
+how a prompt is cut into chunks, and let the token that completes a block see itself quantised. A single token can be
+appended first, since the newest ``recent`` tokens, of which a layer keeps one at least, are not packed. The first chunk
+of an empty cache needs no cache and goes to torch's own attention.
+
+The cache is static: all memory is allocated, and all pages are assigned, when the first tokens arrive; then steps
+neither allocate nor wait for the device, and can be compiled with ``torch.compile(fullgraph=True,
+mode="reduce-overhead")``, which ``generate`` does by itself on a GPU.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +44,39 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from .. import ops
 from ..cache import KVCache
 from ..cute_kernels.config import QuantSpec
-from ..cute_kernels.errors import InvalidArgument, UnsupportedConfig
-from ..quantization import CachePolicy, preset, rotated
+from ..cute_kernels.errors import CacheFormatError, InvalidArgument, OutOfPages, UnsupportedConfig
+from ..policy import QuantPolicy
+from ..quantization import CachePolicy, preset, rotate
 
 NAME = "bitdecoding"  # of the attention and of the mask function
 LAYER_TYPES = ("full_attention", "sliding_attention")
+QUERY_CHUNK = 1024  # queries whose mask or scores are in memory at once
+POLICY_FILE = "policy.json"
+PADDING_ERROR = "attention_mask has padding behind tokens: supported is padding on the left"
 
-Quantisation = str | tuple[QuantSpec, CachePolicy]  # the name of a preset, or what it stands for
+# what QuantPolicy.of takes
+Quantisation: TypeAlias = QuantPolicy | str | QuantSpec | tuple[QuantSpec, CachePolicy] | list
+
+
+class _Shared:
+    """What the layers of a cache share: they are used one after the other."""
+
+    def __init__(self) -> None:
+        self.length: Tensor | None = None  # int64 [], tokens of the longest sequence, padding included
+        self.workspaces: dict[tuple[torch.device, int], Tensor | None] = {}
+
+    def workspace(self, device: torch.device, head_dim: int) -> Tensor | None:
+        key = (device, head_dim)
+        if key not in self.workspaces:
+            self.workspaces[key] = _static(ops.workspace(device, head_dim))
+        return self.workspaces[key]
+
+
+def _static(x: Tensor | None) -> Tensor | None:
+    """x, known to torch.compile as memory that stays where it is, so that CUDA graphs may change it in place."""
+    if x is not None:
+        torch._dynamo.mark_static_address(x)
+    return x
 
 
 class BitDecodingLayer(CacheLayerMixin):
@@ -52,34 +86,62 @@ class BitDecodingLayer(CacheLayerMixin):
     """
 
     is_sliding = False  # a sliding window is applied when the cache is read
-    is_compileable = False
+    is_compileable = True
     is_croppable = False  # only tokens that still are in 16 bit come back exactly, see `crop`
 
-    def __init__(self, quant: Quantisation, max_tokens: int) -> None:
+    def __init__(self, quant: QuantSpec | None, policy: CachePolicy, max_tokens: int, index: int, shared: _Shared):
+        """quant: None keeps all tokens in 16 bit. index: of the layer."""
         super().__init__()
         self.quant = quant
+        self.policy = policy
         self.max_tokens = max_tokens
+        self.index = index
+        self.counts = index == 0  # the tokens, for all layers
+        self.shared = shared
         self.kv: KVCache | None = None
-        self.length = 0  # of the longest sequence, padding included: the length transformers counts with
+        self.empty = True  # no tokens yet
+        self.begun = False  # every sequence has tokens: there can be no more left padding
         self.awaiting_attention = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            raise InvalidArgument(
+                "a BitDecodingCache cannot be created within torch.compile: call early_initialization"
+            )
         batch_size, num_kv_heads, _, head_dim = key_states.shape
         if value_states.shape[-1] != head_dim:
             raise UnsupportedConfig(f"values have head_dim {value_states.shape[-1]}, keys {head_dim}: must be equal")
-        spec, policy = preset(self.quant, head_dim) if isinstance(self.quant, str) else self.quant
-        self.kv = KVCache(
-            batch_size=batch_size,
-            max_tokens=self.max_tokens,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            quant=spec,
-            **vars(policy),
-            dtype=key_states.dtype if key_states.dtype.itemsize == 2 else torch.float16,
-            device=key_states.device,
+        # a tail that never gets full keeps all tokens in 16 bit; of others one token, see the module's text
+        recent = self.max_tokens if self.quant is None else max(1, self.policy.recent)
+        self._use(
+            KVCache(
+                batch_size=batch_size,
+                max_tokens=self.max_tokens,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                quant=preset("kv8", head_dim)[0] if self.quant is None else self.quant,
+                recent=recent,
+                sink_tokens=self.policy.sink_tokens,
+                dtype=key_states.dtype if key_states.dtype.itemsize == 2 else torch.float16,
+                device=key_states.device,
+            )
         )
-        self.batch_size = batch_size
+        if self.shared.length is None:
+            self.shared.length = _static(torch.zeros((), dtype=torch.int64, device=key_states.device))
+
+    def _use(self, kv: KVCache) -> None:
+        self.kv = kv
+        self.rotates = bool(kv.quant.rotate_k), bool(kv.quant.rotate_v)  # torch.compile cannot read a QuantSpec
+        self.batch_size = kv.batch_size
+        for x in kv._buffers():
+            _static(x)
+        kv.workspace = self.shared.workspace(kv.device, kv.head_dim)
+        self._reserve()
         self.is_initialized = True
+
+    def _reserve(self) -> None:
+        """Give every sequence the pages for all its tokens, so that the device can pack on its own."""
+        self.kv.reserve([self.max_tokens - n for n in self.kv.seqlens.tolist()])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """key_states, value_states [batch, num_kv_heads, new_tokens, head_dim] -> the same, marked for `attention`."""
@@ -91,7 +153,8 @@ class BitDecodingLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.awaiting_attention = True
-        self.length += key_states.shape[-2]
+        if self.counts:
+            self.shared.length.add_(key_states.shape[-2])
         key_states = key_states.detach()  # a new tensor object, to carry the mark
         key_states.bitdecoding_layer = self
         return key_states, value_states
@@ -104,28 +167,85 @@ class BitDecodingLayer(CacheLayerMixin):
         options: softmax_scale, window, softcap, sink_logits as for `bitdecoding.decode`.
         -> out like q; rows of padding mean nothing.
         """
-        self.awaiting_attention = False
-        new_tokens, kv = q.shape[1], self.kv
-        q16, k16, v16 = (x.to(kv.dtype).contiguous() for x in (q, k, v))
-        lengths = None
+        kv, first, new_tokens = self.kv, self.empty, q.shape[1]
+        self.awaiting_attention = self.empty = False
+        if self.begun:
+            padding = None
+        elif padding is None:
+            self.begun = True
+        lengths = order = None
         if padding is not None:
-            k16, v16, lengths = _to_front(k16, padding), _to_front(v16, padding), padding.sum(1, dtype=torch.int32)
+            lengths = padding.sum(1, dtype=torch.int32)
+            if not torch.compiler.is_compiling():
+                self.begun = bool((lengths > 0).all())
+            order = padding.int().argsort(dim=1, descending=True, stable=True)
+            k, v = _reorder(k, order), _reorder(v, order)
 
-        if self.length > new_tokens and not kv.packs(new_tokens):
-            kv.append(k16, v16, lengths)
-            return kv.decode(q16, **options).to(q.dtype)
-        if self.length == new_tokens:
-            out = _dense_attention(q, k, v, padding, **options)
-        else:
-            out = _decode_with(kv, q16, k16, v16, lengths, **options).to(q.dtype)
-        kv.append(k16, v16, lengths)
+        q16, k16, v16 = (x.to(kv.dtype).contiguous() for x in (q, k, v))
+        if first and order is not None:
+            # with padding behind, causal attention needs no mask
+            out = _dense_attention(_reorder(q, order), k, v, None, **options)
+            out = _reorder(out, order.argsort(dim=1))
+        elif first:
+            out = _dense_attention(q, k, v, None, **options)
+        elif new_tokens > 1:
+            out = self._decode_with(q16, k16, v16, lengths, **options).to(q.dtype)
+        # a step on the device does not ask the device for lengths
+        alone = torch.compiler.is_compiling() or (new_tokens == 1 and kv.device.type == "cuda")
+        kv.append(k16, v16, lengths, reserved=alone)
+        if not first and new_tokens == 1:
+            out = kv.decode(q16, **options).to(q.dtype)
         return out
 
-    def get_seq_length(self) -> int:
-        return self.length
+    def _decode_with(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, **options) -> Tensor:
+        """Attention over the cache as if it also held new tokens, all in 16 bit; the cache does not change.
+
+        lengths: int32 [batch], how many of the new tokens count; the others come last. Otherwise as for `bd.decode`.
+        """
+        kv, (batch, new_tokens) = self.kv, k.shape[:2]
+        k, v = (rotate(x) if rotates else x for x, rotates in zip((k, v), self.rotates, strict=True))
+        if lengths is None:
+            lengths = torch.full_like(kv.seqlens, new_tokens)
+        order = torch.arange(new_tokens, device=k.device)
+        position = kv.seqlens[:, None] + order  # [batch, new_tokens]
+        exists = order < lengths[:, None]
+        in_sink = position < kv.sink_tokens
+        slot = position - kv.sink_tokens - kv.packed_lens[:, None]
+
+        def with_new(old: Tensor, new: Tensor, room: int, slots: Tensor, here: Tensor) -> Tensor:
+            """old with room for more tokens, and those of the new ones that belong here at their slots."""
+            old = torch.cat((old, new.new_zeros(batch, room + 1, *new.shape[2:])), dim=1)
+            index = torch.where(here, slots, old.shape[1] - 1)  # the last slot is for those that do not
+            old = old.scatter(1, index.long()[:, :, None, None].expand_as(new), new)
+            return old[:, :-1].contiguous()
+
+        tail_k, tail_v = (
+            with_new(old, new, new_tokens, slot, exists & ~in_sink) for old, new in ((kv.tail_k, k), (kv.tail_v, v))
+        )
+        sink_k = sink_v = None
+        if kv.sink_tokens:
+            sink_k, sink_v = (
+                with_new(old, new, 0, position, exists & in_sink) for old, new in ((kv.sink_k, k), (kv.sink_v, v))
+            )
+        return ops.decode(
+            q, kv.pages, kv.block_table, kv.seqlens + lengths, kv._spec(), packed_lens=kv.packed_lens, tail_k=tail_k,
+            tail_v=tail_v, sink_k=sink_k, sink_v=sink_v, workspace=kv.workspace, **options,
+        )  # fmt: skip
+
+    def sync(self) -> None:
+        """Raise OutOfPages if a sequence got more than max_tokens in steps on the device, which nobody awaits."""
+        if not self.is_initialized:
+            return
+        self.kv.sync()
+        if (longest := int(self.kv.seqlens.max())) > self.max_tokens:
+            raise OutOfPages(f"a sequence has {longest} tokens: allowed are max_tokens={self.max_tokens}")
+
+    def get_seq_length(self) -> Tensor | int:
+        return self.shared.length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        """The mask is for the new tokens, of which `update` returns the keys; the lengths of the others are known."""
+        return query_length, 0
 
     def get_max_length(self) -> int:
         return self.max_tokens
@@ -139,61 +259,126 @@ class BitDecodingLayer(CacheLayerMixin):
             raise InvalidArgument(f"tokens_to_remove={tokens_to_remove}: allowed are negative numbers and 0")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        self.kv.truncate((self.kv.seqlens + tokens_to_remove).clamp_(min=0))
-        self.length = max(0, self.length + tokens_to_remove)
+        lengths = (self.kv.seqlens + int(tokens_to_remove)).clamp_(min=0).tolist()
+        self.kv.truncate(lengths)
+        self._reserve()
+        self.empty, self.begun = not any(lengths), all(lengths)
+        if self.counts:
+            self.shared.length.add_(int(tokens_to_remove)).clamp_(min=0)
 
-    def reorder_cache(self, *args) -> None:
-        raise UnsupportedConfig("a BitDecodingCache cannot change the order of its sequences: no beam search")
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence b goes on as sequence ``beam_idx[b]``."""
+        if self.is_initialized:
+            self.kv.fork(beam_idx)
+            self._reserve()
 
-    batch_repeat_interleave = batch_select_indices = reorder_cache
+    def batch_repeat_interleave(self, *args) -> None:
+        raise UnsupportedConfig("a BitDecodingCache cannot change its number of sequences")
+
+    batch_select_indices = batch_repeat_interleave
 
     def reset(self) -> None:
-        self.kv, self.length, self.is_initialized, self.awaiting_attention = None, 0, False, False
+        """Forget all tokens; the memory stays."""
+        self.empty, self.begun, self.awaiting_attention = True, False, False
+        if self.is_initialized:
+            self.kv.truncate(0)
+            self._reserve()
+            self.shared.length.zero_()
 
 
 class BitDecodingCache(Cache):
     """A transformers cache that keeps keys and values in low-bit blocks.
 
     config: of the model.
-    quant: name of a preset, a pair (QuantSpec, CachePolicy), or a list with one of these per layer.
+    quant: a :class:`bitdecoding.QuantPolicy` or what stands for one: the name of a preset, a QuantSpec, a pair
+        (QuantSpec, CachePolicy), or a list with a format per layer.
     max_tokens: capacity of a sequence. Default: ``config.max_position_embeddings``, for which memory is then reserved;
         ``generate`` on a model prepared by :func:`enable` asks for what it needs.
     Layers with a sliding window keep all tokens and read those inside the window.
     Raises UnsupportedConfig for models with other kinds of layers (linear or chunked attention, shared caches).
+    Steps of one token are not checked against max_tokens on a GPU, where that would mean to wait: :meth:`sync` does.
     """
 
-    def __init__(
-        self,
-        config: PreTrainedConfig,
-        quant: Quantisation | Sequence[Quantisation] = "kv4",
-        max_tokens: int | None = None,
-    ) -> None:
+    def __init__(self, config: PreTrainedConfig, quant: Quantisation = "kv4", max_tokens: int | None = None) -> None:
         config = config.get_text_config(decoder=True)
         num_layers = config.num_hidden_layers
         strange = set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES)
         if strange or getattr(config, "num_kv_shared_layers", 0):
             kinds = ", ".join(sorted(strange)) or "layers that share a cache"
             raise UnsupportedConfig(f"{config.model_type} has {kinds}: supported are {', '.join(LAYER_TYPES)}")
-        quants = [quant] * num_layers if isinstance(quant, str | tuple) else list(quant)
-        if len(quants) != num_layers:
-            raise InvalidArgument(f"quant has {len(quants)} entries: the model has {num_layers} layers")
+        if isinstance(quant, list) and len(quant) != num_layers:
+            raise InvalidArgument(f"quant has {len(quant)} entries: the model has {num_layers} layers")
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        for name in quants:
-            if isinstance(name, str):
-                preset(name, head_dim)  # raises for unknown names
+        self.policy = QuantPolicy.of(quant)
         if max_tokens is None:
             max_tokens = config.max_position_embeddings
-        super().__init__(layers=[BitDecodingLayer(q, max_tokens) for q in quants])
+        self._shared = _Shared()
+        formats = self.policy.resolve(num_layers, head_dim)
+        layers = [BitDecodingLayer(*wanted, max_tokens, i, self._shared) for i, wanted in enumerate(formats)]
+        super().__init__(layers=layers)
+
+    def initialize(self, model: PreTrainedModel, batch_size: int) -> None:
+        """Allocate everything now, which the first tokens do otherwise: before a first chunk that is compiled."""
+        config = model.config.get_text_config(decoder=True)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.early_initialization(batch_size, config.num_key_value_heads, head_dim, model.dtype, model.device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the cache occupies, unused room included."""
         return sum(layer.kv.nbytes for layer in self.layers if layer.is_initialized)
 
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of the blocks and 16-bit tokens that the sequences hold now."""
+        return sum(layer.kv.used_nbytes for layer in self.layers if layer.is_initialized)
 
-def enable(
-    model: PreTrainedModel, quant: Quantisation | Sequence[Quantisation] = "kv4", max_tokens: int | None = None
-) -> None:
+    def sync(self) -> None:
+        """Wait for the device; raises OutOfPages if a sequence got more than max_tokens."""
+        for layer in self.layers:
+            layer.sync()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the policy and every layer's tokens into a folder."""
+        if not self.is_initialized:
+            raise InvalidArgument("the cache is empty: there is nothing to save")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {"policy": json.loads(self.policy.to_json()), "length": int(self._shared.length)}
+        (folder / POLICY_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        for layer in self.layers:
+            layer.kv.save(folder / _layer_file(layer.index))
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], config: PreTrainedConfig, device: torch.device | str = "cpu"
+    ) -> BitDecodingCache:
+        """Read what :meth:`save` wrote for a model with this config; raises CacheFormatError for anything else."""
+        folder = Path(folder)
+        try:
+            state = json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))
+            policy, length = QuantPolicy.from_json(json.dumps(state["policy"])), int(state["length"])
+        except (OSError, ValueError, TypeError, KeyError, InvalidArgument) as error:
+            raise CacheFormatError(f"{folder / POLICY_FILE}: {error!r}") from None
+        first = KVCache.load(folder / _layer_file(0), device)
+        cache = cls(config, policy, first.max_tokens)
+        cache._shared.length = _static(torch.tensor(length, dtype=torch.int64, device=device))
+        for layer in cache.layers:
+            kv = first if layer.index == 0 else KVCache.load(folder / _layer_file(layer.index), device)
+            if (kv.batch_size, kv.max_tokens) != (first.batch_size, first.max_tokens) or (
+                layer.quant not in (None, kv.quant)
+            ):
+                raise CacheFormatError(f"{folder / _layer_file(layer.index)}: not a layer of this cache")
+            layer._use(kv)
+            layer.empty, layer.begun = not any(kv.seqlens.tolist()), all(kv.seqlens.tolist())
+        return cache
+
+
+def _layer_file(index: int) -> str:
+    return f"layer-{index:03}.safetensors"
+
+
+def enable(model: PreTrainedModel, quant: Quantisation = "kv4", max_tokens: int | None = None) -> None:
     """Let a model keep its KV cache in low-bit blocks from now on; :func:`disable` undoes it.
 
     ``model.generate(..)`` then creates a :class:`BitDecodingCache` of the size it needs, ``model(..)`` one for
@@ -206,8 +391,17 @@ def enable(
     prepare_cache = model._prepare_cache_for_generation
 
     def prepare_own_cache(generation_config, model_kwargs, mode, batch_size, max_cache_length):
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = BitDecodingCache(model.config, quant, max_tokens or max_cache_length)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None and generation_config.use_cache:
+            cache = BitDecodingCache(model.config, quant, max_tokens or max_cache_length)
+            model_kwargs["past_key_values"] = cache
+            if generation_config.prefill_chunk_size is not None:  # then the first chunk is compiled, too
+                sequences = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+                cache.initialize(model, sequences)
+        if isinstance(cache, BitDecodingCache) and cache.get_max_length() < max_cache_length:
+            raise OutOfPages(
+                f"max_tokens={cache.get_max_length()} of the cache: this generation may need {max_cache_length}"
+            )
         return prepare_cache(generation_config, model_kwargs, mode, batch_size, max_cache_length)
 
     def add_cache(module, args, kwargs):
@@ -257,7 +451,7 @@ def attention(
     s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [batch, heads, new_tokens, head_dim], mask from `attention_mask_2d`.
+    """transformers' attention interface: query [batch, heads, new_tokens, head_dim], mask from `padding_mask`.
 
     Keys and values that a BitDecodingLayer marked are read from its cache; others (no cache, a cache of another class)
     get ordinary attention. -> [batch, new_tokens, heads, head_dim] and no attention weights.
@@ -267,47 +461,53 @@ def attention(
             raise UnsupportedConfig(f"{type(module).__name__} passes {name}, which {NAME} attention does not know")
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise UnsupportedConfig(f"{type(module).__name__} is not causal: {NAME} attention is")
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise UnsupportedConfig(f"attention_mask is {list(attention_mask.shape)}: allowed is [batch, tokens]")
+    if attention_mask is not None and tuple(attention_mask.shape[1:3]) != (1, 1):
+        raise UnsupportedConfig(f"attention_mask is {list(attention_mask.shape)}: allowed is [batch, 1, 1, tokens]")
+    padding = None if attention_mask is None else attention_mask[:, 0, 0]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     options = {"softmax_scale": scaling, "window": sliding_window, "softcap": softcap, "sink_logits": s_aux}
     layer = getattr(key, "bitdecoding_layer", None)
     if layer is None:
-        return _dense_attention(q, k, v, attention_mask, dropout=dropout, **options), None
-    padding = None if attention_mask is None else attention_mask[:, -q.shape[1] :]
+        return _dense_attention(q, k, v, padding, dropout=dropout, **options), None
     return layer.attend(q, k, v, padding, **options), None
 
 
-def attention_mask_2d(
+def padding_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,
+    q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
     **kwargs,
 ) -> Tensor | None:
-    """transformers' mask interface -> bool [batch, kv_length], False for left padding; None where there is none.
+    """transformers' mask interface -> bool [batch, 1, 1, kv_length], False for left padding; None where there is none.
 
-    Causality and sliding windows need no mask here; any other pattern raises UnsupportedConfig.
+    For a BitDecodingCache the keys are those of the new tokens. Causality and sliding windows need no mask here; any
+    other pattern raises UnsupportedConfig. A single new token is not looked at: that would wait for the device.
     """
-    if not _is_causal(mask_function):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not _is_causal(mask_function):  # it looks into closures, which cannot be traced
         raise UnsupportedConfig(f"{NAME} attention knows causal masks and sliding windows, not this model's mask")
-    if q_offset + q_length != kv_offset + kv_length:
-        raise UnsupportedConfig(f"{NAME} attention does not work with static caches")
+    if kv_length != q_length and (isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length):
+        raise UnsupportedConfig(f"{NAME} attention does not work with static caches of other classes")
     if attention_mask is None:
         return None
-    attention_mask = attention_mask[:, -kv_length:]
-    if attention_mask.all():
-        return None
-    if (attention_mask[:, :-1] & ~attention_mask[:, 1:]).any():
-        raise UnsupportedConfig("attention_mask has padding behind tokens: supported is padding on the left")
-    return attention_mask
+    mask = attention_mask[:, -kv_length:].to(torch.bool)
+    if compiling:
+        if kv_length > 1:
+            torch._assert_async((~mask[:, :-1] | mask[:, 1:]).all(), PADDING_ERROR)
+    elif kv_length > 1:
+        if mask.all():
+            return None
+        if (mask[:, :-1] & ~mask[:, 1:]).any():
+            raise UnsupportedConfig(PADDING_ERROR)
+    return mask[:, None, None]
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, attention_mask_2d)
+AttentionMaskInterface.register(NAME, padding_mask)
 
 
 _WINDOW_PARTS = {
@@ -337,24 +537,52 @@ def _dense_attention(
 
     q [batch, queries, num_q_heads, head_dim], k, v [batch, keys, num_kv_heads, head_dim]; padding bool [batch, keys].
     """
-    queries, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    queries, keys = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    query_at = torch.arange(keys - queries, keys, device=q.device)[:, None]
-    key_at = torch.arange(keys, device=q.device)
-    visible = key_at <= query_at
-    if window is not None:
-        visible &= key_at > query_at - window
-    if padding is not None:  # a padding token sees itself: a softmax over nothing would be NaN
-        visible = (visible & padding[:, None, None, :]) | (key_at == query_at)
-
-    if softcap is None and sink_logits is None:
-        plain = queries == keys and padding is None and (window is None or window >= keys)
-        mask = None if plain else visible
+    special = softcap is not None or sink_logits is not None
+    if queries == keys and padding is None and (window is None or window >= keys) and not special:
         out = functional.scaled_dot_product_attention(
-            q, k, v, mask, dropout_p=dropout, is_causal=plain, scale=softmax_scale
+            q, k, v, dropout_p=dropout, is_causal=True, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         return out.transpose(1, 2)
+
+    # a chunk of queries at a time, with the keys that it can see
+    outs = []
+    for start in range(0, queries, QUERY_CHUNK):
+        end = min(start + QUERY_CHUNK, queries)
+        last = keys - queries + end  # behind the last key that is visible
+        first = 0 if window is None else max(0, keys - queries + start - window + 1)
+        query_at = torch.arange(last - (end - start), last, device=q.device)[:, None]
+        key_at = torch.arange(first, last, device=q.device)
+        visible = key_at <= query_at
+        if window is not None:
+            visible &= key_at > query_at - window
+        if padding is not None:  # a padding token sees itself: a softmax over nothing would be NaN
+            visible = (visible & padding[:, None, None, first:last]) | (key_at == query_at)
+        part = q[:, :, start:end], k[:, :, first:last], v[:, :, first:last]
+        if special:
+            outs.append(_special_attention(*part, visible, softmax_scale, softcap, sink_logits, dropout))
+        else:
+            outs.append(
+                functional.scaled_dot_product_attention(
+                    *part, visible, dropout_p=dropout, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+                )
+            )
+    return torch.cat(outs, dim=2).transpose(1, 2)
+
+
+def _special_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    softmax_scale: float | None,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Attention with soft cap or sink logits, which torch's own does not know; heads before tokens."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = q.float() @ k.float().mT * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -364,42 +592,9 @@ def _dense_attention(
         weights = torch.cat((scores, extra), dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
-    return functional.dropout(weights, dropout).to(v.dtype).matmul(v).transpose(1, 2)
+    return functional.dropout(weights, dropout).to(v.dtype).matmul(v)
 
 
-def _decode_with(kv: KVCache, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, **options) -> Tensor:
-    """Attention over a cache as if it also held new tokens, all in 16 bit; the cache does not change.
-
-    lengths: int32 [batch], how many of the new tokens count; the others come last. Otherwise as for `bd.decode`.
-    """
-    batch, new_tokens = k.shape[:2]
-    k, v = rotated(k, v, kv.quant)
-    if lengths is None:
-        lengths = torch.full_like(kv.seqlens, new_tokens)
-    row = torch.arange(batch, device=k.device)[:, None].expand(batch, new_tokens)
-    order = torch.arange(new_tokens, device=k.device)
-    position = kv.seqlens[:, None] + order
-    slot = position - kv.sink_tokens - kv.packed_lens[:, None]  # in the tail
-    exists = order < lengths[:, None]
-    to_sink, to_tail = exists & (position < kv.sink_tokens), exists & (position >= kv.sink_tokens)
-
-    def extended(sink: Tensor | None, tail: Tensor, new: Tensor) -> tuple[Tensor | None, Tensor]:
-        tail = torch.cat((tail, torch.zeros_like(new)), dim=1)
-        tail[row[to_tail], slot[to_tail]] = new[to_tail]
-        if sink is not None:
-            sink = sink.clone()
-            sink[row[to_sink], position[to_sink]] = new[to_sink]
-        return sink, tail
-
-    sink_k, tail_k = extended(kv.sink_k, kv.tail_k, k)
-    sink_v, tail_v = extended(kv.sink_v, kv.tail_v, v)
-    return ops.decode(
-        q, kv.pages, kv.block_table, kv.seqlens + lengths, kv.quant, packed_lens=kv.packed_lens, tail_k=tail_k,
-        tail_v=tail_v, sink_k=sink_k, sink_v=sink_v, **options,
-    )  # fmt: skip
-
-
-def _to_front(x: Tensor, padding: Tensor) -> Tensor:
-    """Move each sequence's tokens [batch, tokens, ..] to the front, in order; padding comes behind."""
-    order = padding.int().argsort(dim=1, descending=True, stable=True)
+def _reorder(x: Tensor, order: Tensor) -> Tensor:
+    """Tokens of x [batch, tokens, ..] in another order [batch, tokens]."""
     return x.gather(1, order[:, :, None, None].expand_as(x))

@@ -1,0 +1,72 @@
+"""bench-model on a CPU, with a tiny model: the whole command, and its arithmetic."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from bitdecoding.cute_kernels.errors import InvalidArgument
+from transformers import LlamaConfig
+
+from bitdecoding import QuantPolicy, bench_model
+
+
+def arguments(*words):
+    parser = argparse.ArgumentParser()
+    bench_model.add_arguments(parser)
+    return parser.parse_args(["--shape", "tiny", "--device", "cpu", *words])
+
+
+def test_command(tmp_path, capsys):
+    words = ("--lengths", "300", "--policies", "kv4", "--batches", "2", "--compile", "no", "--steps", "1")
+    assert bench_model.run(arguments(*words, "--out", str(tmp_path / "new"))) == 0
+    report = json.loads((tmp_path / "new" / "bench-model.json").read_text())
+    assert [row["candidate"] for row in report["rows"]] == ["transformers", "sdpa", "kv4"]
+    plain, _, ours = report["rows"]
+    assert plain["bits_per_value"] == pytest.approx(32, rel=0.01)  # the model is fp32 on a CPU
+    policy = QuantPolicy("kv4")
+    assert ours["bits_per_value"] == pytest.approx(policy.bits_per_value(2, 64, 300))
+    assert all(row["ms"] > 0 and row["over_floor"] > 1 for row in report["rows"])
+    config = LlamaConfig(**bench_model.SHAPES["tiny"])
+    assert plain["cache_bytes"] == 2 * 2 * bench_model.sequence_bytes(config, None, 300 + bench_model.ROOM)
+    bookkeeping = ours["cache_bytes"] - 2 * bench_model.sequence_bytes(config, policy, 300 + bench_model.ROOM)
+    assert 0 <= bookkeeping < 2000  # table and lengths
+    assert (tmp_path / "new" / "bench-model.png").read_bytes().startswith(b"\x89PNG")
+    assert "kv4" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_steps_are_the_models():
+    """A filled cache's step, layer by layer and as a whole, is what the model gives."""
+    torch.manual_seed(0)
+    model = bench_model.random_model(LlamaConfig(**bench_model.SHAPES["tiny"]), torch.device("cpu"))
+    model.set_attn_implementation("bitdecoding")
+    tokens, results = 300, []
+    for how in ("no", "layer"):
+        cache = bench_model.filled_cache(model, QuantPolicy("kv4"), 2, tokens)
+        torch.manual_seed(1)
+        for layer in cache.layers:
+            for x in (layer.kv.tail_k, layer.kv.tail_v, layer.kv.sink_k, layer.kv.sink_v):
+                x.normal_()
+        step = bench_model.Step(model, cache, 2, tokens, how)
+        for _ in range(2):
+            step()
+        assert cache.layers[1].kv.seqlens.tolist() == [302, 302]
+        assert int(step.position) == 302
+        results.append(step.ids)
+    assert results[0].equal(results[1])
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("--batches", "largest"), "needs a GPU"),
+    (("--batches", "0"), "--batches 0"),
+    (("--policies", "kv5"), "kv5"),
+    (("--steps", "1000"), "--steps 1000"),
+])  # fmt: skip
+def test_bad_arguments(words, message):
+    with pytest.raises(InvalidArgument, match=message):
+        bench_model.run(arguments("--batches", "1", *words))
