@@ -29,11 +29,13 @@ from .layouts import HEAD_DIMS
 from .merge_plan import MergePartsPlan
 from .pack import DSL, CompiledKernel, describe_pack, source_digest, write_pack
 from .plan import Plan
+from .wide_plan import decode_plan
 
 # "a": instructions of this architecture only; "f": runs on its family (sm_100 and 103, sm_120 and 121)
 GPU_ARCHS = {"sm80": "sm_80", "sm89": "sm_89", "sm90a": "sm_90a", "sm100": "sm_100f", "sm120": "sm_120f"}
 MANIFEST_HEAD_DIMS = (64, 128)
 MANIFEST_GROUPS = (32, 64, 128)
+MANIFEST_COLUMNS = (8, 16, 32, 64)  # query columns
 MAX_WORKERS = 8
 
 
@@ -74,11 +76,11 @@ def _compile(config: KernelConfig) -> Compiled:
     os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"  # packs are the cache
     from cutlass import Int32, cute
 
-    from . import append, decode, merge_parts
+    from . import append, decode, merge_parts, wide
 
     kernel, module = {
         "append": (append.AppendKernel, append),
-        "decode": (decode.DecodeKernel, decode),
+        "decode": (wide.WideKernel if config.mma == "wgmma" else decode.DecodeKernel, decode),
         "merge": (merge_parts.MergePartsKernel, merge_parts),
     }[config.kind]
     options = f"--gpu-arch {arch} --keep-ptx --keep-cubin"
@@ -113,7 +115,7 @@ def compile_kernel(config: KernelConfig) -> CompiledKernel:
 
 def plan_of(config: KernelConfig) -> Plan | AppendPlan | MergePartsPlan:
     """What a launch of the kernel must know: ``threads`` and ``smem_bytes``."""
-    return {"append": AppendPlan, "decode": Plan, "merge": MergePartsPlan}[config.kind](config)
+    return {"append": AppendPlan, "decode": decode_plan, "merge": MergePartsPlan}[config.kind](config)
 
 
 @contextlib.contextmanager
@@ -161,7 +163,8 @@ def manifest(arch: str) -> list[KernelConfig]:
     """
     configs = [KernelConfig(kind="merge", arch=arch, head_dim=head_dim) for head_dim in HEAD_DIMS]
     for head_dim in MANIFEST_HEAD_DIMS:
-        for columns, specs in ((8, manifest_specs(head_dim)), (16, preset_specs(head_dim))):
+        for columns in MANIFEST_COLUMNS:
+            specs = manifest_specs(head_dim) if columns == min(MANIFEST_COLUMNS) else preset_specs(head_dim)
             configs += [
                 KernelConfig.for_problem(head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch)
                 for spec in specs
@@ -169,7 +172,7 @@ def manifest(arch: str) -> list[KernelConfig]:
         configs += [
             KernelConfig(kind="append", arch=arch, head_dim=head_dim, quant=spec) for spec in manifest_specs(head_dim)
         ]
-    return list(dict.fromkeys(configs))  # 16 columns may come down to 8
+    return list(dict.fromkeys(configs))  # many columns may come down to a tile of fewer
 
 
 def main(arguments: list[str] | None = None) -> int:

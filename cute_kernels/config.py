@@ -28,6 +28,14 @@ TILINGS = (
 # producer and three merge warps, 12 warps put three on a scheduler (168 registers each), 8 warps two (255); cp.async
 # takes more of them.
 MAX_REGISTERS = {"bulk": {8: 102, 4: 190, 2: 190, 1: 190}, "cp_async": {8: 0, 4: 190, 2: 190, 1: 190}}
+# wgmma kernels, as measured on an H100: head_dim -> query columns of a tile -> (num_warps, warps_per_block); of the
+# rings the deepest that fits is taken. They beat mma.sync from 16 columns on.
+WGMMA_TILINGS = {
+    64: {16: (16, 4), 32: (12, 4)},
+    128: {16: (16, 8), 32: (16, 8), 64: (16, 8)},
+    256: {16: (8, 8), 32: (8, 8)},
+}
+WGMMA_STAGES = (8, 6, 4, 3, 2, 1)
 HOPPER_ARCHS = ("sm90a", "sm100", "sm120")  # and later: bulk copies, mbarrier.try_wait
 
 _quant_validate = native.function("quant_validate")
@@ -140,10 +148,10 @@ class KernelConfig(Object):
         head_dim: 64, 96, 128 or 256.
         quant: QuantSpec of the cache.
         q_tile: query columns (heads of a group x query tokens) of a tile, a multiple of 8.
-        mma: "mma_sync".
+        mma: "mma_sync", or "wgmma" (sm90a) for many query columns.
         copy: how blocks reach shared memory: "bulk" (sm90a and later) or "cp_async".
         num_warps: warps that compute.
-        warps_per_block: warps that share a cache block: 1, 2 or 4.
+        warps_per_block: warps that share a cache block: 1, 2 or 4; with wgmma 4, 8 or 16.
         stages: blocks in the shared-memory ring.
         ctas_per_sm: thread blocks that share an SM.
     """
@@ -208,9 +216,11 @@ class KernelConfig(Object):
         if q_len < 1:
             raise InvalidArgument(f"q_len={q_len}: must be positive")
         columns = num_q_heads // num_kv_heads * q_len
-        q_tile = min(-(-columns // MMA_COLUMNS) * MMA_COLUMNS, MAX_Q_TILE)
         if arch is None:
             arch = device_arch(0)
+        if columns > MMA_COLUMNS and (wide := _wgmma_config(arch, head_dim, quant.for_kernel(), columns)):
+            return wide
+        q_tile = min(-(-columns // MMA_COLUMNS) * MMA_COLUMNS, MAX_Q_TILE)
         for columns in (q_tile, MMA_COLUMNS):
             for num_warps, warps_per_block, stages in TILINGS:
                 config = cls(
@@ -227,6 +237,22 @@ class KernelConfig(Object):
                     return config
         config.validate()
         return config
+
+
+def _wgmma_config(arch: str, head_dim: int, quant: QuantSpec, columns: int) -> KernelConfig | None:
+    """The kernel with wgmma for ``columns`` query columns; None if there is none."""
+    tilings = WGMMA_TILINGS.get(head_dim, {}) if arch == "sm90a" else {}
+    fitting = [q_tile for q_tile in tilings if q_tile >= columns] or sorted(tilings)[-1:]
+    for q_tile in fitting[:1]:
+        num_warps, warps_per_block = tilings[q_tile]
+        for stages in WGMMA_STAGES:
+            config = KernelConfig(
+                arch=arch, head_dim=head_dim, quant=quant, q_tile=q_tile, mma="wgmma", num_warps=num_warps,
+                warps_per_block=warps_per_block, stages=stages,
+            )  # fmt: skip
+            if stages % (num_warps // warps_per_block) == 0 and _fits(config):
+                return config
+    return None
 
 
 def _registers(config: KernelConfig) -> int:

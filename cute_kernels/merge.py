@@ -16,7 +16,6 @@ from .plan import BARRIER_BYTES, COLUMNS, MERGE_WARPS, QUAD, SLOTS, Plan
 from .queries import LOG2E, Queries, hadamard_lanes, hadamard_registers
 from .schedule import Params, Piece, Place, Schedule, Sequence, Shares, load_piece, store_piece
 
-MERGE_FLOATS = 56  # of partial results that a thread has in flight while merging: one round trip for 14 CTAs
 CONSUMER_BARRIER, MERGE_BARRIER = 1, 2
 WORKSPACE_ALIGN = 128
 
@@ -101,7 +100,7 @@ class Merge:
             column, item, inside = self.item(part * LANES + lane, piece.columns)
             row = smem + self.plan.scratch_at + column * self.plan.row_bytes
             step = self.plan.q_tile * self.plan.row_bytes
-            offsets = [w * step for w in range(self.plan.warps)]
+            offsets = [w * step for w in range(self.plan.states)]
             states = [ptx.load_shared_floats(row, offset + 4 * self.plan.head_dim, 2) for offset in offsets]
             values = [self.load_values(row + item * (4 * self.plan.width), offset) for offset in offsets]
             peak, weight, value = combine(states, values)
@@ -160,7 +159,7 @@ class Merge:
     @cute.jit
     def combine_slots(self, slots: Int64, piece: Piece, column: Int32, item: Int32):
         """Merge the partial results of a piece's CTAs, in their order, some of them at a time."""
-        batch = MERGE_FLOATS // self.plan.width
+        batch = self.plan.merge_floats // self.plan.width
         last = piece.first_cta + piece.ctas - 1
         peak = Float32(FIRST_MAX)
         weight = Float32(0.0)

@@ -17,6 +17,7 @@ PIECE_WORDS = 20  # of a Piece (schedule.py)
 # warps that merge: with producer and up to 8 consumers a scheduler holds three warps, as without them, so they cost no
 # registers
 MERGE_WARPS = 3
+MERGE_FLOATS = 56  # of partial results that a thread has in flight while merging: one round trip for 14 CTAs
 
 
 class Plan:
@@ -44,6 +45,8 @@ class Plan:
         self.block_groups = self.warps // self.warps_per_block  # blocks in work at once
         self.slices = NUM_SLICES // self.warps_per_block  # of a block, per warp
         self.chunk = TILE * self.warps_per_block  # tokens of a 16-bit unit
+        self.states = self.warps  # results of a piece that the CTA merges
+        self.merge_floats = MERGE_FLOATS
         self.threads = LANES * (self.warps + 1 + MERGE_WARPS)  # consumers, producer, mergers
 
     # shared memory: ring | merge scratch | piece slots | barriers of the ring and of the scratch: full, empty

@@ -40,6 +40,11 @@ def compile_kernel(kernel, threads: int, *, arch: str = "sm_90a", smem: int = 0,
 
 def sass(cubin: bytes) -> list[str]:
     """Opcodes of a cubin's machine code in order, such as "HMMA.16816.F32"; skips the test without a disassembler."""
+    return opcodes(listing(cubin))
+
+
+def listing(cubin: bytes) -> str:
+    """A cubin's machine code as nvdisasm prints it; skips the test without it."""
     try:
         files = metadata.files(DISASSEMBLER) or []
     except metadata.PackageNotFoundError:
@@ -49,7 +54,7 @@ def sass(cubin: bytes) -> list[str]:
         path = Path(scratch, "kernel.cubin")
         path.write_bytes(cubin)
         done = subprocess.run([program, "-c", path], check=True, capture_output=True, text=True)
-    return opcodes(done.stdout)
+    return done.stdout
 
 
 def opcodes(listing: str) -> list[str]:

@@ -5,6 +5,7 @@ instructions checked, their PTX executed by the interpreter and compared with fp
 from __future__ import annotations
 
 import math
+import re
 from functools import lru_cache
 
 import numpy as np
@@ -16,9 +17,8 @@ pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 from attention_reference import attention, relative_error
 from bitdecoding.cute_kernels import compile as compiler
 from bitdecoding.cute_kernels.cubin import read_cubin
-from bitdecoding.cute_kernels.plan import Plan
 from bitdecoding.cute_kernels.schedule import Params
-from dsl import sass
+from dsl import listing, sass
 from ptx_interpreter import Memory, run
 from test_cpu_decode import Problem, problem, random_q
 
@@ -51,7 +51,7 @@ def kernel(arch: str, spec: bd.QuantSpec, head_dim: int, group: int, q_len: int 
 def test_resources(arch: str) -> None:
     for config, made in compiled(arch).items():
         found = read_cubin(made.cubin)[made.entry]
-        plan = Plan(config)
+        plan = compiler.plan_of(config)
         name = config.name()
         assert found.frame_bytes == 0, f"{name} spills"
         assert found.max_threads == plan.threads, name
@@ -86,6 +86,31 @@ def test_instructions_in_machine_code(arch: str) -> None:
     assert not any(op.startswith(("LDL", "STL")) for op in found), "registers in local memory"
 
 
+def wide_configs() -> list[bd.KernelConfig]:
+    return [config for config in compiler.manifest("sm90a") if config.mma == "wgmma"]
+
+
+def test_manifest_has_wgmma_kernels_for_many_columns() -> None:
+    tiles = {(config.head_dim, config.q_tile) for config in wide_configs()}
+    assert {(64, 16), (64, 32), (128, 16), (128, 32), (128, 64)} <= tiles
+    assert not any(config.mma == "wgmma" for config in compiler.manifest("sm120"))
+
+
+@pytest.mark.parametrize(("head_dim", "q_tile"), [(64, 32), (128, 32), (128, 64)])
+def test_wgmma_takes_codes_from_registers(head_dim: int, q_tile: int) -> None:
+    config = next(c for c in wide_configs() if (c.head_dim, c.q_tile) == (head_dim, q_tile))
+    code = listing(compiled("sm90a")[config].cubin)
+    products = re.findall(r"HGMMA\S* .*?;", code)
+    assert products
+    for product in products:  # D, A in a register, B as a descriptor
+        assert re.fullmatch(rf"HGMMA\.64x{q_tile}x16\.F32 R\d+, R\d+, gdesc\[UR\d+\], (R\d+|RZ).*;", product), product
+    waits = code.count("WARPGROUP.DEPBAR")  # the assembler adds one per product where it cannot let them overlap
+    assert waits <= len(products) * 2 // 3
+    assert "STSM" in code
+    assert "USETMAXREG" in code
+    assert not re.search(r"\b(LDL|STL)\b", code), "registers in local memory"
+
+
 # -- execution -----------------------------------------------------------------------------------------------------
 
 
@@ -103,9 +128,9 @@ def execute(config: bd.KernelConfig, made: compiler.Compiled, case: Problem, q: 
 
     group = num_q_heads // num_kv_heads
     q_tiles = -(-group * q_len // config.q_tile)
-    counters = batch * num_kv_heads * q_tiles * Plan(config).merge_parts
+    counters = batch * num_kv_heads * q_tiles * compiler.plan_of(config).merge_parts
     counters = -(-counters // 32) * 32  # of 4 bytes, to a multiple of 128
-    slots = grid * 2 * Plan(config).partial_bytes
+    slots = grid * 2 * compiler.plan_of(config).partial_bytes
     workspace = np.concatenate((np.zeros(counters * 4, np.uint8), np.full(slots, 0xFF, np.uint8)))
     out = torch.full((batch, q_len, num_q_heads, head_dim), torch.nan).to(q.dtype)
     lse = np.full((batch, q_len, num_q_heads), np.nan, np.float32)
@@ -144,7 +169,7 @@ def execute(config: bd.KernelConfig, made: compiler.Compiled, case: Problem, q: 
         "group": group,
         "q_tiles": q_tiles,
     }
-    plan = Plan(config)
+    plan = compiler.plan_of(config)
     run(
         made.ptx, made.entry, (grid,), (plan.threads,), [values[name] for name in Params._fields], plan.smem_bytes,
         memory, async_copies=options.get("async_copies", "late"),
@@ -195,6 +220,32 @@ def test_query_tiles(group: int, q_len: int) -> None:
     config, made = kernel("sm90a", spec, 64, group, q_len)
     case = problem([(256, 40), (0, 2)], spec, heads=1, head_dim=64)
     check(config, made, case, random_q(2, q_len, group, 64), window=100 if q_len > 1 else None)
+
+
+PRESETS = {name: bd.preset(name, 128)[0].for_kernel() for name in ("kv8", "kv4", "k4v2", "kv2", "kc4", "kc2")}
+
+
+@pytest.mark.parametrize(
+    ("preset", "head_dim", "group", "q_len", "options"),
+    [
+        ("kc4", 128, 16, 1, {}),
+        ("kv4", 128, 8, 3, {"window": 100}),
+        ("kv2", 128, 8, 8, {}),
+        ("kc2", 128, 5, 5, {"softcap": 5.0, "sink_logits": torch.linspace(-1, 2, 5)}),
+        ("kv8", 64, 9, 3, {}),
+        ("k4v2", 64, 3, 4, {}),
+    ],
+)
+def test_many_query_columns(preset: str, head_dim: int, group: int, q_len: int, options: dict) -> None:
+    """wgmma: one or two warpgroups to a block, several pieces and partial results, 16-bit tokens, empty sequences."""
+    spec = bd.preset(preset, head_dim)[0].for_kernel()
+    config, made = kernel("sm90a", spec, head_dim, group, q_len)
+    assert config.mma == "wgmma"
+    index = list(PRESETS).index(preset)
+    dtype = (torch.float16, torch.bfloat16)[index % 2]
+    case = problem([(0, 0), (385, 20), (129, 0)], spec, heads=1, head_dim=head_dim, num_sink=2 * (index % 3), dtype=dtype)
+    copies = ("late", "early")[index % 2]
+    check(config, made, case, random_q(3, q_len, group, head_dim, dtype), grid=2, async_copies=copies, **options)
 
 
 @pytest.mark.parametrize(("head_dim", "heads", "dtype"), [(64, 3, torch.float16), (128, 4, torch.bfloat16)])

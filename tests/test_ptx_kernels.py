@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 
 from bitdecoding.cute_kernels import ptx
+from bitdecoding.cute_kernels import warpgroup as wg
 from cutlass import Float32, Int32, Int64, Uint8, cute, range_constexpr
 from dsl import compile_kernel
 from ptx_interpreter import BarrierMisuse, CopyInFlight, Deadlock, Memory, PtxError, Race, Uninitialised, run
@@ -305,6 +306,88 @@ def test_a_ring_with_a_line_missing(ring, async_copies):
         run_ring(without(text, r"bar\.warp\.sync[^;]*;"), async_copies=async_copies)
     with pytest.raises((Race, BarrierMisuse)):
         run_ring(without(text, r"bar\.sync[^;]*;"), async_copies=async_copies)
+
+
+# -- warpgroups ------------------------------------------------------------------------------------------------------
+
+WIDE_COLUMNS, WIDE_STEPS = 24, 3
+WIDE_SMEM = WIDE_STEPS * 16 * WIDE_COLUMNS * 2
+
+
+@cute.kernel
+def warpgroup_product(data: cute.Pointer, n: Int32):
+    """A B by wgmma, with B stored by stmatrix; doubled if there is a thread n.
+
+    Per thread 12 registers of A (three k steps) and 6 of B in accumulator order; results: 12 floats of A B.
+    """
+    thread = cute.arch.thread_idx()[0]
+    smem = cute.arch.get_dyn_smem(Uint8, alignment=128).toint()
+    at = data.toint() + Int64(thread) * (4 * 48)
+    a = [x for i in range(WIDE_STEPS) for x in ptx.load_global(at, 4, 16 * i, cache="cg")]
+    lane, warp = thread % 32, thread // 32
+    k_step = WIDE_COLUMNS // 8 * wg.CORE_BYTES
+    if warp < WIDE_STEPS:  # warp w has tokens 16 w .. 16 w + 15 of B^T [token, column] as an accumulator
+        b = [x for i in range(WIDE_COLUMNS // 8) for x in ptx.load_global(at, 2, 48 + 8 * i, cache="cg")]
+        row = smem + warp * (2 * k_step) + (lane >> 3 & 1) * k_step + (lane & 7) * wg.CORE_ROW_BYTES
+        wg.store_matrices(row + (lane >> 4) * wg.CORE_BYTES, 0, b[:4])
+        wg.store_matrices(row, 2 * wg.CORE_BYTES, b[4:])
+    wg.fence_async()
+    over = wg.barrier_any(Int32(1), 128, thread == n)
+    acc = None
+    operand = wg.descriptor(wg.uniform(smem), WIDE_COLUMNS // 8)
+    a = wg.pin(a)
+    wg.fence()
+    for i in range_constexpr(WIDE_STEPS):
+        acc = wg.mma(acc, a[4 * i : 4 * i + 4], operand + i * (2 * k_step // wg.DESCRIPTOR_UNIT), WIDE_COLUMNS)
+    wg.commit()
+    wg.wait(0)
+    acc = wg.pin(acc)
+    if over:
+        acc = [x * 2.0 for x in acc]
+    for i in range_constexpr(0, WIDE_COLUMNS // 2, 4):
+        ptx.store_global(at, acc[i : i + 4], 4 * i)
+
+
+def test_warpgroup_product():
+    rng = np.random.default_rng(0)
+    a = rng.integers(-4, 5, (64, 16 * WIDE_STEPS)).astype(np.float16)
+    b = rng.integers(-4, 5, (16 * WIDE_STEPS, WIDE_COLUMNS)).astype(np.float16)
+    words = np.zeros((4, 32, 48), np.uint32)
+    lane = np.arange(32)
+    g, t = lane // 4, lane % 4
+    for w in range(4):
+        for k in range(WIDE_STEPS):
+            for r in range(4):
+                pair = [a[16 * w + g + 8 * (r & 1), 16 * k + 2 * t + e + 8 * (r >> 1)] for e in range(2)]
+                words[w, :, 4 * k + r] = np.stack(pair, 1).view(np.uint32).reshape(32)
+    for w in range(WIDE_STEPS):
+        for n in range(WIDE_COLUMNS // 8):
+            for r in range(2):
+                pair = [b[16 * w + g + 8 * r, 8 * n + 2 * t + e] for e in range(2)]
+                words[w, :, 12 + 2 * n + r] = np.stack(pair, 1).view(np.uint32).reshape(32)
+    want = a.astype(np.float64) @ b
+    made = compile_kernel(warpgroup_product, 128, smem=WIDE_SMEM)
+
+    def product(text: str, n: int = 200, **options) -> np.ndarray:
+        data = words.copy()
+        interpret(text, data, n, 128, smem=WIDE_SMEM, **options)
+        got = data[:, :, : WIDE_COLUMNS // 2].copy().view(np.float32)
+        out = np.zeros((64, WIDE_COLUMNS))
+        for w in range(4):
+            for i in range(WIDE_COLUMNS // 2):
+                out[16 * w + g + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * t + i % 2] = got[w, :, i]
+        return out
+
+    for copies in ("late", "early"):
+        assert np.array_equal(product(made.ptx, async_copies=copies), want)
+    assert np.array_equal(product(made.ptx, n=77), 2 * want)  # one thread's vote
+    with pytest.raises(Race, match="no proxy fence"):
+        product(without(made.ptx, r"fence\.proxy\.async[^;]*;"))
+    with pytest.raises(BarrierMisuse, match="no wgmma.fence"):
+        product(without(made.ptx, r"wgmma\.fence[^;]*;"))
+    with pytest.raises((Race, Uninitialised)):
+        product(re.sub(r"bar(rier)?\S*red\S* *\t*(%p\d+),[^;]*;", r"setp.ne.b32 \2, 0, 0;", made.ptx))
+    assert np.isnan(product(without(made.ptx, r"wgmma\.wait_group[^;]*;"))).all()
 
 
 # -- CTAs and kernels that depend on each other --------------------------------------------------------------------

@@ -36,6 +36,30 @@ Status check_group(const char* argument, std::int64_t group, std::int64_t head_d
   return Status::ok;
 }
 
+// As in cute_kernels/wide_plan.py: one or two warpgroups share a block and its query columns; more split the columns.
+struct WideTiling {
+  explicit WideTiling(const KernelConfig& config) {
+    constexpr std::int64_t kGroupWarps = 4;
+    const std::int64_t groups = config.warps_per_block / kGroupWarps;
+    const std::int64_t team = std::min({std::int64_t{2}, groups, config.head_dim / 64});
+    splits = groups / team;
+    teams = config.num_warps / (kGroupWarps * team);
+    columns = config.q_tile / splits;
+  }
+  std::int64_t splits, teams, columns;
+};
+
+// Bytes of a stage's folded parameters.
+std::int64_t folded_bytes(std::int64_t head_dim, const QuantSpec& q) {
+  constexpr std::int64_t kFactorBytes = 16;
+  constexpr std::int64_t kHalf = 2, kFloat = 4;
+  const std::int64_t v_params = head_dim / q.v_group * kBlockTokens;
+  std::int64_t bytes = kFactorBytes + v_params * kFloat + (q.v_symmetric ? 0 : v_params * kHalf);
+  if (q.k_axis == "channel") return bytes + kBlockTokens / q.k_group * 2 * head_dim * kHalf;
+  bytes += head_dim / q.k_group * kBlockTokens * 4 * kHalf;
+  return bytes + (q.k_mean == "block" ? head_dim * kHalf : 0);
+}
+
 // Kernels of the other kinds have no tiling: its fields are at their defaults, so that the name says all.
 Status check_untiled(const KernelConfig& config) {
   const KernelConfig defaults;
@@ -51,6 +75,27 @@ Status check_untiled(const KernelConfig& config) {
   BITDECODING_TRY(untiled("warps_per_block", config.warps_per_block, defaults.warps_per_block));
   BITDECODING_TRY(untiled("stages", config.stages, defaults.stages));
   return untiled("ctas_per_sm", config.ctas_per_sm, defaults.ctas_per_sm);
+}
+
+// What only kernels with wgmma ask for: warpgroups, and A tiles of 64 rows.
+Status check_wgmma(const KernelConfig& config) {
+  BITDECODING_TRY(check_one_of("warps_per_block", config.warps_per_block, {4, 8, 16}));
+  if (config.arch != "sm90a") {
+    return fail(Status::unsupported_config, "mma=wgmma: needs arch=sm90a, got ", config.arch);
+  }
+  if (config.copy != "bulk") return fail(Status::unsupported_config, "copy=", config.copy, ": mma=wgmma needs bulk");
+  if (config.head_dim % 64 != 0) {
+    return fail(Status::unsupported_config, "head_dim=", config.head_dim, ": mma=wgmma has 64, 128 and 256");
+  }
+  if (config.quant.v_group < 64) {
+    return fail(Status::unsupported_config, "v_group=", config.quant.v_group, ": mma=wgmma has 64 and 128");
+  }
+  const WideTiling tiling(config);
+  if (config.q_tile % (8 * tiling.splits) != 0) {
+    return fail(Status::unsupported_config, "q_tile=", config.q_tile, ": warps_per_block=", config.warps_per_block,
+                " needs a multiple of ", 8 * tiling.splits);
+  }
+  return Status::ok;
 }
 
 // Reads a name from the left.
@@ -107,7 +152,7 @@ bool read_name(NameReader& in, KernelConfig* c) {
   q.v_symmetric = in.literal("s");
   if (c->kind == "append") return in.at_end();
   if (!(in.literal("_q") && in.number(&c->q_tile))) return false;
-  if (!(in.literal("_") && in.one_of({"mma_sync"}, &c->mma))) return false;
+  if (!(in.literal("_") && in.one_of({"mma_sync", "wgmma"}, &c->mma))) return false;
   if (!(in.literal("_") && in.one_of({"bulk", "cp_async"}, &c->copy))) return false;
   if (!(in.literal("_w") && in.number(&c->num_warps) && in.literal("x") && in.number(&c->warps_per_block)))
     return false;
@@ -156,15 +201,18 @@ Status KernelConfig::validate() const noexcept {
   }
   BITDECODING_TRY(quant.validate(head_dim));
   if (kind == "append") return check_untiled(*this);
-  if (q_tile < 8 || q_tile > 64 || q_tile % 8 != 0) {
-    return fail(Status::invalid_argument, "q_tile=", q_tile, ": allowed are the multiples of 8 up to 64");
+  BITDECODING_TRY(check_one_of("mma", mma, {"mma_sync", "wgmma"}));
+  const bool wide = mma == "wgmma";
+  const std::int64_t most_columns = wide ? 128 : 64;
+  if (q_tile < 8 || q_tile > most_columns || q_tile % 8 != 0) {
+    return fail(Status::invalid_argument, "q_tile=", q_tile, ": allowed are the multiples of 8 up to ", most_columns);
   }
-  BITDECODING_TRY(check_one_of("mma", mma, {"mma_sync"}));
   BITDECODING_TRY(check_one_of("copy", copy, {"bulk", "cp_async"}));
+  if (wide) BITDECODING_TRY(check_wgmma(*this));
   if (num_warps < 1 || num_warps > 16) {
     return fail(Status::invalid_argument, "num_warps=", num_warps, ": allowed are 1 to 16");
   }
-  BITDECODING_TRY(check_one_of("warps_per_block", warps_per_block, {1, 2, 4}));
+  if (!wide) BITDECODING_TRY(check_one_of("warps_per_block", warps_per_block, {1, 2, 4}));
   if (num_warps % warps_per_block != 0) {
     return fail(Status::invalid_argument, "warps_per_block=", warps_per_block, ": must divide num_warps=", num_warps);
   }
@@ -226,13 +274,21 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   // as in cute_kernels/plan.py: ring, merge scratch, slots of pieces, barriers
   constexpr std::int64_t kRowPad = 4;
   constexpr std::int64_t kBarrierBytes = 16;  // two mbarriers: per stage, of the scratch, of the slots
-  constexpr std::int64_t kSlots = 2;
   constexpr std::int64_t kPieceBytes = 80;
-  const std::int64_t ring = stages * block_bytes(head_dim, quant);
-  const std::int64_t scratch = num_warps * q_tile * (head_dim + kRowPad) * static_cast<std::int64_t>(sizeof(float));
+  const bool wide = mma == "wgmma";
+  const std::int64_t ring = stages * (block_bytes(head_dim, quant) + (wide ? folded_bytes(head_dim, quant) : 0));
+  const std::int64_t states = wide ? num_warps / warps_per_block : num_warps;
+  const std::int64_t scratch = states * q_tile * (head_dim + kRowPad) * static_cast<std::int64_t>(sizeof(float));
   // 16-bit queries, a power and a position of each, the piece
-  const std::int64_t slots = kSlots * (q_tile * (2 * head_dim + 8) + kPieceBytes);
-  return round_up(ring + scratch + slots + kBarrierBytes * (stages + 2), kSmemAlign);
+  const std::int64_t slots = (wide ? 1 : 2) * (q_tile * (2 * head_dim + 8) + kPieceBytes);
+  std::int64_t bytes = ring + scratch + slots + kBarrierBytes * (stages + 2);
+  if (wide) {  // more barriers: per stage, per team; floats per warp and column, two per team and column; the walk
+    constexpr std::int64_t kWalkBytes = 32;
+    const WideTiling tiling(*this);
+    bytes = round_up(bytes + kBarrierBytes / 2 * (stages + tiling.teams), 16);
+    bytes += (num_warps + 2 * tiling.teams) * tiling.columns * static_cast<std::int64_t>(sizeof(float)) + kWalkBytes;
+  }
+  return round_up(bytes, kSmemAlign);
 }
 
 std::int64_t smem_limit(const std::string& arch) noexcept {

@@ -36,11 +36,11 @@ struct Clip {
   X(std::string, arch, "sm90a", "sm80, sm89, sm90a, sm100 or sm120")                                     \
   X(std::int64_t, head_dim, 128, "channels per head: 64, 96, 128 or 256")                                \
   X(QuantSpec, quant, QuantSpec{}, "the cache's format; clip and rotation do not reach the kernel")      \
-  X(std::int64_t, q_tile, 8, "query columns of a tile: a multiple of 8, at most 64")                     \
-  X(std::string, mma, "mma_sync", "tensor-core instruction")                                             \
+  X(std::int64_t, q_tile, 8, "query columns of a tile: a multiple of 8, at most 64 (wgmma: 128)")        \
+  X(std::string, mma, "mma_sync", "tensor-core instruction: mma_sync, or wgmma (sm90a)")                 \
   X(std::string, copy, "bulk", "how blocks reach shared memory: bulk (sm90a and later) or cp_async")     \
   X(std::int64_t, num_warps, 4, "warps that compute: 1 to 16")                                           \
-  X(std::int64_t, warps_per_block, 4, "warps that share a cache block: 1, 2 or 4; divides num_warps")    \
+  X(std::int64_t, warps_per_block, 4, "warps that share a block: 1, 2 or 4 (wgmma: 4, 8 or 16)")         \
   X(std::int64_t, stages, 4, "blocks in the shared-memory ring: 1 to 32")                                \
   X(std::int64_t, ctas_per_sm, 1, "thread blocks that share an SM: 1 to 8")
 

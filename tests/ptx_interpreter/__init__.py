@@ -11,7 +11,7 @@ wrote or that an asynchronous copy has yet to deliver; shared-memory races betwe
 divergent collectives; deadlocks.
 """
 
-from . import accesses, control  # noqa: F401  (they register their instructions)
+from . import accesses, control, warpgroups  # noqa: F401  (they register their instructions)
 from .errors import (
     BarrierMisuse,
     CopyInFlight,

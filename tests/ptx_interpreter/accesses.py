@@ -293,6 +293,8 @@ no_operation("prefetch", "prefetchu", "discard", "griddepcontrol", "setmaxnreg",
 
 @ops.builder("fence", "membar")
 def _fence(d, ins, m):
+    if m.rest[:2] == ["proxy", "async"]:
+        return lambda w, mask: w.cta.shared.fence_proxy(w.agent)
     if m.rest[:1] == ["proxy"] or m.rest[:1] == ["mbarrier_init"]:
         return lambda w, mask: None
 

@@ -237,6 +237,7 @@ class SharedMemory:
         self.writer = np.zeros(size // 2, np.int64)
         self.write_time = np.zeros(size // 2, np.int64)
         self.read_time = np.zeros((num_warps + 1, size // 2), np.int64)
+        self.unfenced = np.zeros(size // 2, bool)  # stored since its writer's last proxy fence
 
     def check(self, addresses: np.ndarray, nbytes: int, align: int = 0) -> None:
         """Bounds and alignment of addresses (int64)."""
@@ -282,7 +283,19 @@ class SharedMemory:
             self.writer[granules] = by
             self.write_time[granules] = self.clocks.time(by)
             self.read_time[:, flat] = 0
+            self.unfenced[flat] = by < self.copies
         self.state_views[unit][index] = valid
+
+    def fence_proxy(self, agent: int) -> None:
+        """What the agent stored may be read by the tensor core."""
+        self.unfenced[self.writer == agent] = False
+
+    def check_operand(self, addresses: np.ndarray, nbytes: int, agent: int) -> None:
+        """A read by the tensor core for an agent."""
+        self.check(addresses, nbytes)
+        self.check_read(addresses, nbytes, agent)
+        if self.races and self.unfenced[self.granules(addresses, nbytes)].any():
+            raise Race("wgmma reads shared bytes that were stored with no proxy fence since")
 
     def pieces(self, addresses: np.ndarray, nbytes: int) -> tuple[int, np.ndarray]:
         """Accesses as units of at most 8 bytes: the unit and the indices into its view."""

@@ -1,0 +1,169 @@
+"""Parameters of a block made ready for the wgmma path, once per block by a warp of its own.
+
+The consumers turn a code q, read as the fp16 denormal q * 2^-24 (or 2^-20), into an A register by one HFMA2:
+
+    K:  scale * (q + zero) (+ mean) / (2^9 2^e)    2^e: largest scale of the block, so that nothing overflows and an
+                                                   error is below 2^-16 of the block's largest step
+    V:  (q + zero) / 2^9                           the scale of its token meets P, in fp32
+
+so K needs scale * 2^(15 - e) and the offset; V the offset and the scale; scores the factor 2^(9 + e). Parameters of tokens that the block does not hold become 0: what lies there may be NaN.
+"""
+
+import cutlass
+from cutlass import Float32, Int32, cute, range_constexpr
+
+from . import ptx
+from .layouts import BLOCK_TOKENS, LANES, SLICE_TOKENS, symmetric_zero
+from .queries import EXPONENT
+from .wide_plan import WidePlan
+
+UNIT = 2.0**-9  # of the codes as A registers: 2^-24 times the largest power of two of fp16
+LARGEST_POWER = 2.0**15
+SMALLEST_STEP = 2.0**-15  # of a block, for the exponent
+MEAN_ROOM = 2.0**-12  # how much larger than the largest scale a mean may be without limiting the exponent
+
+
+class Fold:
+    """Folding in one kernel."""
+
+    def __init__(self, plan: WidePlan):
+        self.plan = plan
+        self.fmt = plan.fmt
+        self.quant = plan.quant
+        self.words = plan.head_dim // LANES // 2  # half2 of a lane when a warp holds a value per channel
+
+    def block(self, stage: Int32, folded: Int32, valid: Int32, power: Float32, lane: Int32) -> None:
+        """Fold the block in ``stage``, whose first ``valid`` tokens count; power: that of the queries."""
+        if self.quant.k_axis == "channel":
+            self.keys_per_channel(stage, folded, valid, power, lane)
+        else:
+            self.keys_per_token(stage, folded, valid, power, lane)
+        self.values(stage, folded, valid, lane)
+
+    # -- K -----------------------------------------------------------------------------------------------------------
+
+    def channels(self, stage: Int32, section, row: int, lane: Int32) -> list:
+        """A lane's share of a row of fp16 per channel, as floats, in stored order."""
+        base = stage + lane * (4 * self.words)
+        words = ptx.load_shared(base, section.offset + 2 * section.layout(row, 0), self.words)
+        return [x for word in words for x in ptx.half2_floats(word)]
+
+    def store_channels(self, folded: Int32, offset: int, values: list, lane: Int32) -> None:
+        packed = [ptx.to_half2(values[i], values[i + 1]) for i in range(0, len(values), 2)]
+        ptx.store_shared(folded + lane * (4 * self.words), offset, packed)
+
+    def exponent(self, largest: Float32) -> tuple:
+        """(2^e, 2^-e) of the warp's largest value."""
+        for i in range(5):
+            largest = ptx.fmax(largest, ptx.shuffle_xor(largest, 1 << i))
+        step = ptx.bits(ptx.fmax(largest, Float32(SMALLEST_STEP))) & EXPONENT
+        return ptx.from_bits(step), ptx.from_bits(0x7F000000 - step)
+
+    def store_factor(self, folded: Int32, step: Float32, power: Float32, lane: Int32) -> None:
+        ptx.store_shared(folded, 0, [step * power * (1.0 / UNIT)])  # the same from all lanes
+
+    @cute.jit
+    def keys_per_channel(self, stage: Int32, folded: Int32, valid: Int32, power: Float32, lane: Int32):
+        largest = Float32(0.0)
+        mean = [Float32(0.0)] * (2 * self.words)
+        if cutlass.const_expr(self.fmt.k_mean is not None):
+            mean = self.channels(stage, self.fmt.k_mean, 0, lane)
+            for i in range_constexpr(len(mean)):
+                largest = ptx.fmax(largest, ptx.fabs(mean[i]) * MEAN_ROOM)
+        for row in range_constexpr(self.plan.k_rows):
+            scale = self.channels(stage, self.fmt.k_scale, row, lane)
+            if row * self.quant.k_group < valid:
+                for i in range_constexpr(len(scale)):
+                    largest = ptx.fmax(largest, scale[i])
+        step, inverse = self.exponent(largest)
+        self.store_factor(folded, step, power, lane)
+        for row in range_constexpr(self.plan.k_rows):
+            scale = self.channels(stage, self.fmt.k_scale, row, lane)
+            zero = [Float32(symmetric_zero(self.quant.k_bits))] * len(scale)
+            if cutlass.const_expr(self.fmt.k_zero is not None):
+                zero = self.channels(stage, self.fmt.k_zero, row, lane)
+            held = row * self.quant.k_group < valid
+            multiplier, offset = [], []
+            for i in range_constexpr(len(scale)):
+                relative = scale[i] * inverse
+                whole = (relative * zero[i] + mean[i] * inverse) * UNIT
+                multiplier.append(cutlass.select_(held, relative * LARGEST_POWER, Float32(0.0)))
+                offset.append(cutlass.select_(held, whole, Float32(0.0)))
+            at = self.plan.folded_k_at + row * 4 * self.plan.head_dim
+            self.store_channels(folded, at, multiplier, lane)
+            self.store_channels(folded, at + 2 * self.plan.head_dim, offset, lane)
+
+    @cute.jit
+    def keys_per_token(self, stage: Int32, folded: Int32, valid: Int32, power: Float32, lane: Int32):
+        """A lane has the rows g, g + 8, g + 16, g + 24 of a slice, for all channel groups."""
+        slice_, g = lane >> 3, lane & 7
+        layout = self.fmt.k_scale.layout  # (token, channel group) -> fp16 element
+        rows = stage + slice_ * (2 * layout(SLICE_TOKENS, 0)) + g * (2 * layout(1, 0))
+        token = slice_ * SLICE_TOKENS + g
+        largest = Float32(0.0)
+        mean = [Float32(0.0)] * (2 * self.words)
+        if cutlass.const_expr(self.fmt.k_mean is not None):
+            mean = self.channels(stage, self.fmt.k_mean, 0, lane)
+            for i in range_constexpr(len(mean)):
+                largest = ptx.fmax(largest, ptx.fabs(mean[i]) * MEAN_ROOM)
+        for j in range_constexpr(self.plan.k_groups):
+            scale = self.row_params(rows, self.fmt.k_scale, j)
+            for i in range_constexpr(4):
+                largest = ptx.fmax(largest, cutlass.select_(token + 8 * i < valid, scale[i], Float32(0.0)))
+        step, inverse = self.exponent(largest)
+        self.store_factor(folded, step, power, lane)
+        for j in range_constexpr(self.plan.k_groups):
+            scale = self.row_params(rows, self.fmt.k_scale, j)
+            zero = [Float32(symmetric_zero(self.quant.k_bits))] * 4
+            if cutlass.const_expr(self.fmt.k_zero is not None):
+                zero = self.row_params(rows, self.fmt.k_zero, j)
+            for i in range_constexpr(4):
+                held = token + 8 * i < valid
+                relative = scale[i] * inverse
+                multiplier = cutlass.select_(held, relative * LARGEST_POWER, Float32(0.0))
+                offset = cutlass.select_(held, relative * zero[i] * UNIT, Float32(0.0))
+                pair = [ptx.to_half2(multiplier, multiplier), ptx.to_half2(offset, offset)]
+                ptx.store_shared(folded + token * 8, self.plan.folded_k_at + (j * BLOCK_TOKENS + 8 * i) * 8, pair)
+        if cutlass.const_expr(self.fmt.k_mean is not None):
+            self.store_channels(folded, self.plan.folded_mean_at, [x * inverse * UNIT for x in mean], lane)
+
+    def row_params(self, rows: Int32, section, group: int) -> list:
+        first, second = ptx.load_shared(rows, section.offset + 2 * section.layout(0, group), 2)
+        return [*ptx.half2_floats(first), *ptx.half2_floats(second)]
+
+    # -- V -----------------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def values(self, stage: Int32, folded: Int32, valid: Int32, lane: Int32):
+        """A lane has the pairs of tokens 2 lane and 2 lane + 64."""
+        layout = self.fmt.v_scale.layout  # (channel group, token) -> fp16 element
+        pairs = at_runtime(lambda pair: 2 * layout(0, 2 * pair), lane, LANES)
+        for i in range_constexpr(BLOCK_TOKENS // 2 // LANES):
+            token = 2 * (lane + LANES * i)
+            for j in range_constexpr(self.plan.v_groups):
+                at = 2 * layout(j, 2 * LANES * i)
+                scale = ptx.half2_floats(ptx.load_shared(stage + pairs, self.fmt.v_scale.offset + at, 1)[0])
+                held = [
+                    cutlass.select_(token + e < valid, scale[e], Float32(0.0)) for e in range(2)
+                ]
+                ptx.store_shared(
+                    folded + lane * 8, self.plan.folded_v_scale_at + (j * BLOCK_TOKENS + 2 * LANES * i) * 4, held
+                )
+                if cutlass.const_expr(self.fmt.v_zero is not None):
+                    zero = ptx.half2_floats(ptx.load_shared(stage + pairs, self.fmt.v_zero.offset + at, 1)[0])
+                    zero = [cutlass.select_(token + e < valid, zero[e] * UNIT, Float32(0.0)) for e in range(2)]
+                    target = self.plan.folded_v_offset_at + at
+                    ptx.store_shared(folded + pairs, target, [ptx.to_half2(zero[0], zero[1])])
+
+
+def at_runtime(place, index: Int32, count: int) -> Int32:
+    """``place(index)`` for a layout's function that is linear in the bits of an index below ``count``."""
+    bits = (count - 1).bit_length()
+    if all(place(1 << b) == place(1) << b for b in range(bits)):
+        return index * place(1)
+    total = Int32(0)
+    for b in range(bits):
+        total += (index >> b & 1) * place(1 << b)
+    return total
+
+

@@ -1,0 +1,192 @@
+"""Decode attention for many query columns with wgmma (sm_90a): schedule, blocks, merging and launch are those of decode.py.
+
+producer       as in decode.py: one bulk copy per block into a ring of shared-memory stages
+folders        make a block's parameters ready once it has landed (fold.py); "ready" mbarriers
+consumers      warpgroups in teams (wide_plan.py); a team takes every n-th block for its query columns:
+    S^T = K Q^T            A = K from registers: per register one AND, one HFMA2 with the folded scale and offset;
+                           B = Q^T in shared memory; m64nNk16
+    P = exp2(S - top)      P^T times V's scale to shared memory by stmatrix.trans; the barrier that the team needs anyway
+                           tells whether ``top`` was too low
+    O^T += V^T P^T         A = V from registers, (code + zero); B = P^T; the tokens of a block are k
+16-bit tokens  sinks and tail, 128 at a time: the same, with K and V from global memory
+pieces         the consumers themselves find out a piece, prepare its queries as B operand (wide_queries.py) and merge
+               results (merge.py): pieces are long here, and registers for merge warps dear
+"""
+
+import cutlass
+from cutlass import Int32, cute, range_constexpr
+
+from . import ptx
+from . import warpgroup as wg
+from .decode import MAX_WINDOW, DecodeKernel
+from .fold import Fold
+from .layouts import BLOCK_TOKENS, LANES
+from .merge import CONSUMER_BARRIER, Merge
+from .plan import BARRIER_BYTES
+from .schedule import BLOCK_SHIFT, Params, Place, Schedule, Sequence, Shares, load_piece, store_piece
+from .wide_attention import WideAttention
+from .wide_plan import WidePlan
+from .wide_queries import WideQueries
+
+
+class WideKernel(DecodeKernel):
+    """The kernel of one KernelConfig with mma="wgmma"."""
+
+    def __init__(self, config):
+        self.plan = WidePlan(config)
+        self.schedule = Schedule(self.plan)
+        self.attention = WideAttention(self.plan)
+        self.queries = WideQueries(self.plan)
+        self.fold = Fold(self.plan)
+        self.merge = Merge(self.plan, self.schedule)
+
+    @cute.kernel
+    def kernel(self, p: Params):
+        plan = self.plan
+        thread = cute.arch.thread_idx()[0]
+        warp = cute.arch.make_warp_uniform(thread // LANES)
+        lane = thread % LANES
+        smem = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint()
+        if thread == 0:
+            for stage in range_constexpr(plan.stages):
+                ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1)
+                ptx.mbarrier_init(smem + (plan.ready_at + BARRIER_BYTES * stage), 1)
+                ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), plan.warps_per_block)
+            for team in range_constexpr(plan.teams):
+                ptx.mbarrier_init(smem + (plan.free_at + BARRIER_BYTES * team), plan.team_warps)
+            ptx.fence_mbarrier_init()
+        cute.arch.sync_threads()  # the barriers are initialised
+        p = p._replace(window=cutlass.min(p.window, MAX_WINDOW))
+        if warp < plan.warps:
+            wg.take_registers(plan.consumer_registers)
+            self.consume(p, smem, warp, lane)
+        else:
+            wg.give_registers(plan.auxiliary_registers)
+            if warp == plan.warps:
+                self.produce(p, smem, lane)
+            elif warp <= plan.warps + plan.folders:
+                self.fold_blocks(p, smem, warp - (plan.warps + 1), lane)
+
+    @cute.jit
+    def fold_blocks(self, p: Params, smem: Int32, folder: Int32, lane: Int32):
+        """Fold the parameters of every n-th block of the CTA's share, as they land."""
+        plan = self.plan
+        at, end, seq, _ = self.schedule.begin(p, lane, lambda *share: None)
+        power = self.queries.power(p)
+        stage = folder
+        parity = Int32(0)
+        block = folder  # the warp's next block, counted over the share
+        ring = Int32(0)  # blocks of the share before this piece
+        while at.x < end:
+            count = self.schedule.count(at, end, seq)
+            valid = seq.packed - (seq.first_block + at.unit - ring) * BLOCK_TOKENS  # tokens from the share's first on
+            ring += cutlass.max(self.schedule.blocks(at, count, seq), 0)
+            while block < ring:
+                ptx.mbarrier_wait(smem + plan.full_at + stage * BARRIER_BYTES, parity, plan.wait)
+                folded = smem + plan.folded_at + stage * plan.folded_bytes
+                in_block = valid - block * BLOCK_TOKENS
+                self.fold.block(smem + stage * plan.fmt.block_bytes, folded, in_block, power, lane)
+                cute.arch.sync_warp()
+                wg.mbarrier_arrive_once(smem + plan.ready_at + stage * BARRIER_BYTES)
+                block += plan.folders
+                stage += plan.folders
+                if stage >= plan.stages:
+                    stage -= plan.stages
+                    parity = parity ^ 1
+            at = self.schedule.next_piece(p, at, seq.units, count)
+            seq = self.schedule.sequence(p, at.b)
+
+    # -- consumers ---------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def first_piece(self, p: Params, smem: Int32, lane: Int32):
+        """Find out where the share begins, and write its first Piece."""
+        at, end, seq, shares = self.schedule.begin(p, lane, lambda *share: None)
+        self.write_piece(p, smem, lane, at, end, seq, shares)
+
+    @cute.jit
+    def next_piece(self, p: Params, smem: Int32, lane: Int32):
+        """Overwrite the Piece by the one that follows it."""
+        words = [ptx.load_shared(smem + self.plan.walk_at, 16 * i, 4) for i in range(2)]
+        at, end, shares = Place(*words[0], words[1][0]), words[1][1], Shares(*words[1][2:])
+        seq = self.schedule.sequence(p, at.b)
+        at = self.schedule.next_piece(p, at, seq.units, self.schedule.count(at, end, seq))
+        cute.arch.sync_warp()  # all lanes have read the walk
+        self.write_piece(p, smem, lane, at, end, self.schedule.sequence(p, at.b), shares)
+
+    @cute.jit
+    def write_piece(self, p: Params, smem: Int32, lane: Int32, at: Place, end: Int32, seq: Sequence, shares: Shares):
+        if lane == 0:
+            store_piece(smem + (self.plan.slots_at + self.plan.piece_offset), self.schedule.piece(p, at, end, seq, shares))
+            ptx.store_shared(smem + self.plan.walk_at, 0, list(at[:4]))
+            ptx.store_shared(smem + self.plan.walk_at, 16, [at[4], end, *shares])
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def consume(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
+        """Attend over the CTA's share: blocks from the ring, 16-bit units from global memory."""
+        plan = self.plan
+        group = warp // plan.warps_per_block
+        team = self.attention.team(smem, warp, lane)
+        slot = smem + plan.slots_at
+        query = self.queries.operand(slot, warp // plan.team_warps % plan.splits)
+        block = group  # the group's next block, counted over the share; its stage and the parity of its round
+        stage = group
+        parity = Int32(0)
+        free_parity = Int32(1)  # the first finds P free
+        ring = Int32(0)  # blocks of the share before this piece
+        if warp == 0:
+            self.first_piece(p, smem, lane)
+        else:
+            if warp == plan.warps - 1:
+                self.schedule.warm(p, lane)
+            ptx.wait_for_previous_kernel()
+        is_last = Int32(0)
+        while is_last == 0:
+            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # the piece is written, the one before merged
+            piece = load_piece(slot + plan.piece_offset)
+            self.queries.prepare(p, slot, warp, lane, piece)
+            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
+            state = self.attention.first_state(smem, free_parity)
+
+            # blocks plain_from .. plain_to - 1 are visible to every query, as a whole
+            plain_from = ring + (piece.window_start - piece.first_position + BLOCK_TOKENS - 1 >> BLOCK_SHIFT)
+            plain_to = ring + (piece.seen_by_all - piece.first_position >> BLOCK_SHIFT)
+            if p.softcap > 0.0:
+                plain_to = Int32(0)
+            first_block = ring
+            ring += piece.blocks
+            while block < ring:
+                at = smem + stage * plan.fmt.block_bytes
+                folded = smem + plan.folded_at + stage * plan.folded_bytes
+                empty = smem + plan.empty_at + stage * BARRIER_BYTES
+                ptx.mbarrier_wait(smem + plan.ready_at + stage * BARRIER_BYTES, parity, plan.wait)
+                if (block >= plain_from) & (block < plain_to):
+                    state = self.attention.attend_block(
+                        p, smem, team, at, folded, empty, query, slot, block - first_block, state, False
+                    )
+                else:
+                    state = self.attention.attend_block(
+                        p, smem, team, at, folded, empty, query, slot, block - first_block, state, True
+                    )
+                block += plan.block_groups
+                stage += plan.block_groups
+                if stage >= plan.stages:
+                    stage -= plan.stages
+                    parity = parity ^ 1
+            state = self.attention.finished(state)
+            piece = load_piece(slot + plan.piece_offset)  # again, rather than in registers all the while
+            chunk = piece.first_chunk + group
+            power = self.queries.power(p)
+            while chunk < piece.end_chunk:
+                state = self.attention.attend_chunk(p, smem, team, piece, chunk, query, power, slot, state)
+                chunk += plan.block_groups
+            free_parity = state.parity
+            self.attention.store_state(smem, team, state)
+            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # all results are in the scratch
+            self.merge.merge(p, smem, warp, Int32(plan.warps), lane, piece)
+            is_last = piece.is_last
+            if is_last == 0:
+                ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
+                if warp == 0:
+                    self.next_piece(p, smem, lane)

@@ -1,0 +1,718 @@
+"""The arithmetic of a team of warpgroups: scores, softmax and values of a block, by wgmma.
+
+Lists at trace time stand for registers: s is a tile of 64 tokens, m one of 64 channels, n a column tile (8 query
+columns), c a channel tile of K, t a token tile of V. A lane is g = lane / 4, q = lane % 4; of an accumulator tile it
+has rows g (values 0, 1) and g + 8 (2, 3) of its warp's 16, columns 8n + 2q and the next, as with mma.m16n8k16.
+"""
+
+from typing import NamedTuple
+
+import cutlass
+from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
+
+from . import ptx
+from . import warpgroup as wg
+from .attention import FIRST_MAX, HALF2_ONES, channel_pair, saturated
+from .fold import UNIT
+from .fragments import extract, fragments, half2_constant
+from .layouts import BLOCK_TOKENS, HALF_BITS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS, symmetric_zero
+from .plan import BARRIER_BYTES, COLUMNS
+from .queries import LOG2E
+from .schedule import Params, Piece, load_piece
+from .wide_plan import GROUP_WARPS, M_TILE, WidePlan
+
+P_LIMIT = 2.0  # of a lane's sum of P in a column: keeps P * scale within fp16 for every scale of the quantiser
+HEADROOM = 3.0  # log2 by which a raised maximum lies above the scores: with many columns one would grow at every block
+TEAM_BARRIER = 3  # named barriers from here on, one per team
+
+
+class Team(NamedTuple):
+    """What the loop over blocks needs of a warp's place; shared-memory addresses include the lane's part."""
+
+    barrier: Int32  # the team's named barrier
+    k_codes: Int32  # byte offsets within a stage
+    k_shift: Int32  # bits
+    v_codes: Int32
+    v_shift: Int32
+    k_folded: Int32  # byte offsets within a stage's folded parameters
+    v_folded: Int32
+    v_scale: Int32
+    p_store: Int32  # address
+    p_operand: Int32  # descriptor
+    top: Int32  # address of ``top``
+
+
+class Place(NamedTuple):
+    """The rest of it, found out anew where it is needed."""
+
+    lane: Int32
+    index: Int32  # of the team
+    member: Int32  # warp of the team
+    group: Int32  # warpgroup of the team
+    row: Int32  # token of the lane's row g in its first score tile
+    channel: Int32  # channel of the lane's row g in its first value tile
+    results: Int32  # address of the team's rows in the merge scratch
+    exchange: Int32  # address of the team's floats [warp][column], then ``top`` and its last change [column]
+
+
+class State(NamedTuple):
+    """A warp's running result of a piece; what is subtracted from the scores, ``top``, lies in shared memory."""
+
+    total: list  # accumulator of the sums of P: row n, or column tile, is the warp's for columns 2q, 2q + 1 of tile n
+    out: list  # [m] accumulators of O^T * UNIT, until ``finished``
+    parity: Int32  # of the ``free`` barrier
+
+
+class WideAttention:
+    """The team arithmetic of one kernel."""
+
+    def __init__(self, plan: WidePlan):
+        self.plan = plan
+        self.fmt = plan.fmt
+        self.k_bits, self.v_bits = plan.quant.k_bits, plan.quant.v_bits
+        self.k_per_channel = plan.quant.k_axis == "channel"
+        self.score_tiles = plan.score_tiles_per_group
+        self.value_tiles = plan.value_tiles_per_group
+        self.column_tiles = plan.column_tiles
+        self.step_bytes = 2 * self.column_tiles * wg.CORE_BYTES  # of a B operand: one k step of 16
+        self.top_offset = plan.team_warps * plan.columns * 4  # in ``exchange``
+        self.k_fragments = fragments(self.fmt.k_codes, "k", plan.head_dim, self.fmt.k_vector_words)
+        self.v_fragments = fragments(self.fmt.v_codes, "v", plan.head_dim, self.fmt.v_vector_words)
+
+    # -- places ------------------------------------------------------------------------------------------------------
+
+    def team(self, smem: Int32, warp: Int32, lane: Int32) -> Team:
+        plan, fmt = self.plan, self.fmt
+        index = warp // plan.team_warps
+        group, warp = self.group(warp), warp % GROUP_WARPS
+        k, v = fmt.k_codes.layout, fmt.v_codes.layout
+        # K: slice ``warp``, token tile ``group`` of it if there are two warpgroups
+        k_codes = warp * (k(SLICE_TOKENS, 0) // 8) + lane * (k(0, 2) // 8)
+        k_shift = Int32(0)
+        if plan.team_groups == 2 and k(TILE, 0) >= WORD_BITS:
+            k_codes += group * (k(TILE, 0) // 8)
+        elif plan.team_groups == 2:
+            k_shift = group * k(TILE, 0)
+        # V: channel tile ``warp`` of the group's first M tile
+        tile = group * (GROUP_WARPS * self.value_tiles) + warp
+        v_codes = lane * (v(2, 0) // 8)
+        v_shift = Int32(0)
+        for b in range((plan.tiles - 1).bit_length()):
+            if v(0, TILE << b) >= WORD_BITS:
+                v_codes += (tile >> b & 1) * (v(0, TILE << b) // 8)
+            else:
+                v_shift += (tile >> b & 1) * v(0, TILE << b)
+        # folded parameters
+        quad = (lane & 3) * 16
+        k_folded = v_folded = quad
+        row = self.row(warp, group, lane)
+        if not self.k_per_channel:
+            k_folded = row * 8
+        elif plan.k_rows > 1:
+            k_folded += (warp * SLICE_TOKENS) // plan.quant.k_group * (4 * plan.head_dim)
+        if plan.v_groups > 1:
+            v_folded += self.first_v_group(group) * (2 * fmt.v_scale.layout(1, 0))
+        # P^T
+        p = self.results(smem, index)
+        matrix = lane >> 3
+        k_step = wg.CORE_BYTES * self.column_tiles
+        p_store = p + (matrix & 1) * k_step + (matrix >> 1) * wg.CORE_BYTES + (lane & 7) * wg.CORE_ROW_BYTES
+        p_store += (warp * SLICE_TOKENS + group * TILE) // wg.CORE_ROWS * k_step
+        if plan.p_groups > 1:
+            p += self.first_v_group(group) * plan.p_group_stride
+        return Team(
+            barrier=TEAM_BARRIER + index,
+            k_codes=k_codes,
+            k_shift=k_shift,
+            v_codes=v_codes,
+            v_shift=v_shift,
+            k_folded=k_folded,
+            v_folded=v_folded,
+            v_scale=row * 4,
+            p_store=p_store,
+            p_operand=wg.descriptor(cute.arch.make_warp_uniform(p), self.column_tiles),
+            top=smem + plan.exchange_at + index * plan.exchange_bytes + self.top_offset + (lane & 3) * 8,
+        )
+
+    def place(self, smem: Int32) -> Place:
+        plan = self.plan
+        thread = wg.thread_again()
+        lane, warp = thread % LANES, thread // LANES
+        index, member, group = warp // plan.team_warps, warp % plan.team_warps, self.group(warp)
+        channel = (group * (GROUP_WARPS * self.value_tiles) + warp % GROUP_WARPS) * TILE + (lane >> 2)
+        return Place(
+            lane=lane,
+            index=index,
+            member=member,
+            group=group,
+            row=self.row(warp % GROUP_WARPS, group, lane),
+            channel=channel,
+            results=self.results(smem, index),
+            exchange=smem + plan.exchange_at + index * plan.exchange_bytes,
+        )
+
+    def highs(self, slot: Int32, place: Place) -> Int32:
+        """Address of the positions behind the last keys that columns 2q and 2q + 1 of the team see."""
+        first = place.index % self.plan.splits * self.plan.columns
+        return slot + self.plan.highs_offset + first * 4 + (place.lane & 3) * 8
+
+    def free(self, smem: Int32, team: Team) -> Int32:
+        """The mbarrier that says that the team's P may be overwritten; found anew, to hold no register for it."""
+        return smem + self.plan.free_at + (wg.pin([team.barrier])[0] - TEAM_BARRIER) * BARRIER_BYTES
+
+    def group(self, warp: Int32) -> Int32:
+        """Warpgroup of the team."""
+        return warp % self.plan.team_warps // GROUP_WARPS if self.plan.team_groups > 1 else Int32(0)
+
+    def row(self, warp: Int32, group: Int32, lane: Int32) -> Int32:
+        return warp * SLICE_TOKENS + group * TILE + (lane >> 2)
+
+    def first_v_group(self, group: Int32) -> Int32:
+        """V group of a warpgroup's first M tile."""
+        return group * (self.value_tiles * M_TILE) // self.plan.quant.v_group
+
+    def results(self, smem: Int32, index: Int32) -> Int32:
+        """A team's rows in the merge scratch, where P lies until the piece is finished."""
+        plan = self.plan
+        block_group, split = index // plan.splits, index % plan.splits
+        return smem + plan.scratch_at + (block_group * plan.q_tile + split * plan.columns) * plan.row_bytes
+
+    def first_state(self, smem: Int32, parity: Int32) -> State:
+        """Of a piece; the team meets at the end."""
+        place = self.place(smem)
+        self.store_top(place, [[Float32(FIRST_MAX)] * 2] * self.column_tiles)
+        wg.barrier(TEAM_BARRIER + place.index, LANES * self.plan.team_warps)
+        count = self.column_tiles * 4
+        return State([Float32(0.0)] * 4, [[Float32(0.0)] * count for _ in range(self.value_tiles)], parity)
+
+    @cute.jit
+    def store_top(self, place: Place, top: list, row: int = 0):
+        """Write ``top`` (row 0) or its change (row 1) [n][2], which all warps know, once."""
+        if (place.member == 0) & (place.lane < 4):
+            for n in range_constexpr(self.column_tiles):
+                at = self.top_offset + 4 * (row * self.plan.columns + COLUMNS * n)
+                ptx.store_shared(place.exchange + place.lane * 8, at, top[n])
+
+    # -- a block -----------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def attend_block(
+        self, p: Params, smem: Int32, team: Team, stage: Int32, folded: Int32, empty: Int32, query: Int32,
+        slot: Int32, block: Int32, state: State, general
+    ):  # fmt: skip
+        """Attend to the block in ``stage``, the piece's ``block``-th of this CTA.
+
+        query: descriptor of Q^T; slot: of the piece; empty: the stage's barrier.
+        general (trace time): with a soft cap, or where tokens are invisible to a query or beyond the packed ones.
+        """
+        scores = self.scores(team, stage, folded, query)
+        factor = ptx.load_shared_floats(folded, 0, 1)[0]
+        values = Values(self, team, stage, folded)
+        if cutlass.const_expr(general):
+            scores = [[x * factor for x in tile] for tile in scores]
+            factor = Float32(1.0)
+            place = self.place(smem)
+            piece = load_piece(slot + self.plan.piece_offset)
+            position = piece.first_position + block * BLOCK_TOKENS + place.row
+            scores = self.restricted(p, scores, position, piece.packed_end, self.highs(slot, place))
+        scales = []
+        for j in range_constexpr(self.plan.p_groups):
+            at = folded + team.v_scale
+            offset = self.plan.folded_v_scale_at + j * BLOCK_TOKENS * 4
+            scales.append(
+                [
+                    [ptx.load_shared_floats(at, offset + 4 * (TILE * s + 8 * r), 1)[0] for r in range(2)]
+                    for s in range(self.score_tiles)
+                ]
+            )
+        if cutlass.const_expr(self.plan.ahead):
+            values.load(0)
+        state = self.weigh(smem, team, scores, factor, scales, state)
+        if cutlass.const_expr(not self.plan.ahead):
+            values.load(0)
+        return self.accumulate(smem, team, values, empty, state)
+
+    def load_words(self, base: Int32, section, slice_: int, wanted: list, shift: Int32 | None) -> dict:
+        """(vector, word) -> register of the ``wanted`` Fragments of a slice; base: of the stage, with the lane's part."""
+        vector_words = self.fmt.k_vector_words if section is self.fmt.k_codes else self.fmt.v_vector_words
+        slice_bytes = section.nbytes // NUM_SLICES
+        step = LANES * vector_words * 4
+        words = {}
+        for vector in sorted({f.vector for f in wanted}):
+            used = sorted({f.word for f in wanted if f.vector == vector})
+            first, count = used[0], used[-1] - used[0] + 1
+            offset = section.offset + slice_ * slice_bytes + vector * step + 4 * first
+            got = ptx.load_shared(base, offset, count)
+            for i, word in enumerate(got):
+                words[vector, first + i] = word if shift is None else word >> shift
+        return words
+
+    def k_registers(self, words: dict, s: int, c: int, params: tuple) -> list:
+        """A registers of K for channel tile c: scale * (code + zero) (+ mean), in units of the block."""
+        multipliers, offsets = params
+        mask = (1 << self.k_bits) - 1
+        a = []
+        for r, fragment in enumerate(self.k_fragments[s, c]):
+            code = words[fragment.vector, fragment.word] >> fragment.bit & (mask | mask << HALF_BITS)
+            a.append(wg.fma_half2(code, multipliers[r], offsets[r]))
+        return a
+
+    def k_params(self, team: Team, folded: Int32, pair: int) -> list:
+        """K per channel, for channel tiles 2 pair and 2 pair + 1: (multiplier, offset), each by A register."""
+        # B order: a vector has columns 2q.., 2q + 8.. of one tile, then those of the next
+        at = self.plan.folded_k_at + 4 * TILE * pair
+        found = [
+            ptx.load_shared(folded + team.k_folded, at + kind * 2 * self.plan.head_dim, 4) for kind in range(2)
+        ]
+        return [tuple([x[2 * i], x[2 * i], x[2 * i + 1], x[2 * i + 1]] for x in found) for i in range(2)]
+
+    def scores(self, team: Team, stage: Int32, folded: Int32, query: Int32) -> list:
+        """[s] accumulators of K Q^T, to be multiplied by the block's factor."""
+        plan = self.plan
+        shift = team.k_shift if plan.team_groups == 2 and self.fmt.k_codes.layout(TILE, 0) < WORD_BITS else None
+        tiles = range(self.score_tiles)
+        rows = self.row_params(team, folded) if not self.k_per_channel else None
+        query = wg.uniform(query)
+        batch = plan.batch
+
+        def load(first: int) -> tuple:
+            wanted = [f for s in tiles for c in range(first, first + batch) for f in self.k_fragments[s, c]]
+            words = self.load_words(stage + team.k_codes, self.fmt.k_codes, 0, wanted, shift)
+            params = {}
+            for pair in range(first // 2, (first + batch) // 2):
+                if self.k_per_channel:
+                    params[2 * pair], params[2 * pair + 1] = self.k_params(team, folded, pair)
+                else:
+                    params |= {c: self.token_mean(folded, c) for c in (2 * pair, 2 * pair + 1)}
+            return words, params
+
+        acc = [None for _ in tiles]
+        ahead = load(0)
+        for first in range(0, plan.tiles, batch):
+            words, params = ahead
+            if first + batch < plan.tiles and plan.ahead:  # loads that the next registers need, under these
+                ahead = load(first + batch)
+            a = {}
+            for c in range(first, first + batch):
+                for s in tiles:
+                    by_register = params[c] if self.k_per_channel else self.token_params(rows, params[c], s, c)
+                    a[s, c] = self.k_registers(words, s, c, by_register)
+            acc = self.issue(acc, a, range(first, first + batch), query, first > 0)
+            if first + batch < plan.tiles and first > 0:
+                wg.wait(1)
+            if first + batch < plan.tiles and not plan.ahead:
+                ahead = load(first + batch)
+        wg.wait(0)
+        return [wg.pin(x) for x in acc]
+
+    def issue(self, acc: list, a: dict, steps: range, operands, started: bool) -> list:
+        """wgmma of A registers a[tile, step] into acc[tile], in one group; operands: B descriptor, or one per tile."""
+        flat = wg.pin([x for key in sorted(a) for x in a[key]])
+        a = {key: flat[4 * i : 4 * i + 4] for i, key in enumerate(sorted(a))}
+        if not started:
+            acc = [None if x is None else wg.pin(x) for x in acc]
+        wg.fence()
+        for k in steps:
+            for i in range(len(acc)):
+                operand = operands[i] if isinstance(operands, list) else operands
+                step = operand + k * self.step_bytes // wg.DESCRIPTOR_UNIT
+                acc[i] = wg.mma(acc[i], a[i, k], step, self.plan.columns)
+        wg.commit()
+        return acc
+
+    def row_params(self, team: Team, folded: Int32) -> list:
+        """K per token: [s][channel group] of (scale, offset) of rows g and g + 8."""
+        base = folded + team.k_folded
+        return [
+            [
+                [
+                    ptx.load_shared(base, self.plan.folded_k_at + (j * BLOCK_TOKENS + TILE * s + 8 * r) * 8, 2)
+                    for r in range(2)
+                ]
+                for j in range(self.plan.k_groups)
+            ]
+            for s in range(self.score_tiles)
+        ]
+
+    def token_mean(self, folded: Int32, c: int) -> list | None:
+        """The block's mean for channel tile c, B order: columns 2q.. and 2q + 8.."""
+        if self.fmt.k_mean is None:
+            return None
+        at = self.plan.folded_mean_at + 4 * TILE * (c // 2) + 8 * (c % 2)
+        return ptx.load_shared(folded + (cute.arch.thread_idx()[0] & 3) * 16, at, 2)
+
+    def token_params(self, rows: list, mean: list | None, s: int, c: int) -> tuple:
+        """K per token: (multiplier, offset) by A register of channel tile c; 0 and 2 are row g, 1 and 3 row g + 8."""
+        (scale, offset), (scale8, offset8) = rows[s][c // (self.plan.quant.k_group // TILE)]
+        offsets = [offset, offset8, offset, offset8]
+        if mean is not None:
+            offsets = [wg.add_half2(x, mean[r // 2]) for r, x in enumerate(offsets)]
+        return [scale, scale8, scale, scale8], offsets
+
+    # -- softmax -----------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def restricted(self, p: Params, scores: list, position: Int32, end: Int32, highs: Int32):
+        """log2 scores after the soft cap, and -inf where a key is invisible; ``position`` of the lane's row g."""
+        if p.softcap > 0.0:
+            inverse = ptx.reciprocal(p.softcap) * 2.0
+            limit = p.softcap * LOG2E
+            for s in range_constexpr(len(scores)):
+                for i in range_constexpr(len(scores[s])):
+                    # cap * tanh(s / cap); tanh through exp2, since tanh.approx has 11 bits only
+                    x = ptx.reciprocal(ptx.exp2(scores[s][i] * inverse) + 1.0)
+                    scores[s][i] = limit - 2.0 * limit * x
+        for n in range_constexpr(self.column_tiles):
+            bounds = ptx.load_shared(highs, 4 * COLUMNS * n, 2)
+            for s in range_constexpr(len(scores)):
+                for i in range_constexpr(4):
+                    at = position + TILE * s + 8 * (i // 2)
+                    high = bounds[i % 2]
+                    if (at < high - p.window) | (at >= cutlass.min(high, end)):
+                        scores[s][4 * n + i] = Float32(-float("inf"))
+        return scores
+
+    @cute.jit
+    def weigh(self, smem: Int32, team: Team, scores: list, factor: Float32, scales: list, state: State):
+        """P = exp2(S factor - top), times the scales of V, to shared memory; the State with new sums.
+
+        P is written with the old ``top``; where that was too low, which a barrier finds out, it is raised and P
+        written again.
+        """
+        total, out, parity = state
+        threads = LANES * self.plan.team_warps
+        ptx.mbarrier_wait(self.free(smem, team), parity, self.plan.wait)
+        parts, largest = self.write(team, scores, factor, scales)
+        wg.fence_async()
+        if wg.barrier_any(team.barrier, threads, largest > P_LIMIT):
+            place = self.place(smem)
+            tops = []
+            for n in range_constexpr(self.column_tiles):
+                tops.append([Float32(0.0)] * 2)
+                for j in range_constexpr(2):
+                    peak = scores[0][4 * n + j]
+                    for s in range_constexpr(self.score_tiles):
+                        peak = ptx.fmax(peak, ptx.fmax(scores[s][4 * n + j], scores[s][4 * n + j + 2]))
+                    for i in range_constexpr(3):
+                        peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 4 << i))
+                    tops[n][j] = peak * factor
+            if place.lane < 4:
+                mine = place.exchange + place.member * (4 * self.plan.columns) + place.lane * 8
+                for n in range_constexpr(self.column_tiles):
+                    ptx.store_shared(mine, 4 * COLUMNS * n, tops[n])
+            wg.barrier(team.barrier, threads)
+            shrinks = []
+            for n in range_constexpr(self.column_tiles):
+                at = place.exchange + (place.lane & 3) * 8
+                found = [
+                    ptx.load_shared_floats(at, 4 * (w * self.plan.columns + COLUMNS * n), 2)
+                    for w in range(self.plan.team_warps)
+                ]
+                top = ptx.load_shared_floats(team.top, 4 * COLUMNS * n, 2)
+                shrinks.append([Float32(0.0)] * 2)
+                for j in range_constexpr(2):
+                    peak = found[0][j]
+                    for w in range_constexpr(1, self.plan.team_warps):
+                        peak = ptx.fmax(peak, found[w][j])
+                    raised = ptx.fmax(top[j], peak + HEADROOM)
+                    shrinks[n][j] = ptx.exp2(top[j] - raised)
+                    tops[n][j] = raised
+                    for m in range_constexpr(self.value_tiles):
+                        for i in range_constexpr(j, 4, 2):
+                            out[m][4 * n + i] = out[m][4 * n + i] * shrinks[n][j]
+            wg.barrier(team.barrier, threads)  # all have read the old ones
+            self.store_top(place, tops)
+            self.store_top(place, shrinks, 1)
+            wg.barrier(team.barrier, threads)
+            tile = cutlass.min(place.lane >> 2, self.column_tiles - 1)
+            at = self.top_offset + 4 * self.plan.columns
+            for r in range_constexpr(self.total_rows()):
+                row = place.exchange + tile * (4 * COLUMNS) + (place.lane & 3) * 8
+                shrink = ptx.load_shared_floats(row, at + r * (8 * 4 * COLUMNS), 2)
+                total[2 * r] = total[2 * r] * shrink[0]
+                total[2 * r + 1] = total[2 * r + 1] * shrink[1]
+            again = wg.pin([factor])[0]  # or the compiler would keep all scores times factor from before
+            parts, largest = self.write(team, scores, again, scales)
+            wg.fence_async()
+            wg.barrier(team.barrier, threads)
+        return State(self.summed(total, parts), out, parity)
+
+    def total_rows(self) -> int:
+        """Registers pairs of ``total`` in use: rows g, and g + 8 with more than 8 column tiles."""
+        return -(-self.column_tiles // 8)
+
+    def summed(self, total: list, parts: list) -> list:
+        """``total`` with the lane's sums of P added, which an MMA adds up over the rows g: its A has a row of ones per
+        column tile.
+        """
+        row = (wg.thread_again() % LANES) >> 2
+        for n in range(0, self.column_tiles, 2):
+            b = [ptx.transpose8x8(part) for part in parts[n : n + 2]]
+            ones = [cutlass.select_(row == (n + i) % 8, Int32(HALF2_ONES), Int32(0)) for i in range(len(b))]
+            a = [Int32(0)] * 4
+            for i in range(len(b)):
+                a[2 * i + n // 8] = ones[i]
+            total = ptx.mma(total, a, (b + [Int32(0)])[:2])
+        return total
+
+    def write(self, team: Team, scores: list, factor: Float32, scales: list) -> tuple:
+        """Write P^T as B operands, one per V group -> [n] half2 sums of P over the lane's rows, the largest of them."""
+        parts = []
+        largest = Float32(0.0)
+        k_step = wg.CORE_BYTES * self.column_tiles
+        pairs = [list(range(n, min(n + 2, self.column_tiles))) for n in range(0, self.column_tiles, 2)]
+        for pair in pairs:
+            p = {}
+            for n in pair:
+                top = ptx.load_shared_floats(team.top, 4 * COLUMNS * n, 2)
+                for s in range(self.score_tiles):
+                    p[n, s] = [ptx.exp2(scores[s][4 * n + i] * factor - top[i % 2]) for i in range(4)]
+                part = [p[n, 0][j] + p[n, 0][j + 2] for j in range(2)]
+                for s in range(1, self.score_tiles):
+                    part = [part[j] + (p[n, s][j] + p[n, s][j + 2]) for j in range(2)]
+                parts.append(ptx.to_half2(*part))
+                largest = ptx.fmax(largest, ptx.fmax(*part))
+            for j, scale in enumerate(scales):
+                for s in range(self.score_tiles):
+                    halves = []
+                    for n in pair:
+                        for r in range(2):
+                            x = p[n, s][2 * r : 2 * r + 2]
+                            if scale is not None:
+                                x = [v * scale[s][r] for v in x]
+                            halves.append(ptx.to_half2(*x))
+                    offset = j * self.plan.p_group_stride + pair[0] * wg.CORE_BYTES + 2 * s * k_step
+                    wg.store_matrices(team.p_store, offset, halves)
+        return parts, largest
+
+    # -- values ------------------------------------------------------------------------------------------------------
+
+    def p_operands(self, team: Team) -> list:
+        """B descriptors of P^T by M tile."""
+        operand = wg.uniform(team.p_operand)
+        if self.plan.p_groups == 1:
+            return [operand] * self.value_tiles
+        stride = self.plan.p_group_stride // wg.DESCRIPTOR_UNIT
+        return [operand + m * M_TILE // self.plan.quant.v_group * stride for m in range(self.value_tiles)]
+
+    @cute.jit
+    def accumulate(self, smem: Int32, team: Team, values, empty: Int32, state: State):
+        """O^T += V^T P^T of a block; frees the stage and P."""
+        total, out, parity = state
+        steps = BLOCK_TOKENS // TILE
+        operands = self.p_operands(team)
+        batch = self.plan.batch
+        for first in range_constexpr(0, steps, batch):
+            if cutlass.const_expr(first + batch < steps and self.plan.ahead):
+                values.load(first + batch)
+            a = values.registers(first)
+            if cutlass.const_expr(first + batch == steps):
+                cute.arch.sync_warp()
+                wg.mbarrier_arrive_once(empty)
+            out = self.issue(out, a, range(first, first + batch), operands, first > 0)
+            if cutlass.const_expr(first > 0 and first + batch < steps):
+                wg.wait(1)
+            if cutlass.const_expr(first + batch < steps and not self.plan.ahead):
+                values.load(first + batch)
+        wg.wait(0)
+        out = [wg.pin(x) for x in out]
+        wg.mbarrier_arrive_once(self.free(smem, team))
+        return State(total, out, parity ^ 1)
+
+    def v_shares_words(self) -> bool:
+        """Whether the warpgroups' or warps' channel tiles share words."""
+        bits = (self.plan.tiles - 1).bit_length()
+        runtime = [b for b in range(bits) if b < 2 or (1 << b) >= GROUP_WARPS * self.value_tiles]
+        return any(self.fmt.v_codes.layout(0, TILE << b) < WORD_BITS for b in runtime)
+
+    def v_offsets(self, team: Team, folded: Int32, slice_: int) -> list:
+        """[m][token tile of the slice][2] half2: (zero * UNIT) of the pairs of tokens of a lane's A registers."""
+        if self.fmt.v_zero is None:
+            constant = half2_constant(symmetric_zero(self.v_bits) * UNIT)
+            return [[[constant] * 2] * 2] * self.value_tiles
+        layout = self.fmt.v_scale.layout
+        found = {}
+        for m in range(self.value_tiles):
+            group = m * M_TILE // self.plan.quant.v_group
+            if group not in found:
+                at = self.plan.folded_v_offset_at + 2 * layout(group, SLICE_TOKENS * slice_)
+                got = ptx.load_shared(folded + team.v_folded, at, 4)
+                found[group] = [got[:2], got[2:]]
+        return [found[m * M_TILE // self.plan.quant.v_group] for m in range(self.value_tiles)]
+
+    def v_registers(self, words: dict, i: int, m: int, offsets: list) -> list:
+        """A registers of V for token tile i of a slice: (code + zero) * UNIT."""
+        a = []
+        for r, fragment in enumerate(self.v_fragments[i, GROUP_WARPS * m]):
+            code = extract({fragment.vector: {fragment.word: words[fragment[:2]]}}, fragment, self.v_bits)
+            multiplier = half2_constant(UNIT * 2.0 ** (24 - fragment.bit % 8))
+            a.append(wg.fma_half2(code, multiplier, offsets[m][i][r >> 1]))
+        return a
+
+    def finished(self, state: State) -> State:
+        """``out`` as O^T itself, after the last block."""
+        return state._replace(out=[[x * (1.0 / UNIT) for x in tile] for tile in state.out])
+
+    # -- 16-bit tokens -----------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def halves(self, p: Params, registers: list):
+        """Registers of two 16-bit values of the model's dtype as fp16; bf16 beyond its range saturates."""
+        if p.bfloat16 == 1:
+            registers = [ptx.to_half2(*[saturated(x) for x in ptx.bfloat2_floats(register)]) for register in registers]
+        return registers
+
+    def address(self, p: Params, base: Int64, piece: Piece, capacity: Int32, token: Int32, held: Int32) -> Int64:
+        """Of a 16-bit token's row, of the last one for those beyond it; with the lane's quad."""
+        token = cutlass.min(token, held - 1)
+        return base + (Int64(piece.b * capacity + token) * p.num_kv_heads + piece.head) * (2 * self.plan.head_dim)
+
+    @cute.jit
+    def attend_chunk(
+        self, p: Params, smem: Int32, team: Team, piece: Piece, chunk: Int32, query: Int32, power: Float32,
+        slot: Int32, state: State
+    ):  # fmt: skip
+        """The team's 128 tokens of a 16-bit unit, read from global memory; sinks come first, then the tail."""
+        k, v, capacity = p.sink_k.toint(), p.sink_v.toint(), p.num_sink
+        token, held, position = chunk * self.plan.chunk, piece.sinks, Int32(0)
+        if chunk >= piece.sink_chunks:
+            k, v, capacity = p.tail_k.toint(), p.tail_v.toint(), p.tail_capacity
+            token = (chunk - piece.sink_chunks) * self.plan.chunk
+            held = piece.tail
+            position = piece.packed_end
+        if token < held:
+            state = self.attend_tokens(
+                p, smem, team, piece, k, v, capacity, token, held, position, query, power, slot, state
+            )
+        return state
+
+    @cute.jit
+    def attend_tokens(
+        self, p: Params, smem: Int32, team: Team, piece: Piece, k: Int64, v: Int64, capacity: Int32, token: Int32,
+        held: Int32, position: Int32, query: Int32, power: Float32, slot: Int32, state: State
+    ):  # fmt: skip
+        """Attend to tokens ``token`` .. ``held`` - 1 of a buffer, 128 at most; its first one is at ``position``."""
+        place = self.place(smem)
+        query = wg.uniform(query)
+        quad = Int64(place.lane & 3) * 4
+        tiles = self.plan.tiles
+        acc = [None for _ in range(self.score_tiles)]
+        rows = [
+            [self.address(p, k, piece, capacity, token + place.row + TILE * s + 8 * r, held) + quad for r in range(2)]
+            for s in range(self.score_tiles)
+        ]
+        batch = self.plan.batch
+        for first in range_constexpr(0, tiles, batch):
+            a = {}
+            for s in range_constexpr(self.score_tiles):
+                keys = [
+                    channel_pair(rows[s][i & 1], c, i >> 1 & 1) for c in range(first, first + batch) for i in range(4)
+                ]
+                keys = self.halves(p, keys)
+                for c in range_constexpr(batch):
+                    a[s, first + c] = keys[4 * c : 4 * c + 4]
+            acc = self.issue(acc, a, range(first, first + batch), query, first > 0)
+            wg.wait(0)
+        acc = [[x * power for x in wg.pin(tile)] for tile in acc]
+        acc = self.restricted(p, acc, position + token + place.row, position + held, self.highs(slot, place))
+        state = self.weigh(smem, team, acc, Float32(1.0), [None], state)
+        total, out, parity = state
+        # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)
+        channels = quad + Int64(place.channel - (place.lane >> 2)) * 2
+        operand = wg.uniform(self.first_operand(team, place))
+        for t in range_constexpr(BLOCK_TOKENS // TILE):
+            rows = [
+                self.address(p, v, piece, capacity, token + TILE * t + 8 * r + (place.lane >> 2), held) + channels
+                for r in range(2)
+            ]
+            a = {}
+            for m in range_constexpr(self.value_tiles):
+                values = [channel_pair(rows[i >> 1 & 1], GROUP_WARPS * m, i & 1) for i in range(4)]
+                values = self.halves(p, values)
+                a[m, t] = [ptx.transpose8x8(x) for x in values]
+            out = self.issue(out, a, range(t, t + 1), [operand] * self.value_tiles, False)
+            wg.wait(0)
+            out = [wg.pin(x) for x in out]
+        wg.mbarrier_arrive_once(self.free(smem, team))
+        return State(total, out, parity ^ 1)
+
+    def first_operand(self, team: Team, place: Place) -> Int32:
+        """B descriptor of P^T of the first V group, which is where unscaled P goes."""
+        if self.plan.p_groups == 1:
+            return team.p_operand
+        return team.p_operand - self.first_v_group(place.group) * (self.plan.p_group_stride // wg.DESCRIPTOR_UNIT)
+
+    # -- the end of a piece ------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def store_state(self, smem: Int32, team: Team, state: State):
+        """The team's results to the scratch: rows [column] of head_dim floats of O, maximum, sum."""
+        plan = self.plan
+        threads = LANES * plan.team_warps
+        total, out, _ = state
+        place = self.place(smem)
+        lane, mine = place.lane, place.results
+        sums = place.exchange + place.member * (4 * plan.columns) + (lane & 3) * 8
+        for r in range_constexpr(self.total_rows()):
+            tile = (lane >> 2) + 8 * r
+            if tile < self.column_tiles:
+                ptx.store_shared(sums + tile * (4 * COLUMNS), 0, total[2 * r : 2 * r + 2])
+        wg.barrier(team.barrier, threads)  # sums are there, and nobody reads P any more
+        for n in range_constexpr(self.column_tiles):
+            for j in range_constexpr(2):
+                row = mine + (n * COLUMNS + (lane & 3) * 2 + j) * plan.row_bytes
+                for m in range_constexpr(self.value_tiles):
+                    for r in range_constexpr(2):
+                        at = row + place.channel * 4
+                        ptx.store_shared(at, 4 * (M_TILE * m + 8 * r), [out[m][4 * n + 2 * r + j]])
+        if place.member == 0:
+            if lane < 4:
+                for n in range_constexpr(self.column_tiles):
+                    parts = [
+                        ptx.load_shared_floats(
+                            place.exchange + lane * 8, 4 * (w * plan.columns + COLUMNS * n), 2
+                        )
+                        for w in range(plan.team_warps)
+                    ]
+                    top = ptx.load_shared_floats(team.top, 4 * COLUMNS * n, 2)
+                    for j in range_constexpr(2):
+                        weight = parts[0][j]
+                        for w in range_constexpr(1, plan.team_warps):
+                            weight = weight + parts[w][j]
+                        row = mine + (n * COLUMNS + lane * 2 + j) * plan.row_bytes
+                        ptx.store_shared(row, 4 * plan.head_dim, [top[j], weight])
+
+
+
+
+class Values:
+    """V of a block on its way into A registers, a batch of k steps at a time (trace time)."""
+
+    def __init__(self, attention: WideAttention, team: Team, stage: Int32, folded: Int32):
+        self.attention, self.team, self.stage, self.folded = attention, team, stage, folded
+        self.shift = team.v_shift if attention.v_shares_words() else None
+        self.slices = {}
+
+    def load(self, first: int) -> None:
+        """Load the codes and offsets of k steps first .. first + batch - 1."""
+        attention = self.attention
+        for slice_ in range(first // 2, (first + attention.plan.batch) // 2):
+            wanted = [
+                f
+                for m in range(attention.value_tiles)
+                for i in range(2)
+                for f in attention.v_fragments[i, GROUP_WARPS * m]
+            ]
+            words = attention.load_words(
+                self.stage + self.team.v_codes, attention.fmt.v_codes, slice_, wanted, self.shift
+            )
+            self.slices[slice_] = words, attention.v_offsets(self.team, self.folded, slice_)
+
+    def registers(self, first: int) -> dict:
+        """[m, t] of those k steps."""
+        a = {}
+        for t in range(first, first + self.attention.plan.batch):
+            words, offsets = self.slices[t // 2]
+            for m in range(self.attention.value_tiles):
+                a[m, t] = self.attention.v_registers(words, t % 2, m, offsets)
+        return a

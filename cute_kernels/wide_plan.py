@@ -1,0 +1,157 @@
+"""The constants of a wgmma kernel: teams of warpgroups, shared-memory plan.
+
+A *team* is the one or two warpgroups that attend to a block for the same query columns. Score rows are dealt to it in
+tiles of 64 tokens (token tile 2w + tile is that of warp w), O^T rows in tiles of 64 channels (channel tile 4 tile + w).
+Teams differ in their blocks, or, where ``warps_per_block`` is more than a team, in their columns.
+"""
+
+from functools import cached_property
+
+from .layouts import BLOCK_TOKENS, LANES, TILE
+from .plan import BARRIER_BYTES, SLOTS, SMEM_ALIGN, Plan
+
+GROUP_WARPS = 4  # of a warpgroup
+M_TILE = 64  # rows of one wgmma
+MAX_TEAM = 2  # warpgroups
+AUXILIARY_WARPS = 4  # a producer and up to three folders; a warpgroup, for setmaxnreg
+REGISTER_STEP = 8
+SM_REGISTERS = 65536
+AUXILIARY_REGISTERS = 56  # what they need at least; with accumulators that leave no choice, 32
+TIGHT_REGISTERS = 32
+ALIGN = 16
+WALK_BYTES = 32  # the Place in the list of units, its end, the Shares (schedule.py)
+
+
+class WidePlan(Plan):
+    """Read-only; sizes in bytes where the name says so."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        groups = config.warps_per_block // GROUP_WARPS  # warpgroups at a block
+        self.value_tiles = config.head_dim // M_TILE
+        self.team_groups = min(MAX_TEAM, groups, self.value_tiles)
+        self.team_warps = self.team_groups * GROUP_WARPS
+        self.splits = groups // self.team_groups  # of the query columns
+        self.teams = config.num_warps // self.team_warps
+        self.columns = config.q_tile // self.splits  # of a team
+        self.column_tiles = self.columns // 8
+        self.score_tiles_per_group = BLOCK_TOKENS // M_TILE // self.team_groups
+        self.value_tiles_per_group = self.value_tiles // self.team_groups
+        self.chunk = BLOCK_TOKENS  # tokens of a 16-bit unit
+        self.states = self.block_groups
+        # warps that fold parameters, in turn (one would be the slowest of all); a stage is always the same one's, or one
+        # could be a phase of its barrier ahead
+        self.folders = next(n for n in (3, 2, 1) if self.block_groups % n == 0)
+        self.merge_floats = 40
+        self.threads = LANES * (self.warps + AUXILIARY_WARPS)
+        self.batch = 2  # k steps whose A registers are made before their wgmma are issued
+        # codes of the next k steps are loaded before the registers of these are made, where there are registers for them
+        self.ahead = self.columns <= 32 or self.team_groups == 1
+        # P is scaled per group of V; a group of less than an M tile's rows would need an operand per warp
+        self.p_groups = self.v_groups
+
+    # registers of a thread: what the CTA gets when it starts, and what setmaxnreg makes of it
+
+    @cached_property
+    def start_registers(self) -> int:
+        return min(SM_REGISTERS // self.threads // REGISTER_STEP * REGISTER_STEP, 232)
+
+    @cached_property
+    def consumer_registers(self) -> int:
+        groups = self.warps // GROUP_WARPS
+        others = TIGHT_REGISTERS if groups > 3 and self.columns > 16 else AUXILIARY_REGISTERS
+        return min((self.start_registers * (groups + 1) - others) // groups // REGISTER_STEP * REGISTER_STEP, 240)
+
+    @cached_property
+    def auxiliary_registers(self) -> int:
+        groups = self.warps // GROUP_WARPS
+        return self.start_registers * (groups + 1) - groups * self.consumer_registers
+
+    # shared memory: as in Plan, with the folded parameters of the stages behind the ring, one slot and, behind the barriers,
+    # ``exchange``: of each team a float per warp and column, then per column ``top`` and its last change; ``walk``; ``ready`` barriers per stage, ``free`` ones per team.
+    # The merge scratch also holds P while a piece is worked on: a row per query column has room for its P.
+
+    @cached_property
+    def folded_at(self) -> int:
+        return self.stages * self.fmt.block_bytes
+
+    @cached_property
+    def scratch_at(self) -> int:
+        return self.folded_at + self.stages * self.folded_bytes
+
+    @cached_property
+    def slots_at(self) -> int:
+        return self.scratch_at + self.states * self.q_tile * self.row_bytes
+
+    @cached_property
+    def full_at(self) -> int:
+        return self.slots_at + self.slot_bytes
+
+    @cached_property
+    def ready_at(self) -> int:
+        return self.slot_full_at + SLOTS * BARRIER_BYTES
+
+    @cached_property
+    def free_at(self) -> int:
+        return self.ready_at + self.stages * BARRIER_BYTES
+
+    @cached_property
+    def exchange_at(self) -> int:
+        return -(-(self.free_at + self.teams * BARRIER_BYTES) // ALIGN) * ALIGN
+
+    @cached_property
+    def walk_at(self) -> int:
+        return self.exchange_at + self.teams * self.exchange_bytes
+
+    @cached_property
+    def exchange_bytes(self) -> int:
+        return (self.team_warps + 2) * self.columns * 4
+
+    @cached_property
+    def smem_bytes(self) -> int:
+        end = self.walk_at + WALK_BYTES
+        return -(-end // SMEM_ALIGN) * SMEM_ALIGN
+
+    # a stage's folded parameters, fp16 where not said otherwise:
+    # factor f32 | K per channel: [token group][scale, offset][head_dim] in B order
+    #            | K per token: [channel group][token] of (scale, scale, offset, offset), mean [head_dim] in B order
+    # | V: offset [channel group][token] in B order, scale f32 [channel group][token]
+
+    @cached_property
+    def folded_k_at(self) -> int:
+        return ALIGN
+
+    @cached_property
+    def k_rows(self) -> int:
+        """Groups of K along tokens."""
+        return BLOCK_TOKENS // self.quant.k_group if self.quant.k_axis == "channel" else 1
+
+    @cached_property
+    def folded_mean_at(self) -> int:
+        size = self.k_rows * 2 * self.head_dim * 2
+        if self.quant.k_axis == "token":
+            size = self.k_groups * BLOCK_TOKENS * 8
+        return self.folded_k_at + size
+
+    @cached_property
+    def folded_v_offset_at(self) -> int:
+        keeps_mean = self.quant.k_axis == "token" and self.quant.k_mean == "block"
+        return self.folded_mean_at + (self.head_dim * 2 if keeps_mean else 0)
+
+    @cached_property
+    def folded_v_scale_at(self) -> int:
+        return self.folded_v_offset_at + (0 if self.quant.v_symmetric else self.v_groups * BLOCK_TOKENS * 2)
+
+    @cached_property
+    def folded_bytes(self) -> int:
+        return self.folded_v_scale_at + self.v_groups * BLOCK_TOKENS * 4
+
+    @cached_property
+    def p_group_stride(self) -> int:
+        """Between P of one V group and the next, of a team's columns."""
+        return self.columns * BLOCK_TOKENS * 2
+
+
+def decode_plan(config) -> Plan:
+    """The plan of a decode kernel."""
+    return WidePlan(config) if config.mma == "wgmma" else Plan(config)
