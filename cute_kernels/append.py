@@ -21,17 +21,17 @@ from cutlass.cute.runtime import make_ptr
 
 from . import ptx
 from .append_plan import JOB_BYTES, ROW_LANES, SMEM_ALIGN, VECTOR, AppendPlan
-from .encode import Encoder, bfloat2_values, half2_values
+from .encode import Encoder
 from .layouts import BLOCK_TOKENS, HALF_BITS, LANES
 from .queries import hadamard_lanes, hadamard_registers
 
 WARP_ROWS = LANES // ROW_LANES
-# 16-bit patterns: the limit of values (32768, as in quantization.py), infinity, and what carries larger ones into the
-# sign bits of two at once: 0x8000 - limit - 1
+# 16-bit patterns: the limit of values (32768, as in quantization.py), infinity, and 1024, so small that rotating up to
+# 256 channels reaches no limit
+HALF_LIMIT, HALF_INFINITY, HALF_SMALL = 0x7800, 0x7C00, 0x6400
+BFLOAT_LIMIT, BFLOAT_INFINITY, BFLOAT_SMALL = 0x4700, 0x7F80, 0x4480
 HALF2_ABS = 0x7FFF7FFF
 HALF2_SIGNS = -0x7FFF8000  # 0x80008000
-HALF_LIMIT, HALF_INFINITY, HALF2_EXCESS = 0x7800, 0x7C00, 0x07FF07FF
-BFLOAT_LIMIT, BFLOAT_INFINITY, BFLOAT2_EXCESS = 0x4700, 0x7F80, 0x38FF38FF
 OPERANDS = 2  # K and V
 
 
@@ -295,7 +295,7 @@ class AppendKernel:
                 for j in range_constexpr(self.plan.vectors):
                     ptx.store_global(target + part, row[j], step * j)
             if rotates:  # new rows are written again, by the same threads
-                row = self.rotated(p, self.conditioned(p, row), lane)
+                row = self.rotated(p, row, lane)
                 if inside & is_new:
                     for j in range_constexpr(self.plan.vectors):
                         ptx.store_global(target + part, row[j], step * j)
@@ -303,13 +303,18 @@ class AppendKernel:
 
     @cute.jit
     def rotated(self, p: Params, row: list, lane: Int32):
-        """A lane's vectors of a row, of finite values, through the Hadamard transform as in quantization.rotate."""
+        """A lane's vectors of a row, through the Hadamard transform as in quantization.rotate."""
+        careful = self.any_beyond(p, row, HALF_SMALL, BFLOAT_SMALL)  # else no limit is reached
+        if careful:
+            row = self.conditioned(p, row)
         rotated = row
         if p.bfloat16 == 1:
             rotated = self.transformed(row, lane, bfloat2_values, ptx.to_bfloat2)
         else:
             rotated = self.transformed(row, lane, half2_values, ptx.to_half2)
-        return self.conditioned(p, rotated)  # rounding beyond the limit, even to infinity, and limiting commute
+        if careful:  # rounding beyond the limit, even to infinity, and limiting commute
+            rotated = self.conditioned(p, rotated)
+        return rotated
 
     def transformed(self, row: list, lane: Int32, values_of, pair_of) -> list:
         x = values_of([register for vector in row for register in vector])
@@ -332,7 +337,13 @@ class AppendKernel:
 
     def needs_conditioning(self, p: Params, row: list) -> Boolean:
         """Whether one of the values is NaN or beyond the limit: nearly never."""
-        excess = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT2_EXCESS), Int32(HALF2_EXCESS))
+        return self.any_beyond(p, row, HALF_LIMIT, BFLOAT_LIMIT)
+
+    def any_beyond(self, p: Params, row: list, half: int, bfloat: int) -> Boolean:
+        """Whether one of the values is NaN or larger than a 16-bit pattern of the model's dtype."""
+        # what carries larger ones of two at once into the sign bits
+        halves, bfloats = ((0x7FFF - pattern) * 0x10001 for pattern in (half, bfloat))
+        excess = cutlass.select_(p.bfloat16 == 1, Int32(bfloats), Int32(halves))
         beyond = Int32(0)
         for vector in row:
             for x in vector:
@@ -381,7 +392,7 @@ class AppendKernel:
             at = rows + i * (rows_at_once * self.plan.row_bytes)
             row = [ptx.load_shared(at, step * j, 4) for j in range(self.plan.vectors)]
             if rotates:  # the old tail's rows are rotated already, and so within the limit
-                rotated = self.rotated(p, self.conditioned(p, row), lane)
+                rotated = self.rotated(p, row, lane)
                 if cutlass.min(first + own + i * rows_at_once, job.total - 1) >= job.old:
                     for j in range_constexpr(self.plan.vectors):
                         ptx.store_shared(at, step * j, rotated[j])
@@ -390,6 +401,15 @@ class AppendKernel:
                     row = self.limited(p, row)
                     for j in range_constexpr(self.plan.vectors):
                         ptx.store_shared(at, step * j, row[j])
+
+
+def half2_values(registers: list) -> list:
+    """Registers of two fp16 as fp32, in order."""
+    return [x for register in registers for x in ptx.half2_floats(register)]
+
+
+def bfloat2_values(registers: list) -> list:
+    return [x for register in registers for x in ptx.bfloat2_floats(register)]
 
 
 def conditioned_pair(x: Int32, limit: Int32, infinity: Int32) -> Int32:

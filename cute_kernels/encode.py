@@ -438,33 +438,30 @@ class Encoder:
         masks = self.code_masks()
         for run in cutlass.range(self.run.count, unroll=1):
             at = base + run * (self.run.tiles * TILE * 2)
-            vectors = [[Int32(0)] * self.vector_words for _ in range(self.run.vectors)]
-            if p.bfloat16 == 1:  # one branch for all of the loop's values
-                vectors = self.encoded(smem, at, element, lane, run, bfloat2_values)
-            else:
-                vectors = self.encoded(smem, at, element, lane, run, half2_values)
+            vectors = self.encoded(p, smem, at, element, lane, run)
             if count < BLOCK_TOKENS:  # tokens that do not exist have code 0
                 vectors = [self.existing(*vector, rest) for vector in zip(vectors, masks, strict=True)]
             for v in range_constexpr(self.run.vectors):
                 ptx.store_global(target, vectors[v], v * LANES * lane_bytes)
             target += self.run.vectors * LANES * lane_bytes
 
-    def encoded(self, smem: Int32, base: Int32, element: Int32, lane: Int32, run: Int32, values_of) -> list:
-        """The lane's vectors of a run; values_of: registers of the model's dtype as fp32."""
+    def encoded(self, p, smem: Int32, base: Int32, element: Int32, lane: Int32, run: Int32) -> list:
+        """The lane's vectors of a run."""
         vectors: list = [[None] * self.vector_words for _ in range(self.run.vectors)]
         known: dict = {}  # Lines that are in registers
-        for t, c in self.run.members:
-            values = values_of(self.tile(base, t, c))
+        for i in range(0, len(self.run.members), 2):
+            pair = self.run.members[i : i + 2]
+            registers = [x for t, c in pair for x in self.tile(base, t, c)]
+            means = []
             if self.mean is not None:
-                means = self.channel_means(smem, lane, run * self.run.tiles + c)
-                values = [ptx.subtract(x, mean) for x, mean in zip(values, means, strict=True)]
-            lines = self.code_lines(smem, element, run, c, known)
-            for r, place in enumerate(self.fragments[t, c]):
+                means = [x for _, c in pair for x in self.channel_means(smem, lane, run * self.run.tiles + c)]
+            for n, x in enumerate(self.values(p, registers, means)):
+                (t, c), r, e = pair[n // 8], n // 2 % 4, n % 2
+                lines = self.code_lines(smem, element, run, c, known)
+                place = self.fragments[t, c][r]
                 words = vectors[place.vector]
-                for e in range(2):
-                    line = self.line(c % 2 if self.per_channel else t, r, e)
-                    code = ptx.bits(self.rounded(values[2 * r + e], lines, line))
-                    words[place.word] = joined(words[place.word], code, place.bit + HALF_BITS * e)
+                code = ptx.bits(self.rounded(x, lines, self.line(c % 2 if self.per_channel else t, r, e)))
+                words[place.word] = joined(words[place.word], code, place.bit + HALF_BITS * e)
         # the sums of the upper bits of ``magic``, once for every code
         surplus = signed(self.magic_bits() * repeats(self.bits))
         return [[word - surplus for word in words] for words in vectors]
@@ -554,15 +551,6 @@ def find_run(places: dict, vectors: int) -> Run:
             moved = [place._replace(vector=place.vector + i * vectors) for place in places[t, c]]
             assert places[t, c + i * step] == moved, "runs of code vectors differ"
     return Run(count, vectors, members[0], step)
-
-
-def half2_values(registers: list) -> list:
-    """Registers of two fp16 as fp32, in order."""
-    return [x for register in registers for x in ptx.half2_floats(register)]
-
-
-def bfloat2_values(registers: list) -> list:
-    return [x for register in registers for x in ptx.bfloat2_floats(register)]
 
 
 def half_value(x: Float32) -> Float32:

@@ -159,26 +159,6 @@ def test_bad_input_raises_before_the_launch() -> None:
     assert (out == 7.0).all()
 
 
-@pytest.mark.parametrize("name", ["kv8", "kv4", "kv2"])
-def test_cache_on_the_gpu_holds_the_bytes_of_the_cpu(name: str) -> None:
-    """Appends across block borders, in two sizes of step, then a truncation: same bytes, same attention."""
-    spec, policy = bd.preset(name, head_dim=64)
-    dims = dict(batch_size=2, max_tokens=1024, num_kv_heads=2, head_dim=64, quant=spec, dtype=torch.float16)
-    caches = [
-        bd.KVCache(**dims, recent=policy.recent, sink_tokens=policy.sink_tokens, device=device)
-        for device in ("cpu", "cuda")
-    ]
-    generator = torch.Generator().manual_seed(3)
-    for step in (300, 1, 1, 130, 1):
-        k, v = torch.randn(2, 2, step, 2, 64, generator=generator).half()
-        lengths = torch.tensor([step, step // 2], dtype=torch.int32)
-        q = torch.randn(2, 1, 6, 64, generator=generator).half()
-        for cache in caches:
-            cache.append(k.to(cache.seqlens.device), v.to(cache.seqlens.device), lengths=lengths.tolist())
-        outs = [cache.decode(q.to(cache.seqlens.device)).cpu() for cache in caches]
-        assert relative_error(outs[1], outs[0]) < TOLERANCE[torch.float16]
-
-
 def test_a_model_generates_on_the_gpu() -> None:
     transformers = pytest.importorskip("transformers")
     from bitdecoding.integrations.transformers import enable
