@@ -145,6 +145,7 @@ class AppendKernel:
             if job.blocks == 0:
                 share, shares = cutlass.select_(warp == w, Int32(0), job.copies), Int32(1)
             self.copy(p, share, shares, lane, job)
+            cute.arch.sync_warp()
             w += 1
             x += grid
 
@@ -365,6 +366,7 @@ class AppendKernel:
         target = p.pages.toint() + Int64(page) * p.page_stride + Int64(job.head) * p.head_stride
         first = block * BLOCK_TOKENS
         self.stage(p, smem, warp, lane, job, first)
+        cute.arch.sync_warp()  # conditioning is a loop of single lanes
         cute.arch.sync_threads()
         count = cutlass.min(job.total - first, BLOCK_TOKENS)
         if job.operand == 0:

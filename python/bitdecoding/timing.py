@@ -19,6 +19,7 @@ MAX_COPIES = 2048  # a graph holds a call per copy
 MIN_CALLS = 8  # per graph
 HOST_CALLS = 200  # few enough that the launch queue does not fill
 READ_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}  # of the buffer whose sum stands for the read bandwidth
+COPY_BYTES = {"cuda": 340 << 20, "cpu": 128 << 20}  # of the buffer that is copied; a larger one copies more slowly
 READ_ROUNDS = 5
 
 
@@ -137,7 +138,7 @@ def host_time(candidate: Candidate) -> float:
 
 def copy_bandwidth(device: torch.device) -> float:
     """GB/s of copying a large buffer, bytes read plus bytes written, the best of several."""
-    size = READ_BYTES[device.type] // 2
+    size = COPY_BYTES[device.type]
     source, target = torch.ones(2, size // 4, device=device)
     copying = Candidate("copy", lambda _: target.copy_(source), 1, size)
     return 2 * size / min(call_times([copying], 1, device)[0] for _ in range(READ_ROUNDS)) / 1e3
