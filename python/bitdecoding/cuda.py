@@ -24,7 +24,7 @@ from .cute_kernels.config import KernelConfig, QuantSpec, device_arch
 from .cute_kernels.errors import BitDecodingError, CacheFormatError, InvalidArgument, KernelNotFound
 from .cute_kernels.pack import DSL, CompiledKernel, cache_dir, dsl_version, source_digest, write_pack
 
-MAX_COLUMNS_PER_SM = 64  # q_tile x ctas_per_sm of any configuration
+MAX_COLUMNS_PER_SM = 128  # q_tile x ctas_per_sm of any configuration
 MAX_PLANS = 4096  # a bound for callers that make a new QuantSpec for every call
 
 _decode = native.function("decode")
