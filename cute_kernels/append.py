@@ -4,8 +4,8 @@ pages; all is decided on the device from the lengths.
 An *item* is K or V of one KV head of a sequence, and a share of its blocks: item 0 of several copies the 16-bit tokens
 and packs the blocks that begin in the old tail, the others pack one block of new tokens each. Quantising, an item is a
 block. A CTA takes up to four items:
-    warp w      finds out what there is to do for item w (Job), from the lengths and the table, and counts as arrived:
-                the last of a sequence to do so advances its lengths, as all have read them
+    warp w      finds out what there is to do for item w (Job), from the lengths and the table
+    then        items count as arrived: the last of a sequence to do so advances its lengths, as all have read them
     all warps   pack the blocks of the items, one after another: rows of 128 tokens to shared memory (cp.async, 16
                 bytes), rotate, encode (encode.py); then copy the 16-bit tokens that stay to sinks and tail
 A row is four lanes', which hold every fourth 16 bytes: strides of the Hadamard butterflies are within a vector, across
@@ -21,17 +21,17 @@ from cutlass.cute.runtime import make_ptr
 
 from . import ptx
 from .append_plan import JOB_BYTES, ROW_LANES, SMEM_ALIGN, VECTOR, AppendPlan
-from .encode import Encoder
-from .layouts import BLOCK_TOKENS, LANES
-from .queries import floats, hadamard_lanes, hadamard_registers
+from .encode import Encoder, bfloat2_values, half2_values
+from .layouts import BLOCK_TOKENS, HALF_BITS, LANES
+from .queries import hadamard_lanes, hadamard_registers
 
 WARP_ROWS = LANES // ROW_LANES
-VALUE_LIMIT = 32768.0  # as in quantization.py
+# 16-bit patterns: the limit of values (32768, as in quantization.py), infinity, and what carries larger ones into the
+# sign bits of two at once: 0x8000 - limit - 1
 HALF2_ABS = 0x7FFF7FFF
 HALF2_SIGNS = -0x7FFF8000  # 0x80008000
-# What carries |x| > VALUE_LIMIT (and NaN) of 16-bit patterns into the sign bits: 0x8000 - bits(VALUE_LIMIT) - 1, twice
-HALF2_EXCESS = 0x07FF07FF
-BFLOAT2_EXCESS = 0x38FF38FF
+HALF_LIMIT, HALF_INFINITY, HALF2_EXCESS = 0x7800, 0x7C00, 0x07FF07FF
+BFLOAT_LIMIT, BFLOAT_INFINITY, BFLOAT2_EXCESS = 0x4700, 0x7F80, 0x38FF38FF
 OPERANDS = 2  # K and V
 
 
@@ -90,7 +90,9 @@ class Job(NamedTuple):
     first: Int32  # blocks of this item: first .. end - 1
     end: Int32
     copies: Int32  # 16-bit tokens that this item copies
-    unused: tuple = (0, 0, 0)
+    length: Int32  # of the sequence, afterwards
+    failed: Int32  # 1: there is no page for one of the blocks, so nothing is done
+    unused: Int32
 
 
 class AppendKernel:
@@ -128,9 +130,15 @@ class AppendKernel:
         w = Int32(0)
         x = cute.arch.block_idx()[0]
         while (w < self.plan.warps) & (x < items):
-            job = load_job(jobs + w * JOB_BYTES)
-            if job.first < job.end:
-                self.pack(p, smem, warp, lane, job)
+            at = jobs + w * JOB_BYTES
+            job = load_job(at)
+            if (p.pack_all == 0) & (warp == self.plan.warps - 1 - w):  # a warp that has less to do than warp w
+                self.arrive(p, job, lane)
+            block, end = job.first, job.end
+            while block < end:
+                self.pack(p, smem, warp, lane, load_job(at), block)
+                block += 1
+            job = load_job(at)  # again, rather than in registers all the while
             # the tokens of an item without blocks are one warp's: they may be few, and other warps have their items
             share, shares = warp, Int32(self.plan.warps)
             if job.blocks == 0:
@@ -143,7 +151,7 @@ class AppendKernel:
 
     @cute.jit
     def begin(self, p: Params, address: Int32, x: Int32, lane: Int32):
-        """Find out the Job of item x and leave it in shared memory; arrive."""
+        """Find out the Job of item x and leave it in shared memory."""
         head = x % p.num_kv_heads
         operand = x // p.num_kv_heads % OPERANDS
         item = x // (p.num_kv_heads * OPERANDS) % p.items
@@ -165,7 +173,7 @@ class AppendKernel:
                 if self.page(p, b, item) < 0:
                     end = item
             zero = Int32(0)
-            job = Job(b, head, operand, start, zero, zero, zero, new, blocks, zero, item, end, zero)
+            job = Job(b, head, operand, start, zero, zero, zero, new, blocks, zero, item, end, zero, zero, zero, zero)
             if lane == 0:
                 store_job(address, job)
         else:
@@ -177,9 +185,7 @@ class AppendKernel:
         lane: Int32,
     ):  # fmt: skip
         """:meth:`begin` of an append of ``new`` tokens."""
-        length_at, packed_at = (x.toint() + Int64(b) * 4 for x in (p.seqlens, p.packed_lens))
-        length = ptx.load_global(length_at, cache="cg")[0]
-        packed = ptx.load_global(packed_at, cache="cg")[0]
+        length, packed = (ptx.load_global(x.toint() + Int64(b) * 4, cache="cg")[0] for x in (p.seqlens, p.packed_lens))
         sinks = cutlass.min(length, p.num_sink)
         old = length - sinks - packed
         to_sink = cutlass.min(new, p.num_sink - sinks)
@@ -197,11 +203,6 @@ class AppendKernel:
         if failed:
             new, blocks, to_sink, total = Int32(0), Int32(0), Int32(0), old
 
-        # the sequence's items have read its lengths once all have been here
-        arrived = Int32(0)
-        if lane == 0:
-            arrived = ptx.atomic_add(p.workspace.toint() + Int64(b) * 4, Int32(1))
-
         in_tail = (old + BLOCK_TOKENS - 1) // BLOCK_TOKENS  # blocks that begin in the tail
         first, end = Int32(0), cutlass.min(in_tail, blocks)
         copies = to_sink + total - cutlass.select_(blocks > 0, blocks * BLOCK_TOKENS, old)
@@ -209,17 +210,28 @@ class AppendKernel:
             first = in_tail + item - 1
             end = cutlass.min(first + 1, blocks)
             copies = Int32(0)
-        job = Job(b, head, operand, start, sinks, to_sink, old, total, blocks, column, first, end, copies)
+        job = Job(
+            b, head, operand, start, sinks, to_sink, old, total, blocks, column, first, end, copies, length + new,
+            cutlass.select_(failed, Int32(1), Int32(0)), Int32(0),
+        )  # fmt: skip
         if lane == 0:
             store_job(address, job)
-        if (lane == 0) & (arrived == p.num_kv_heads * p.items * OPERANDS - 1):
-            ptx.store_global(p.workspace.toint() + Int64(b) * 4, [Int32(0)])  # ready for the next launch
-            if failed:
-                if p.status.toint() != 0:
-                    ptx.atomic_max(p.status.toint(), b + 1)
-            else:
-                ptx.store_global(length_at, [length + new])
-                ptx.store_global(packed_at, [packed + blocks * BLOCK_TOKENS])
+
+    @cute.jit
+    def arrive(self, p: Params, job: Job, lane: Int32):
+        """Count an item whose warp has read the lengths; the last of a sequence advances them."""
+        if lane == 0:
+            counter = p.workspace.toint() + Int64(job.b) * 4
+            if ptx.atomic_add(counter, Int32(1)) == p.num_kv_heads * p.items * OPERANDS - 1:
+                ptx.store_global(counter, [Int32(0)])  # ready for the next launch
+                if job.failed == 1:
+                    if p.status.toint() != 0:
+                        ptx.atomic_max(p.status.toint(), job.b + 1)
+                else:
+                    ptx.store_global(p.seqlens.toint() + Int64(job.b) * 4, [job.length])
+                    ptx.store_global(
+                        p.packed_lens.toint() + Int64(job.b) * 4, [(job.column + job.blocks) * BLOCK_TOKENS]
+                    )
 
     @cute.jit
     def page(self, p: Params, b: Int32, column: Int32):
@@ -278,51 +290,65 @@ class AppendKernel:
                 target = self.kept_row(p, job, p.sink_k, p.sink_v, p.num_sink, job.sinks + i)
             step = ROW_LANES * VECTOR
             row = [ptx.load_global(source + part, 4, step * j, cache="cg") for j in range(self.plan.vectors)]
-            if rotates:
-                values = [limited(number(x)) for vector in row for x in floats(p, vector)]
-                row = chosen(is_new, self.rotated(p, values, lane), row)
             if inside:
                 for j in range_constexpr(self.plan.vectors):
                     ptx.store_global(target + part, row[j], step * j)
+            if rotates:  # new rows are written again, by the same threads
+                row = self.rotated(p, self.conditioned(p, row), lane)
+                if inside & is_new:
+                    for j in range_constexpr(self.plan.vectors):
+                        ptx.store_global(target + part, row[j], step * j)
             first += shares * WARP_ROWS
 
     @cute.jit
-    def rotated(self, p: Params, x: list, lane: Int32):
-        """A lane's values of a row through the Hadamard transform as in quantization.rotate -> vectors."""
+    def rotated(self, p: Params, row: list, lane: Int32):
+        """A lane's vectors of a row, of finite values, through the Hadamard transform as in quantization.rotate."""
+        rotated = row
+        if p.bfloat16 == 1:
+            rotated = self.transformed(row, lane, bfloat2_values, ptx.to_bfloat2)
+        else:
+            rotated = self.transformed(row, lane, half2_values, ptx.to_half2)
+        return self.conditioned(p, rotated)  # rounding beyond the limit, even to infinity, and limiting commute
+
+    def transformed(self, row: list, lane: Int32, values_of, pair_of) -> list:
+        x = values_of([register for vector in row for register in vector])
         x = hadamard_registers(x, 8)  # strides within a vector
         x = hadamard_lanes(x, [1, 2], lane)  # strides 8 and 16
         x = hadamard_registers(x, self.plan.hadamard // ROW_LANES, first=8)
-        x = [limited(ptx.multiply(value, Float32(self.plan.hadamard**-0.5))) for value in x]
-        return [self.halves(p, x[i : i + 8]) for i in range(0, len(x), 8)]
+        x = [ptx.multiply(value, Float32(self.plan.hadamard**-0.5)) for value in x]
+        registers = [pair_of(*x[i : i + 2]) for i in range(0, len(x), 2)]
+        return [registers[i : i + 4] for i in range(0, len(registers), 4)]
 
     @cute.jit
-    def halves(self, p: Params, values: list):
-        """fp32 values as registers of two of the model's dtype."""
-        pairs = list(zip(values[::2], values[1::2], strict=True))
-        packed = [ptx.to_half2(*pair) for pair in pairs]
-        if p.bfloat16 == 1:
-            packed = [ptx.to_bfloat2(*pair) for pair in pairs]
-        return packed
+    def conditioned(self, p: Params, row: list):
+        """A lane's vectors with NaN as 0, and within the limit: nearly always as they are."""
+        excess = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT2_EXCESS), Int32(HALF2_EXCESS))
+        beyond = Int32(0)
+        for vector in row:
+            for x in vector:
+                beyond = beyond | ((x & HALF2_ABS) + excess)
+        if (beyond & HALF2_SIGNS) != 0:
+            limit = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_LIMIT), Int32(HALF_LIMIT))
+            infinity = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_INFINITY), Int32(HALF_INFINITY))
+            row = [[conditioned_pair(x, limit, infinity) for x in vector] for vector in row]
+        return row
 
     # -- packing -----------------------------------------------------------------------------------------------
 
     @cute.jit
-    def pack(self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job):
-        """Pack the item's blocks."""
-        block = job.first
-        while block < job.end:
-            page = self.page(p, job.b, job.column + block)
-            target = p.pages.toint() + Int64(page) * p.page_stride + Int64(job.head) * p.head_stride
-            first = block * BLOCK_TOKENS
-            self.stage(p, smem, warp, lane, job, first)
-            cute.arch.sync_threads()
-            count = cutlass.min(job.total - first, BLOCK_TOKENS)
-            if job.operand == 0:
-                self.encoders["k"].encode(p, smem, warp, lane, target, count, p.k_clip)
-            else:
-                self.encoders["v"].encode(p, smem, warp, lane, target, count, p.v_clip)
-            cute.arch.sync_threads()
-            block += 1
+    def pack(self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, block: Int32):
+        """Pack a block of the stream."""
+        page = self.page(p, job.b, job.column + block)
+        target = p.pages.toint() + Int64(page) * p.page_stride + Int64(job.head) * p.head_stride
+        first = block * BLOCK_TOKENS
+        self.stage(p, smem, warp, lane, job, first)
+        cute.arch.sync_threads()
+        count = cutlass.min(job.total - first, BLOCK_TOKENS)
+        if job.operand == 0:
+            self.encoders["k"].encode(p, smem, warp, lane, target, count, p.k_clip)
+        else:
+            self.encoders["v"].encode(p, smem, warp, lane, target, count, p.v_clip)
+        cute.arch.sync_threads()
 
     @cute.jit
     def stage(self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, first: Int32):
@@ -332,60 +358,45 @@ class AppendKernel:
         rows = smem + own * self.plan.row_bytes + lane % ROW_LANES * VECTOR
         part = Int64((lane % ROW_LANES) * VECTOR)
         rows_at_once = self.plan.warps * WARP_ROWS
-        for i in range_constexpr(BLOCK_TOKENS // rows_at_once):
+        for i in cutlass.range(BLOCK_TOKENS // rows_at_once, unroll=1):
             token = cutlass.min(first + own + i * rows_at_once, job.total - 1)
             source = self.stream_row(p, job, token) + part
             for j in range_constexpr(self.plan.vectors):
                 ptx.copy16(rows + i * rows_at_once * self.plan.row_bytes, source, step * j)
         ptx.wait_for_copies()
         rotates = self.rotates(p, job)
-        excess = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT2_EXCESS), Int32(HALF2_EXCESS))
         for i in cutlass.range(BLOCK_TOKENS // rows_at_once, unroll=1):
             at = rows + i * (rows_at_once * self.plan.row_bytes)
             row = [ptx.load_shared(at, step * j, 4) for j in range(self.plan.vectors)]
-            beyond = Int32(0)
-            for vector in row:
-                for x in vector:
-                    beyond = beyond | ((x & HALF2_ABS) + excess)
-            if (beyond & HALF2_SIGNS) != 0:  # seldom: infinite, NaN, or too large
-                for j in cutlass.range(self.plan.vectors, unroll=1):
-                    values = floats(p, ptx.load_shared(at + step * j, 0, 4))
-                    ptx.store_shared(at + step * j, 0, self.halves(p, [limited(number(x)) for x in values]))
+            row = self.conditioned(p, row)
+            for j in range_constexpr(self.plan.vectors):
+                ptx.store_shared(at, step * j, row[j])
             if rotates:
                 row = [ptx.load_shared(at, step * j, 4) for j in range(self.plan.vectors)]
-                values = [x for vector in row for x in floats(p, vector)]
-                is_new = cutlass.min(first + own + i * rows_at_once, job.total - 1) >= job.old
-                row = chosen(is_new, self.rotated(p, values, lane), row)
-                for j in range_constexpr(self.plan.vectors):
-                    ptx.store_shared(at, step * j, row[j])
+                rotated = self.rotated(p, row, lane)
+                if cutlass.min(first + own + i * rows_at_once, job.total - 1) >= job.old:
+                    for j in range_constexpr(self.plan.vectors):
+                        ptx.store_shared(at, step * j, rotated[j])
 
 
-def chosen(condition: Boolean, a: list, b: list) -> list:
-    """The vectors a or b."""
-    return [
-        [cutlass.select_(condition, *xy) for xy in zip(*vectors, strict=True)] for vectors in zip(a, b, strict=True)
-    ]
-
-
-def number(x: Float32) -> Float32:
-    """NaN as 0."""
-    return cutlass.select_(x == x, x, Float32(0.0))
-
-
-def limited(x: Float32) -> Float32:
-    return ptx.fmin(ptx.fmax(x, Float32(-VALUE_LIMIT)), Float32(VALUE_LIMIT))
+def conditioned_pair(x: Int32, limit: Int32, infinity: Int32) -> Int32:
+    """Two 16-bit values with NaN as 0, and within the limit; in integers, so alike for fp16 and bf16."""
+    halves = []
+    for shift in (0, HALF_BITS):
+        size, sign = x >> shift & 0x7FFF, x >> shift & 0x8000
+        kept = cutlass.min(size, limit) | sign
+        halves.append(cutlass.select_(size > infinity, Int32(0), kept) << shift)
+    return halves[0] | halves[1]
 
 
 def store_job(address: Int32, job: Job) -> None:
     """Write a Job to shared memory."""
-    words = [*job[:-1], *[Int32(x) for x in job.unused]]
-    for i in range(0, len(words), 4):
-        ptx.store_shared(address, 4 * i, words[i : i + 4])
+    for i in range(0, len(job), 4):
+        ptx.store_shared(address, 4 * i, list(job[i : i + 4]))
 
 
 def load_job(address: Int32) -> Job:
-    words = [word for i in range(0, JOB_BYTES, VECTOR) for word in ptx.load_shared(address, i, 4)]
-    return Job(*words[: len(Job._fields) - 1])
+    return Job(*[word for i in range(0, JOB_BYTES, VECTOR) for word in ptx.load_shared(address, i, 4)])
 
 
 def example_params() -> Params:

@@ -10,8 +10,8 @@ ROW_LANES = 4  # that share a row of 16-bit values
 ROW_PAD = 16  # bytes behind a row in shared memory: its vectors and the next row's are in other banks
 JOB_BYTES = 64
 SMEM_ALIGN = 128
-MAX_CTAS = 5  # per SM: that many are to fit by their registers, if they do by their shared memory ..
-SM_SMEM = 228 * 1024  # .. of Hopper, and what every CTA takes besides its own
+MAX_CTAS = 5  # that are to fit on an SM by their registers, if they do by their shared memory
+SM_SMEM = 228 * 1024  # of Hopper, and what every CTA takes besides its own
 CTA_SMEM = 1024
 
 

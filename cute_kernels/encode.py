@@ -2,8 +2,8 @@
 rounded one by one, so that the bytes are the same.
 
 A 16x16 tile of the rows comes as an MMA fragment (ldmatrix, transposed for V): a lane encodes what it will later read.
-With g = lane / 4, q = lane % 4, register r of a tile holds row g + 8 (r & 1), columns 2q and 2q + 1, + 8 (r >> 1), of A:
-rows are tokens of K, channels of V. A *panel* is the parameters that the 32 lanes of a warp own, one each:
+With g = lane / 4, q = lane % 4, register r of a tile holds row g + 8 (r & 1), columns 2q and 2q + 1, + 8 (r >> 1); rows are
+tokens of K, channels of V. A *panel* is the parameters that the 32 lanes of a warp own, one each:
     columns (K per channel, V)   of two column tiles over one group of rows; lane's column: g = 4 tile + 2 r1 + e
     rows (K per token)           of a slice's 32 rows over one group of columns; lane's row: g + 8 q
 Warps take panels in turn; then warp w encodes slice w, whose code vectors it stores straight into the block. Parameters
@@ -418,38 +418,50 @@ class Encoder:
         lane_bytes = 4 * self.vector_words
         target = block + Int64(section.offset + warp * (section.nbytes // NUM_SLICES) + lane * lane_bytes)
         rest = count - warp * SLICE_TOKENS - (lane >> 2 if self.is_k else 2 * (lane & 3))
+        masks = self.code_masks()
         for run in cutlass.range(self.run.count, unroll=1):
-            vectors, masks = self.encoded(p, smem, base + run * (self.run.tiles * TILE * 2), element, lane, run)
+            at = base + run * (self.run.tiles * TILE * 2)
+            vectors = [[Int32(0)] * self.vector_words for _ in range(self.run.vectors)]
+            if p.bfloat16 == 1:  # one branch for all of the loop's values
+                vectors = self.encoded(smem, at, element, lane, run, bfloat2_values)
+            else:
+                vectors = self.encoded(smem, at, element, lane, run, half2_values)
             if count < BLOCK_TOKENS:  # tokens that do not exist have code 0
                 vectors = [self.existing(*vector, rest) for vector in zip(vectors, masks, strict=True)]
             for v in range_constexpr(self.run.vectors):
                 ptx.store_global(target, vectors[v], v * LANES * lane_bytes)
             target += self.run.vectors * LANES * lane_bytes
 
-    def encoded(self, p, smem: Int32, base: Int32, element: Int32, lane: Int32, run: Int32) -> tuple:
-        """The lane's vectors of a run, and of each word {token from the lane's first on: bits of its codes}."""
+    def encoded(self, smem: Int32, base: Int32, element: Int32, lane: Int32, run: Int32, values_of) -> list:
+        """The lane's vectors of a run; values_of: registers of the model's dtype as fp32."""
         vectors: list = [[None] * self.vector_words for _ in range(self.run.vectors)]
-        masks: list = [[{} for _ in vector] for vector in vectors]
         known: dict = {}  # Lines that are in registers
-        for i in range(0, len(self.run.members), 2):
-            pair = self.run.members[i : i + 2]
-            registers = [x for t, c in pair for x in self.tile(base, t, c)]
-            means = []
+        for t, c in self.run.members:
+            values = values_of(self.tile(base, t, c))
             if self.mean is not None:
-                means = [x for _, c in pair for x in self.channel_means(smem, lane, run * self.run.tiles + c)]
-            for n, x in enumerate(self.values(p, registers, means)):
-                (t, c), r, e = pair[n // 8], n // 2 % 4, n % 2
-                lines = self.code_lines(smem, element, run, c, known)
-                place = self.fragments[t, c][r]
-                shift = place.bit + HALF_BITS * e
-                code = ptx.bits(self.rounded(x, lines, self.line(c % 2 if self.per_channel else t, r, e)))
-                words, bits = vectors[place.vector], masks[place.vector][place.word]
-                words[place.word] = joined(words[place.word], code, shift)
-                token = TILE * t + (8 * (r & 1) if self.is_k else 8 * (r >> 1) + e)
-                bits[token] = bits.get(token, 0) | (1 << self.bits) - 1 << shift
+                means = self.channel_means(smem, lane, run * self.run.tiles + c)
+                values = [ptx.subtract(x, mean) for x, mean in zip(values, means, strict=True)]
+            lines = self.code_lines(smem, element, run, c, known)
+            for r, place in enumerate(self.fragments[t, c]):
+                words = vectors[place.vector]
+                for e in range(2):
+                    line = self.line(c % 2 if self.per_channel else t, r, e)
+                    code = ptx.bits(self.rounded(values[2 * r + e], lines, line))
+                    words[place.word] = joined(words[place.word], code, place.bit + HALF_BITS * e)
         # the sums of the upper bits of ``magic``, once for every code
         surplus = signed(self.magic_bits() * repeats(self.bits))
-        return [[word - surplus for word in words] for words in vectors], masks
+        return [[word - surplus for word in words] for words in vectors]
+
+    def code_masks(self) -> list:
+        """Of each word of a lane's vectors in a run {token, from the lane's first on: bits of its codes}."""
+        masks: list = [[{} for _ in range(self.vector_words)] for _ in range(self.run.vectors)]
+        for t, c in self.run.members:
+            for r, place in enumerate(self.fragments[t, c]):
+                bits = masks[place.vector][place.word]
+                for e in range(2):
+                    token = TILE * t + (8 * (r & 1) if self.is_k else 8 * (r >> 1) + e)
+                    bits[token] = bits.get(token, 0) | (1 << self.bits) - 1 << place.bit + HALF_BITS * e
+        return masks
 
     def existing(self, words: list, masks: list, rest: Int32) -> list:
         """The words of a vector without the codes of tokens that do not exist: masks by token, of which ``rest`` do."""
@@ -525,6 +537,15 @@ def find_run(places: dict, vectors: int) -> Run:
             moved = [place._replace(vector=place.vector + i * vectors) for place in places[t, c]]
             assert places[t, c + i * step] == moved, "runs of code vectors differ"
     return Run(count, vectors, members[0], step)
+
+
+def half2_values(registers: list) -> list:
+    """Registers of two fp16 as fp32, in order."""
+    return [x for register in registers for x in ptx.half2_floats(register)]
+
+
+def bfloat2_values(registers: list) -> list:
+    return [x for register in registers for x in ptx.bfloat2_floats(register)]
 
 
 def half_value(x: Float32) -> Float32:

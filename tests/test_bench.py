@@ -55,6 +55,31 @@ def test_the_table_and_the_json(tmp_path, capsys) -> None:
     assert capsys.readouterr().out == printed
 
 
+def test_writes(tmp_path, capsys) -> None:
+    """Quantising, appending and steps: their rows and table; a reset makes every append do the same."""
+    out = tmp_path / "bench.json"
+    assert main([*SMALL, "--suite", "write", "--presets", "kc4", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert report["rows"] == []
+    rows = {row["operation"]: row for row in report["writes"]}
+    assert list(rows) == ["quantize", "append, no block full", "append, every block full", "decode", "append + decode"]
+    for row in rows.values():
+        assert row["us"] == row["plain_us"] > 0
+        assert row["candidate"] == "kc4"
+    for name in list(rows)[:3]:
+        row = rows[name]
+        assert row["gb_per_s"] == pytest.approx(row["nbytes"] / row["us"] / 1e3)
+        assert row["percent_of_copy"] == pytest.approx(100 * row["gb_per_s"] / report["copy_gb_per_s"])
+    tokens, heads = 1024, 2
+    assert rows["quantize"]["nbytes"] == tokens * heads * 4 * 64 + 8 * heads * bd.block_bytes(
+        64, bd.preset("kc4", 64)[0]
+    )
+    assert all(name in printed for name in rows)
+    assert main(["bench", "--load", str(out)]) == 0
+    assert capsys.readouterr().out == printed
+
+
 def test_a_report_is_written_after_every_shape(tmp_path, monkeypatch) -> None:
     out = tmp_path / "folder" / "bench.json"
     measure = bench.measure
@@ -83,7 +108,7 @@ def test_suites() -> None:
         for cuda in (False, True):
             shapes = bench.shapes_of(suite, cuda)
             assert len(set(shapes)) == len(shapes)
-            assert cuda or max(sum(shape.lengths) for shape in shapes) <= bench.MAX_CPU_TOKENS
+            assert cuda or max((sum(shape.lengths) for shape in shapes), default=0) <= bench.MAX_CPU_TOKENS
     lengths = bench.shapes_of("length", True)
     batches = bench.shapes_of("batch", True)
     for heads in ((32, 8), (32, 32)):

@@ -210,6 +210,7 @@ def test_merge_equals_the_cpu(head_dim: int, dtype: torch.dtype) -> None:
         outs[0, ::3] = torch.nan
         want, want_lse = bd.merge(outs, lses)
         out, lse = bd.merge(outs.cuda(), lses.cuda())
-        torch.testing.assert_close(out.cpu(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        unit = {torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]  # in the last place
+        torch.testing.assert_close(out.cpu(), want, atol=1e-3, rtol=unit)
         torch.testing.assert_close(lse.cpu(), want_lse, atol=1e-5, rtol=1e-5)
     assert bd.merge(outs[:, :0].cuda(), lses[:, :0].cuda())[0].shape == (0, 2, head_dim)

@@ -74,6 +74,15 @@ class TestOpcheck:
         check(torch_ops.quantize, (k, v, pages, table, None, None, spec.to_json()))
         check(torch_ops.dequantize, (pages, DIM, spec.to_json(), torch.float32))
 
+    def test_merge(self, device):
+        outs, lses = random(3, BATCH, 6, DIM, device=device), random(3, BATCH, 6, dtype=torch.float32, device=device)
+        check(torch_ops.merge, (outs, lses))
+        compiled = torch.compile(lambda x, y: bd.merge([x, x + 1], [y, y - 1]), fullgraph=True, backend="aot_eager")
+        for x, y in zip(
+            compiled(outs[0], lses[0]), bd.merge([outs[0], outs[0] + 1], [lses[0], lses[0] - 1]), strict=True
+        ):
+            assert x.equal(y)
+
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["kv4", "kv2"])

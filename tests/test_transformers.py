@@ -375,6 +375,24 @@ def test_reduce_overhead_on_the_gpu(family):
     assert same.float().mean() > 0.8
 
 
+def test_too_many_compiled_steps_are_found_by_sync():
+    """Steps that nobody awaits go on behind max_tokens while no block gets full; sync tells."""
+    model, ids = build(), tokens(1, 40)
+    model.set_attn_implementation(NAME)
+    cache = BitDecodingCache(model.config, "kv4", max_tokens=30)
+    feed(model, ids[:, :29], cache, [29])
+    cache.sync()
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for i in (29, 30):
+            step(ids[:, i : i + 1], past_key_values=cache)
+    with pytest.raises(OutOfPages, match="max_tokens=30"):
+        cache.sync()
+    enable(model, "kv4")
+    with pytest.raises(OutOfPages, match="max_tokens=30"):
+        model.generate(ids, max_new_tokens=2, past_key_values=BitDecodingCache(model.config, "kv4", max_tokens=30))
+
+
 def test_beam_search():
     model, ids = build(), tokens(2, 150)
     options = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False}

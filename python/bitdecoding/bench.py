@@ -77,9 +77,9 @@ class WriteRow:
     us: float
     plain_us: float
     host_us: float | None
-    nbytes: int  # read and written
-    gb_per_s: float
-    percent_of_copy: float
+    nbytes: int | None  # read and written; None: a step, whose bytes are the decode's
+    gb_per_s: float | None
+    percent_of_copy: float | None
 
 
 @dataclass
@@ -243,8 +243,10 @@ def measure_writes(report: Report, presets: list[str], device: torch.device, rou
     report.copy_gb_per_s = copy_bandwidth(device)
     for group in writes(presets, report.head_dim, DTYPES[report.dtype], device):
         for made, taken in zip(group, measure([one.candidate for one in group], rounds, device), strict=True):
-            rate = made.nbytes / taken.us / 1e3
-            share = 100 * rate / report.copy_gb_per_s
+            rate = share = None
+            if made.nbytes is not None:
+                rate = made.nbytes / taken.us / 1e3
+                share = 100 * rate / report.copy_gb_per_s
             row = WriteRow(made.operation, made.shape, made.preset, *taken, made.nbytes, rate, share)
             report.writes.append(row)
 

@@ -153,7 +153,6 @@ def dequantize(
     return quantization.dequantise(blocks, head_dim, _parsed(spec), dtype)
 
 
-@torch.no_grad()
 def decode(
     q: Tensor,
     pages: Tensor,
@@ -200,16 +199,17 @@ def decode(
     denominator (sink_logits included). A query that sees no key gives zeros, and -inf or its sink logit.
     """
     if torch.compiler.is_compiling():
-        new_out, lse = torch_ops.decode(
-            q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits,
-            _workspace_to_trace(q, workspace), torch_ops.json_of(spec), softmax_scale, window, softcap, return_lse,
-            None if config is None else torch_ops.json_of(config),
-        )  # fmt: skip
-        out = new_out if out is None else out.copy_(new_out)
+        with torch.no_grad():
+            new_out, lse = torch_ops.decode(
+                q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits,
+                _workspace_to_trace(q, workspace), torch_ops.json_of(spec), softmax_scale, window, softcap, return_lse,
+                None if config is None else torch_ops.json_of(config),
+            )  # fmt: skip
+            out = new_out if out is None else out.copy_(new_out)
         return (out, lse) if return_lse else out
 
     spec = _parsed(spec)
-    if q.device.type == "cuda":
+    if q.is_cuda:
         from . import cuda
 
         return cuda.decode(
@@ -365,6 +365,8 @@ def merge(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor]) -> t
             raise InvalidArgument(f"lses[{i}] is {_describe(lse)}: allowed is torch.float32 {list(out.shape[:-1])}")
         _check_device(**{"outs[0]": outs[0], f"outs[{i}]": out, f"lses[{i}]": lse})
     stacked = [x if isinstance(x, Tensor) else torch.stack(tuple(x)) for x in (outs, lses)]
+    if torch.compiler.is_compiling():
+        return torch_ops.merge(*stacked)
     if outs[0].is_cuda and outs[0].dtype != torch.float32 and outs[0].shape[-1] in HEAD_DIMS:
         from . import cuda
 

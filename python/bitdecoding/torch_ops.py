@@ -145,3 +145,16 @@ def _(blocks: Tensor, head_dim: int, spec: str, dtype: torch.dtype) -> tuple[Ten
     num_blocks, num_kv_heads, _ = blocks.shape
     shape = (num_blocks * BLOCK_TOKENS, num_kv_heads, head_dim)
     return blocks.new_empty(shape, dtype=dtype), blocks.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("bitdecoding::merge", mutates_args=())
+def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """bitdecoding.merge of stacked parts."""
+    from . import ops
+
+    return ops.merge(outs, lses)
+
+
+@merge.register_fake
+def _(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(outs[0]), torch.empty_like(lses[0])

@@ -24,13 +24,13 @@ ROOM = 512  # tokens that may be appended to a cache between two resets before a
 
 @dataclass
 class Write:
-    """A candidate, what it does to which problem, and the bytes that it must read and write."""
+    """A candidate, what it does to which problem, and the bytes that it must read and write (None: a whole step)."""
 
     operation: str
     shape: str
     preset: str
     candidate: Candidate
-    nbytes: int
+    nbytes: int | None
 
 
 def writes(presets: Iterable[str], head_dim: int, dtype: torch.dtype, device: torch.device) -> Iterator[list[Write]]:
@@ -126,6 +126,6 @@ def steps(name: str, shape: Shape, head_dim: int, dtype: torch.dtype, device: to
     blocks = batch * cache.policy.packed_len(tokens, 0) // BLOCK_TOKENS
     nbytes = blocks * heads * ops.block_bytes(head_dim, spec)
     return [
-        Write(operation, str(shape), name, Candidate(name, call, 1, nbytes, reset), nbytes)
+        Write(operation, str(shape), name, Candidate(name, call, 1, nbytes, reset), None)
         for operation, call in (("decode", decode), ("append + decode", step))
     ]
