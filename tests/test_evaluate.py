@@ -61,7 +61,19 @@ def test_command(monkeypatch, tmp_path, capsys):
     for file, words in zip(files, ("Whereof one cannot speak, ", "thereof one must be silent. "), strict=True):
         file.write_text(words * 100)
     out = tmp_path / "new"
-    words = ("--policies", "kv8", "kv2:recent=32", "--calibrate", "6.5:recent=16", "--tokens", "512", "--needle", "300")
+    words = (
+        "--policies",
+        "kv8",
+        "kv2:recent=32",
+        "--calibrate",
+        "6.5:recent=16",
+        "--tokens",
+        "512",
+        "--skip",
+        "256",
+        "--needle",
+        "300",
+    )
     words += ("--generate", "20", "--device", "cpu", "--out", str(out), "--text", *map(str, files))
     assert evaluate.run(arguments(*words)) == 0
 

@@ -32,7 +32,6 @@ from .policy import UNQUANTISED, QuantPolicy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCORED_FROM = 1024  # tokens of a text that are not scored: hardly any of them sees a packed token
 STORED = torch.float16  # the reference's log-probabilities, which are kept for all tokens
 NEEDLE = " The secret number of Windsor is {}."
 QUESTION = "\n\nNow, what was the secret number of Windsor? The secret number of Windsor is"
@@ -56,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--segments", type=int, default=1, help="so many stretches of every text (default: %(default)s)"
     )
+    parser.add_argument("--skip", type=int, default=1024, metavar="TOKENS", help=(
+        "of every text that are not scored: the first ones hardly see a packed token (default: %(default)s)"
+    ))  # fmt: skip
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help=f"default: {TEXT}; {REFERENCE_TEXT}")
     parser.add_argument("--needle", type=int, nargs="*", default=[1024, 4096], metavar="TOKENS", help=(
         "lengths of the texts that a number is hidden in (default: 1024 4096)"
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             found.save(args.out / f"calibrated-{text.replace(':', '-')}.json")
             policies[f"calibrated {text}"] = found
     about = {"model": MODELS.get(args.model, args.model)}
-    for report in measure(model, tokenizer, stretches, policies, args.needle, args.generate, args.seed):
+    for report in measure(model, tokenizer, stretches, policies, args.skip, args.needle, args.generate, args.seed):
         report |= about  # what is measured is not lost if a later policy fails
         (args.out / "eval.json").write_text(json.dumps(report, indent=2) + "\n")
     print(format_table(report))
@@ -154,7 +156,7 @@ ALL = "mean"
 @torch.inference_mode()
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: dict[str, Tensor],
-    policies: dict[str, QuantPolicy], needle_lengths: list[int], generated_tokens: int, seed: int,
+    policies: dict[str, QuantPolicy], skip: int, needle_lengths: list[int], generated_tokens: int, seed: int,
 ) -> Iterator[dict]:  # fmt: skip
     """texts: name -> [segments, tokens], all of one shape.
 
@@ -164,9 +166,10 @@ def measure(
     ids = torch.cat([texts[name] for name in names])
     tokens, segments = ids.shape[1], ids.shape[0] // len(names)
     longest = model.config.max_position_embeddings
-    first_scored = min(SCORED_FROM, tokens // 2)
     if not 3 * BLOCK_TOKENS <= tokens <= longest:
         raise InvalidArgument(f"texts have {tokens} tokens: allowed are {3 * BLOCK_TOKENS} to {longest}")
+    if not 0 <= skip <= tokens - BLOCK_TOKENS - 1:
+        raise InvalidArgument(f"--skip {skip}: allowed are 0 to {tokens - BLOCK_TOKENS - 1}")
     plain_attention = model.config.get_text_config(decoder=True)._attn_implementation
     rows: list[Row] = []
     needles: dict[str, dict[int, float]] = {}
@@ -175,7 +178,7 @@ def measure(
     def report() -> dict:
         return {
             "tokens": tokens,
-            "scored_tokens": tokens - 1 - first_scored,
+            "scored_tokens": tokens - 1 - skip,
             "segments": segments,
             "device": torch.cuda.get_device_name() if ids.device.type == "cuda" else "cpu",
             "rows": [asdict(row) for row in rows],
@@ -187,13 +190,13 @@ def measure(
     with tqdm(total=tokens * (1 + len(policies)), unit=" tokens") as bar:
         bar.set_description("16-bit")
         reference = score(model, ids, DynamicCache(config=model.config), [0, *range(512, tokens, 512), tokens],
-                          first_scored, None, bar)  # fmt: skip
+                          skip, None, bar)  # fmt: skip
         rows += _rows("16-bit", 16.0, reference, reference, names, segments)
         model.set_attn_implementation(NAME)
         for name, policy in policies.items():
             bar.set_description(name)
             cache = BitDecodingCache(model.config, policy, max_tokens=tokens)
-            scores = score(model, ids, cache, chunk_bounds(cache, tokens), first_scored, reference, bar)
+            scores = score(model, ids, cache, chunk_bounds(cache, tokens), skip, reference, bar)
             bits = bits_per_value(cache, tokens)
             del cache
             rows += _rows(name, bits, scores, reference, names, segments)
