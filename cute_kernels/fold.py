@@ -143,9 +143,7 @@ class Fold:
             for j in range_constexpr(self.plan.v_groups):
                 at = 2 * layout(j, 2 * LANES * i)
                 scale = ptx.half2_floats(ptx.load_shared(stage + pairs, self.fmt.v_scale.offset + at, 1)[0])
-                held = [
-                    cutlass.select_(token + e < valid, scale[e], Float32(0.0)) for e in range(2)
-                ]
+                held = [cutlass.select_(token + e < valid, scale[e], Float32(0.0)) for e in range(2)]
                 ptx.store_shared(
                     folded + lane * 8, self.plan.folded_v_scale_at + (j * BLOCK_TOKENS + 2 * LANES * i) * 4, held
                 )
@@ -165,5 +163,3 @@ def at_runtime(place, index: Int32, count: int) -> Int32:
     for b in range(bits):
         total += (index >> b & 1) * place(1 << b)
     return total
-
-

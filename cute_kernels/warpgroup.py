@@ -134,8 +134,7 @@ def barrier(index: Int32, threads: int) -> None:
 def mbarrier_arrive_once(address: Int32) -> None:
     """One arrival of a warp whose lanes have met."""
     asm(
-        "{ .reg .pred p; .reg .b64 state; elect.sync _|p, 0xffffffff; "
-        "@p mbarrier.arrive.shared.b64 state, [{$r0}]; }",
+        "{ .reg .pred p; .reg .b64 state; elect.sync _|p, 0xffffffff; @p mbarrier.arrive.shared.b64 state, [{$r0}]; }",
         read_only_args=[address],
     )
 

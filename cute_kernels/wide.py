@@ -117,7 +117,9 @@ class WideKernel(DecodeKernel):
     @cute.jit
     def write_piece(self, p: Params, smem: Int32, lane: Int32, at: Place, end: Int32, seq: Sequence, shares: Shares):
         if lane == 0:
-            store_piece(smem + (self.plan.slots_at + self.plan.piece_offset), self.schedule.piece(p, at, end, seq, shares))
+            store_piece(
+                smem + (self.plan.slots_at + self.plan.piece_offset), self.schedule.piece(p, at, end, seq, shares)
+            )
             ptx.store_shared(smem + self.plan.walk_at, 0, list(at[:4]))
             ptx.store_shared(smem + self.plan.walk_at, 16, [at[4], end, *shares])
         cute.arch.sync_warp()

@@ -261,9 +261,7 @@ class WideAttention:
         """K per channel, for channel tiles 2 pair and 2 pair + 1: (multiplier, offset), each by A register."""
         # B order: a vector has columns 2q.., 2q + 8.. of one tile, then those of the next
         at = self.plan.folded_k_at + 4 * TILE * pair
-        found = [
-            ptx.load_shared(folded + team.k_folded, at + kind * 2 * self.plan.head_dim, 4) for kind in range(2)
-        ]
+        found = [ptx.load_shared(folded + team.k_folded, at + kind * 2 * self.plan.head_dim, 4) for kind in range(2)]
         return [tuple([x[2 * i], x[2 * i], x[2 * i + 1], x[2 * i + 1]] for x in found) for i in range(2)]
 
     def scores(self, team: Team, stage: Int32, folded: Int32, query: Int32) -> list:
@@ -669,9 +667,7 @@ class WideAttention:
             if lane < 4:
                 for n in range_constexpr(self.column_tiles):
                     parts = [
-                        ptx.load_shared_floats(
-                            place.exchange + lane * 8, 4 * (w * plan.columns + COLUMNS * n), 2
-                        )
+                        ptx.load_shared_floats(place.exchange + lane * 8, 4 * (w * plan.columns + COLUMNS * n), 2)
                         for w in range(plan.team_warps)
                     ]
                     top = ptx.load_shared_floats(team.top, 4 * COLUMNS * n, 2)
@@ -681,8 +677,6 @@ class WideAttention:
                             weight = weight + parts[w][j]
                         row = mine + (n * COLUMNS + lane * 2 + j) * plan.row_bytes
                         ptx.store_shared(row, 4 * plan.head_dim, [top[j], weight])
-
-
 
 
 class Values:

@@ -243,7 +243,9 @@ def test_many_query_columns(preset: str, head_dim: int, group: int, q_len: int, 
     assert config.mma == "wgmma"
     index = list(PRESETS).index(preset)
     dtype = (torch.float16, torch.bfloat16)[index % 2]
-    case = problem([(0, 0), (385, 20), (129, 0)], spec, heads=1, head_dim=head_dim, num_sink=2 * (index % 3), dtype=dtype)
+    case = problem(
+        [(0, 0), (385, 20), (129, 0)], spec, heads=1, head_dim=head_dim, num_sink=2 * (index % 3), dtype=dtype
+    )
     copies = ("late", "early")[index % 2]
     check(config, made, case, random_q(3, q_len, group, head_dim, dtype), grid=2, async_copies=copies, **options)
 
