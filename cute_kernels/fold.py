@@ -1,12 +1,13 @@
 """Parameters of a block made ready for the wgmma path, once per block by a warp of its own.
 
-The consumers turn a code q, read as the fp16 denormal q * 2^-24 (or 2^-20), into an A register by one HFMA2:
+The consumers turn a code q, read as the fp16 denormal q * 2^-24, into an A register by one HFMA2:
 
     K:  scale * (q + zero) (+ mean) / (2^9 2^e)    2^e: largest scale of the block, so that nothing overflows and an
                                                    error is below 2^-16 of the block's largest step
     V:  (q + zero) / 2^9                           the scale of its token meets P, in fp32
 
-so K needs scale * 2^(15 - e) and the offset; V the offset and the scale; scores the factor 2^(9 + e). Parameters of tokens that the block does not hold become 0: what lies there may be NaN.
+so K needs scale * 2^(15 - e) and the offset; V the offset and the scale; scores the factor 2^(9 + e). Parameters of
+tokens that the block does not hold become 0: what lies there may be NaN.
 """
 
 import cutlass

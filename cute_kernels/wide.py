@@ -1,12 +1,12 @@
-"""Decode attention for many query columns with wgmma (sm_90a): schedule, blocks, merging and launch are those of decode.py.
+"""Decode attention for many query columns with wgmma (sm_90a); schedule, merging and launch are those of decode.py.
 
 producer       as in decode.py: one bulk copy per block into a ring of shared-memory stages
 folders        make a block's parameters ready once it has landed (fold.py); "ready" mbarriers
 consumers      warpgroups in teams (wide_plan.py); a team takes every n-th block for its query columns:
     S^T = K Q^T            A = K from registers: per register one AND, one HFMA2 with the folded scale and offset;
                            B = Q^T in shared memory; m64nNk16
-    P = exp2(S - top)      P^T times V's scale to shared memory by stmatrix.trans; the barrier that the team needs anyway
-                           tells whether ``top`` was too low
+    P = exp2(S - top)      P^T times V's scale to shared memory by stmatrix.trans; the barrier that the team needs
+                           anyway tells whether ``top`` was too low
     O^T += V^T P^T         A = V from registers, (code + zero); B = P^T; the tokens of a block are k
 16-bit tokens  sinks and tail, 128 at a time: the same, with K and V from global memory
 pieces         the consumers themselves find out a piece, prepare its queries as B operand (wide_queries.py) and merge

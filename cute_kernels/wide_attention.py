@@ -8,7 +8,7 @@ has rows g (values 0, 1) and g + 8 (2, 3) of its warp's 16, columns 8n + 2q and 
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
+from cutlass import Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
@@ -233,7 +233,7 @@ class WideAttention:
         return self.accumulate(smem, team, values, empty, state)
 
     def load_words(self, base: Int32, section, slice_: int, wanted: list, shift: Int32 | None) -> dict:
-        """(vector, word) -> register of the ``wanted`` Fragments of a slice; base: of the stage, with the lane's part."""
+        """(vector, word) -> register of the ``wanted`` Fragments of a slice; base: stage and the lane's part."""
         vector_words = self.fmt.k_vector_words if section is self.fmt.k_codes else self.fmt.v_vector_words
         slice_bytes = section.nbytes // NUM_SLICES
         step = LANES * vector_words * 4
@@ -450,7 +450,7 @@ class WideAttention:
             a = [Int32(0)] * 4
             for i in range(len(b)):
                 a[2 * i + n // 8] = ones[i]
-            total = ptx.mma(total, a, (b + [Int32(0)])[:2])
+            total = ptx.mma(total, a, [*b, Int32(0)][:2])
         return total
 
     def write(self, team: Team, scores: list, factor: Float32, scales: list) -> tuple:
