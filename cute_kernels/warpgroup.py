@@ -58,7 +58,8 @@ def mma(acc: list | None, a: list, b: Int32, columns: int) -> list:
     stride = CORE_BYTES // DESCRIPTOR_UNIT
     text = (
         f"{{ .reg .pred p; .reg .b64 b; mov.b64 b, {{${count + 4}, {stride}}}; "
-        f"setp.ne.b32 p, {int(acc is not None)}, 0; wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {{{d}}}, {{{registers}}}, b, p, 1, 1, 0; }}"
+        f"setp.ne.b32 p, {int(acc is not None)}, 0; "
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {{{d}}}, {{{registers}}}, b, p, 1, 1, 0; }}"
     )
     constraints = ["=f"] * count + ["r"] * 5
     inputs = [*a, b]
