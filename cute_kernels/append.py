@@ -119,6 +119,7 @@ class AppendKernel:
         lane = thread % LANES
         smem = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=SMEM_ALIGN).toint()
         if cutlass.const_expr(self.plan.programmatic):
+            ptx.start_next_kernel()
             ptx.wait_for_previous_kernel()
         items = p.batch * p.num_kv_heads * p.items * OPERANDS
         grid = cute.arch.grid_dim()[0]
@@ -321,17 +322,28 @@ class AppendKernel:
 
     @cute.jit
     def conditioned(self, p: Params, row: list):
-        """A lane's vectors with NaN as 0, and within the limit: nearly always as they are."""
+        """A lane's vectors with NaN as 0, and within the limit.
+
+        A loop, of one round at most: the assembler would execute both sides of a branch.
+        """
+        while self.needs_conditioning(p, row):
+            row = self.limited(p, row)
+        return row
+
+    def needs_conditioning(self, p: Params, row: list) -> Boolean:
+        """Whether one of the values is NaN or beyond the limit: nearly never."""
         excess = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT2_EXCESS), Int32(HALF2_EXCESS))
         beyond = Int32(0)
         for vector in row:
             for x in vector:
                 beyond = beyond | ((x & HALF2_ABS) + excess)
-        if (beyond & HALF2_SIGNS) != 0:
-            limit = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_LIMIT), Int32(HALF_LIMIT))
-            infinity = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_INFINITY), Int32(HALF_INFINITY))
-            row = [[conditioned_pair(x, limit, infinity) for x in vector] for vector in row]
-        return row
+        return (beyond & HALF2_SIGNS) != 0
+
+    def limited(self, p: Params, row: list) -> list:
+        """All of a lane's vectors conditioned."""
+        limit = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_LIMIT), Int32(HALF_LIMIT))
+        infinity = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_INFINITY), Int32(HALF_INFINITY))
+        return [[conditioned_pair(x, limit, infinity) for x in vector] for vector in row]
 
     # -- packing -----------------------------------------------------------------------------------------------
 
@@ -358,7 +370,7 @@ class AppendKernel:
         rows = smem + own * self.plan.row_bytes + lane % ROW_LANES * VECTOR
         part = Int64((lane % ROW_LANES) * VECTOR)
         rows_at_once = self.plan.warps * WARP_ROWS
-        for i in cutlass.range(BLOCK_TOKENS // rows_at_once, unroll=1):
+        for i in range_constexpr(BLOCK_TOKENS // rows_at_once):
             token = cutlass.min(first + own + i * rows_at_once, job.total - 1)
             source = self.stream_row(p, job, token) + part
             for j in range_constexpr(self.plan.vectors):
@@ -368,15 +380,16 @@ class AppendKernel:
         for i in cutlass.range(BLOCK_TOKENS // rows_at_once, unroll=1):
             at = rows + i * (rows_at_once * self.plan.row_bytes)
             row = [ptx.load_shared(at, step * j, 4) for j in range(self.plan.vectors)]
-            row = self.conditioned(p, row)
-            for j in range_constexpr(self.plan.vectors):
-                ptx.store_shared(at, step * j, row[j])
-            if rotates:
-                row = [ptx.load_shared(at, step * j, 4) for j in range(self.plan.vectors)]
-                rotated = self.rotated(p, row, lane)
+            if rotates:  # the old tail's rows are rotated already, and so within the limit
+                rotated = self.rotated(p, self.conditioned(p, row), lane)
                 if cutlass.min(first + own + i * rows_at_once, job.total - 1) >= job.old:
                     for j in range_constexpr(self.plan.vectors):
                         ptx.store_shared(at, step * j, rotated[j])
+            else:
+                while self.needs_conditioning(p, row):  # as in conditioned
+                    row = self.limited(p, row)
+                    for j in range_constexpr(self.plan.vectors):
+                        ptx.store_shared(at, step * j, row[j])
 
 
 def conditioned_pair(x: Int32, limit: Int32, infinity: Int32) -> Int32:

@@ -191,6 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--toolkit {args.toolkit}: {DSL} compiles with {used} here")
     configs = [KernelConfig.from_name(name) for name in args.name] if args.name else manifest(args.arch)
     kernels = compile_all(configs)
+    spilling = [kernel.name for kernel in kernels if read_cubin(kernel.cubin)[kernel.entry].frame_bytes]
+    if spilling and not args.name:
+        parser.error(f"registers in local memory: {', '.join(spilling)}")
     write_pack(args.out, kernels, {"arch": args.arch, "dsl": version, "toolkit": used})
     if args.manifest:
         args.manifest.write_text(json.dumps(describe_pack(args.out), indent=1) + "\n")

@@ -2,8 +2,8 @@
 rounded one by one, so that the bytes are the same.
 
 A 16x16 tile of the rows comes as an MMA fragment (ldmatrix, transposed for V): a lane encodes what it will later read.
-With g = lane / 4, q = lane % 4, register r of a tile holds row g + 8 (r & 1), columns 2q and 2q + 1, + 8 (r >> 1); rows are
-tokens of K, channels of V. A *panel* is the parameters that the 32 lanes of a warp own, one each:
+With g = lane / 4, q = lane % 4, register r of a tile holds row g + 8 (r & 1), columns 2q and 2q + 1, + 8 (r >> 1); rows
+are tokens of K, channels of V. A *panel* is the parameters that the 32 lanes of a warp own, one each:
     columns (K per channel, V)   of two column tiles over one group of rows; lane's column: g = 4 tile + 2 r1 + e
     rows (K per token)           of a slice's 32 rows over one group of columns; lane's row: g + 8 q
 Warps take panels in turn; then warp w encodes slice w, whose code vectors it stores straight into the block. Parameters
@@ -385,6 +385,23 @@ class Encoder:
             if cutlass.const_expr(self.per_channel):
                 exists = [TILE * tile + 8 * (r & 1) < rest for r in range(4)]
                 sums = [cutlass.select_(exists[n // 2], x, Float32(0.0)) for n, x in enumerate(sums)]
+        elif cutlass.const_expr(tiles == 2):  # unrolled: values of a lane that do not wait for each other
+            parts = [
+                self.error_sums(
+                    p,
+                    mean_base,
+                    base + i * (step * self.along_bytes),
+                    tile + i * step,
+                    lane,
+                    rest,
+                    1,
+                    step,
+                    across,
+                    lines,
+                )
+                for i in range(2)
+            ]
+            sums = [ptx.add(x, y) for x, y in zip(*parts, strict=True)]
         else:
             for i in cutlass.range(2, unroll=1):
                 at = base + i * (step * self.along_bytes)

@@ -268,6 +268,11 @@ def prefetch(address: Int64, nbytes: int) -> None:
 # -- kernels of a stream ---------------------------------------------------------------------------------------
 
 
+def start_next_kernel() -> None:
+    """With programmatic launch: once all CTAs have said so, the next one may be scheduled; it waits for this one."""
+    asm("griddepcontrol.launch_dependents;")
+
+
 def wait_for_previous_kernel() -> None:
     """With programmatic launch: until the previous kernel's writes are visible; then the next one may be scheduled."""
     asm("griddepcontrol.wait;")

@@ -25,6 +25,7 @@ from test_cpu_decode import Problem, problem, random_q
 import bitdecoding as bd
 
 ARCHS = ("sm80", "sm89", "sm90a", "sm120")
+FULL_ARCH = "sm90a"
 REGISTERS_PER_SM = 65536
 SLOT_REGISTERS = 256  # registers are handed out to warps in multiples of this
 SM_PARTITIONS = 4
@@ -34,8 +35,13 @@ BULK_ARCHS = ("sm90a", "sm120")
 
 @lru_cache(maxsize=None)
 def compiled(arch: str) -> dict[bd.KernelConfig, compiler.Compiled]:
-    """The decode kernels of an architecture's manifest."""
-    configs = [config for config in compiler.manifest(arch) if config.kind == "decode"]
+    """The decode kernels of an architecture's manifest; but for FULL_ARCH of the formats whose turn it is (CASES)."""
+    turn = {(d, compiler.manifest_specs(d)[i]) for a, d, i in CASES if a == arch} | {(128, bd.QuantSpec())}
+    configs = [
+        config
+        for config in compiler.manifest(arch)
+        if config.kind == "decode" and (arch == FULL_ARCH or (config.head_dim, config.quant) in turn)
+    ]
     return dict(zip(configs, compiler.compile_all(configs, compiler.compile_config), strict=True))
 
 

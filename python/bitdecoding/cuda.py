@@ -20,11 +20,11 @@ from torch import Tensor
 
 from . import tuned
 from .cute_kernels import native
-from .cute_kernels.config import MAX_Q_TILE, KernelConfig, QuantSpec, device_arch
+from .cute_kernels.config import KernelConfig, QuantSpec, device_arch
 from .cute_kernels.errors import BitDecodingError, CacheFormatError, InvalidArgument, KernelNotFound
 from .cute_kernels.pack import DSL, CompiledKernel, cache_dir, dsl_version, source_digest, write_pack
 
-MAX_CTAS_PER_SM = 2  # of any configuration
+MAX_COLUMNS_PER_SM = 128  # q_tile x ctas_per_sm of any configuration
 MAX_PLANS = 4096  # a bound for callers that make a new QuantSpec for every call
 
 _decode = native.function("decode")
@@ -185,8 +185,8 @@ def _new_workspace(device: int, size: int) -> Tensor:
 @torch.compiler.assume_constant_result
 def largest_workspace(device: int, head_dim: int) -> int:
     """Bytes of workspace that suffice for every kernel at a head_dim."""
-    slots = 2 * _device_info(device)["num_sms"] * MAX_CTAS_PER_SM  # two partial results per CTA, see runtime.hpp
-    return _counter_bytes + slots * MAX_Q_TILE * (head_dim + 2) * torch.float32.itemsize
+    columns = 2 * _device_info(device)["num_sms"] * MAX_COLUMNS_PER_SM  # two partial results per CTA, see runtime.hpp
+    return _counter_bytes + columns * (head_dim + 2) * torch.float32.itemsize
 
 
 def new_workspace(device: torch.device, head_dim: int) -> Tensor:
