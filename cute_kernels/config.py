@@ -31,11 +31,11 @@ MAX_REGISTERS = {"bulk": {8: 102, 4: 190, 2: 190, 1: 190}, "cp_async": {8: 0, 4:
 # wgmma kernels, as measured on an H100: head_dim -> query columns of a tile -> (num_warps, warps_per_block); of the
 # rings the deepest that fits is taken. They beat mma.sync from 16 columns on.
 WGMMA_TILINGS = {
-    64: {16: (16, 4), 32: (12, 4)},
-    128: {16: (16, 8), 32: (16, 8), 64: (16, 8)},
+    64: {16: (8, 4), 32: (8, 4)},
+    128: {16: (8, 4), 32: (8, 4), 64: (8, 8)},
     256: {16: (8, 8), 32: (8, 8)},
 }
-WGMMA_STAGES = (8, 6, 4, 3, 2, 1)
+WGMMA_STAGES = (9, 8, 6, 4, 3, 2, 1)
 HOPPER_ARCHS = ("sm90a", "sm100", "sm120")  # and later: bulk copies, mbarrier.try_wait
 
 _quant_validate = native.function("quant_validate")

@@ -1,12 +1,13 @@
 """Parameters of a block made ready for the wgmma path, once per block by a warp of its own.
 
-The consumers turn a code q, read as the fp16 denormal q * 2^-24 (or 2^-20), into an A register by one HFMA2:
+The consumers turn a code q, read as the fp16 denormal q * 2^-24, into an A register by one HFMA2:
 
     K:  scale * (q + zero) (+ mean) / (2^9 2^e)    2^e: largest scale of the block, so that nothing overflows and an
                                                    error is below 2^-16 of the block's largest step
     V:  (q + zero) / 2^9                           the scale of its token meets P, in fp32
 
-so K needs scale * 2^(15 - e) and the offset; V the offset and the scale; scores the factor 2^(9 + e). Parameters of tokens that the block does not hold become 0: what lies there may be NaN.
+so K needs scale * 2^(15 - e) and the offset; V the offset and the scale; scores the factor 2^(9 + e). Parameters of
+tokens that the block does not hold become 0: what lies there may be NaN.
 """
 
 import cutlass
@@ -143,9 +144,7 @@ class Fold:
             for j in range_constexpr(self.plan.v_groups):
                 at = 2 * layout(j, 2 * LANES * i)
                 scale = ptx.half2_floats(ptx.load_shared(stage + pairs, self.fmt.v_scale.offset + at, 1)[0])
-                held = [
-                    cutlass.select_(token + e < valid, scale[e], Float32(0.0)) for e in range(2)
-                ]
+                held = [cutlass.select_(token + e < valid, scale[e], Float32(0.0)) for e in range(2)]
                 ptx.store_shared(
                     folded + lane * 8, self.plan.folded_v_scale_at + (j * BLOCK_TOKENS + 2 * LANES * i) * 4, held
                 )
@@ -165,5 +164,3 @@ def at_runtime(place, index: Int32, count: int) -> Int32:
     for b in range(bits):
         total += (index >> b & 1) * place(1 << b)
     return total
-
-

@@ -42,9 +42,10 @@ def pin(values: list) -> list:
 
 
 def descriptor(address: Int32, column_tiles: int) -> Int32:
-    """Lower half of a B operand's descriptor; no swizzle: core matrices of 8 columns x 8 k, those of one k side by side.
+    """Lower half of a B operand's descriptor; no swizzle: core matrices of 8 columns x 8 k, those of one k adjacent.
 
-    Two k steps of 8 lie column_tiles core matrices apart (leading dimension), two column tiles one (stride, upper half).
+    Two k steps of 8 lie column_tiles core matrices apart (leading dimension), two column tiles one (stride, the upper
+    half).
     """
     return ((address & 0x3FFFF) >> 4) | (column_tiles * CORE_BYTES // DESCRIPTOR_UNIT) << 16
 
@@ -54,10 +55,12 @@ def mma(acc: list | None, a: list, b: Int32, columns: int) -> list:
     count = columns // 2
     d = ",".join(f"${i}" for i in range(count))
     registers = ",".join(f"${count + i}" for i in range(4))
+    stride = CORE_BYTES // DESCRIPTOR_UNIT
     text = (
-        "{ .reg .pred p; .reg .b64 b; mov.b64 b, {$%d, %d}; setp.ne.b32 p, %d, 0; "
-        "wgmma.mma_async.sync.aligned.m64n%dk16.f32.f16.f16 {%s}, {%s}, b, p, 1, 1, 0; }"
-    ) % (count + 4, CORE_BYTES // DESCRIPTOR_UNIT, 0 if acc is None else 1, columns, d, registers)
+        f"{{ .reg .pred p; .reg .b64 b; mov.b64 b, {{${count + 4}, {stride}}}; "
+        f"setp.ne.b32 p, {int(acc is not None)}, 0; "
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {{{d}}}, {{{registers}}}, b, p, 1, 1, 0; }}"
+    )
     constraints = ["=f"] * count + ["r"] * 5
     inputs = [*a, b]
     if acc is not None:
@@ -134,8 +137,7 @@ def barrier(index: Int32, threads: int) -> None:
 def mbarrier_arrive_once(address: Int32) -> None:
     """One arrival of a warp whose lanes have met."""
     asm(
-        "{ .reg .pred p; .reg .b64 state; elect.sync _|p, 0xffffffff; "
-        "@p mbarrier.arrive.shared.b64 state, [{$r0}]; }",
+        "{ .reg .pred p; .reg .b64 state; elect.sync _|p, 0xffffffff; @p mbarrier.arrive.shared.b64 state, [{$r0}]; }",
         read_only_args=[address],
     )
 

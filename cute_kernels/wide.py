@@ -1,12 +1,12 @@
-"""Decode attention for many query columns with wgmma (sm_90a): schedule, blocks, merging and launch are those of decode.py.
+"""Decode attention for many query columns with wgmma (sm_90a); schedule, merging and launch are those of decode.py.
 
 producer       as in decode.py: one bulk copy per block into a ring of shared-memory stages
 folders        make a block's parameters ready once it has landed (fold.py); "ready" mbarriers
 consumers      warpgroups in teams (wide_plan.py); a team takes every n-th block for its query columns:
     S^T = K Q^T            A = K from registers: per register one AND, one HFMA2 with the folded scale and offset;
                            B = Q^T in shared memory; m64nNk16
-    P = exp2(S - top)      P^T times V's scale to shared memory by stmatrix.trans; the barrier that the team needs anyway
-                           tells whether ``top`` was too low
+    P = exp2(S - top)      P^T times V's scale to shared memory by stmatrix.trans; the barrier that the team needs
+                           anyway tells whether ``top`` was too low
     O^T += V^T P^T         A = V from registers, (code + zero); B = P^T; the tokens of a block are k
 16-bit tokens  sinks and tail, 128 at a time: the same, with K and V from global memory
 pieces         the consumers themselves find out a piece, prepare its queries as B operand (wide_queries.py) and merge
@@ -117,7 +117,9 @@ class WideKernel(DecodeKernel):
     @cute.jit
     def write_piece(self, p: Params, smem: Int32, lane: Int32, at: Place, end: Int32, seq: Sequence, shares: Shares):
         if lane == 0:
-            store_piece(smem + (self.plan.slots_at + self.plan.piece_offset), self.schedule.piece(p, at, end, seq, shares))
+            store_piece(
+                smem + (self.plan.slots_at + self.plan.piece_offset), self.schedule.piece(p, at, end, seq, shares)
+            )
             ptx.store_shared(smem + self.plan.walk_at, 0, list(at[:4]))
             ptx.store_shared(smem + self.plan.walk_at, 16, [at[4], end, *shares])
         cute.arch.sync_warp()

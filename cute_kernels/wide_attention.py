@@ -8,7 +8,7 @@ has rows g (values 0, 1) and g + 8 (2, 3) of its warp's 16, columns 8n + 2q and 
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
+from cutlass import Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
@@ -233,7 +233,7 @@ class WideAttention:
         return self.accumulate(smem, team, values, empty, state)
 
     def load_words(self, base: Int32, section, slice_: int, wanted: list, shift: Int32 | None) -> dict:
-        """(vector, word) -> register of the ``wanted`` Fragments of a slice; base: of the stage, with the lane's part."""
+        """(vector, word) -> register of the ``wanted`` Fragments of a slice; base: stage and the lane's part."""
         vector_words = self.fmt.k_vector_words if section is self.fmt.k_codes else self.fmt.v_vector_words
         slice_bytes = section.nbytes // NUM_SLICES
         step = LANES * vector_words * 4
@@ -261,9 +261,7 @@ class WideAttention:
         """K per channel, for channel tiles 2 pair and 2 pair + 1: (multiplier, offset), each by A register."""
         # B order: a vector has columns 2q.., 2q + 8.. of one tile, then those of the next
         at = self.plan.folded_k_at + 4 * TILE * pair
-        found = [
-            ptx.load_shared(folded + team.k_folded, at + kind * 2 * self.plan.head_dim, 4) for kind in range(2)
-        ]
+        found = [ptx.load_shared(folded + team.k_folded, at + kind * 2 * self.plan.head_dim, 4) for kind in range(2)]
         return [tuple([x[2 * i], x[2 * i], x[2 * i + 1], x[2 * i + 1]] for x in found) for i in range(2)]
 
     def scores(self, team: Team, stage: Int32, folded: Int32, query: Int32) -> list:
@@ -452,7 +450,7 @@ class WideAttention:
             a = [Int32(0)] * 4
             for i in range(len(b)):
                 a[2 * i + n // 8] = ones[i]
-            total = ptx.mma(total, a, (b + [Int32(0)])[:2])
+            total = ptx.mma(total, a, [*b, Int32(0)][:2])
         return total
 
     def write(self, team: Team, scores: list, factor: Float32, scales: list) -> tuple:
@@ -669,9 +667,7 @@ class WideAttention:
             if lane < 4:
                 for n in range_constexpr(self.column_tiles):
                     parts = [
-                        ptx.load_shared_floats(
-                            place.exchange + lane * 8, 4 * (w * plan.columns + COLUMNS * n), 2
-                        )
+                        ptx.load_shared_floats(place.exchange + lane * 8, 4 * (w * plan.columns + COLUMNS * n), 2)
                         for w in range(plan.team_warps)
                     ]
                     top = ptx.load_shared_floats(team.top, 4 * COLUMNS * n, 2)
@@ -681,8 +677,6 @@ class WideAttention:
                             weight = weight + parts[w][j]
                         row = mine + (n * COLUMNS + lane * 2 + j) * plan.row_bytes
                         ptx.store_shared(row, 4 * plan.head_dim, [top[j], weight])
-
-
 
 
 class Values:

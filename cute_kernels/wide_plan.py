@@ -7,7 +7,7 @@ Teams differ in their blocks, or, where ``warps_per_block`` is more than a team,
 
 from functools import cached_property
 
-from .layouts import BLOCK_TOKENS, LANES, TILE
+from .layouts import BLOCK_TOKENS, LANES
 from .plan import BARRIER_BYTES, SLOTS, SMEM_ALIGN, Plan
 
 GROUP_WARPS = 4  # of a warpgroup
@@ -39,14 +39,14 @@ class WidePlan(Plan):
         self.value_tiles_per_group = self.value_tiles // self.team_groups
         self.chunk = BLOCK_TOKENS  # tokens of a 16-bit unit
         self.states = self.block_groups
-        # warps that fold parameters, in turn (one would be the slowest of all); a stage is always the same one's, or one
-        # could be a phase of its barrier ahead
+        # warps that fold parameters, in turn (one would be the slowest of all); a stage is always the same one's, or
+        # one could be a phase of its barrier ahead
         self.folders = next(n for n in (3, 2, 1) if self.block_groups % n == 0)
         self.merge_floats = 40
         self.threads = LANES * (self.warps + AUXILIARY_WARPS)
         self.batch = 2  # k steps whose A registers are made before their wgmma are issued
-        # codes of the next k steps are loaded before the registers of these are made, where there are registers for them
-        self.ahead = self.columns * (3 - self.team_groups) <= 32
+        # codes of the next k steps are loaded before the registers of these are made, where registers allow
+        self.ahead = self.columns * (3 - self.team_groups) <= (64 if self.warps <= 8 else 32)
         # P is scaled per group of V; a group of less than an M tile's rows would need an operand per warp
         self.p_groups = self.v_groups
 
@@ -67,9 +67,10 @@ class WidePlan(Plan):
         groups = self.warps // GROUP_WARPS
         return self.start_registers * (groups + 1) - groups * self.consumer_registers
 
-    # shared memory: as in Plan, with the folded parameters of the stages behind the ring, one slot and, behind the barriers,
-    # ``exchange``: of each team a float per warp and column, then per column ``top`` and its last change; ``walk``; ``ready`` barriers per stage, ``free`` ones per team.
-    # The merge scratch also holds P while a piece is worked on: a row per query column has room for its P.
+    # shared memory: as in Plan, with the folded parameters of the stages behind the ring, one slot and, behind the
+    # barriers, those that say ``ready`` (per stage) and ``free`` (per team); ``exchange``: of each team a float per
+    # warp and column, then per column ``top`` and its last change; ``walk``. The merge scratch also holds P while a
+    # piece is worked on: a row per query column has room for its P.
 
     @cached_property
     def folded_at(self) -> int:

@@ -1,7 +1,7 @@
 """Query tiles as wgmma's B operand, prepared by the consumers when a piece begins.
 
-The slot holds, per split of the columns, Q^T in core matrices (warpgroup.py), then of each column the position behind the
-last key that it sees. Q * softmax scale * log2 e is divided by one power of two, so that fp16 loses no range of q.
+The slot holds, per split of the columns, Q^T in core matrices (warpgroup.py), then of each column the position behind
+the last key that it sees. Q * softmax scale * log2 e is divided by one power of two, so that fp16 loses no range of q.
 """
 
 import cutlass

@@ -10,7 +10,7 @@ from bitdecoding.cute_kernels import config as config_module
 from bitdecoding.cute_kernels import native
 from bitdecoding.cute_kernels.compile import MANIFEST_HEAD_DIMS, preset_specs
 from bitdecoding.cute_kernels.layouts import FORMAT_VERSION, GROUPS, block_format
-from bitdecoding.cute_kernels.plan import Plan
+from bitdecoding.cute_kernels.wide_plan import decode_plan
 
 from bitdecoding import PRESETS, InvalidArgument, KernelConfig, QuantSpec, UnsupportedConfig, preset
 
@@ -253,7 +253,7 @@ def test_for_problem_fits_every_arch(arch, head_dim, bits):
 
 @pytest.mark.parametrize(
     ("num_q_heads", "num_kv_heads", "q_len", "q_tile"),
-    [(8, 8, 1, 8), (32, 4, 1, 8), (36, 4, 1, 16), (32, 8, 3, 16), (64, 1, 1, 16)],
+    [(8, 8, 1, 8), (32, 4, 1, 8), (36, 4, 1, 16), (32, 8, 3, 16), (8, 1, 4, 32), (64, 1, 1, 64), (32, 8, 1024, 64)],
 )
 def test_for_problem_chooses_the_tile(num_q_heads, num_kv_heads, q_len, q_tile):
     config = KernelConfig.for_problem(
@@ -268,11 +268,43 @@ def test_for_problem_chooses_the_tile(num_q_heads, num_kv_heads, q_len, q_tile):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, NON_DEFAULT_CONFIG, {"head_dim": 256, "stages": 2, "num_warps": 8, "q_tile": 16}]
+    "fields",
+    [
+        {},
+        NON_DEFAULT_CONFIG,
+        {"head_dim": 256, "stages": 2, "num_warps": 8, "q_tile": 16},
+        {"mma": "wgmma", "q_tile": 32, "num_warps": 12, "stages": 3},
+        {"mma": "wgmma", "q_tile": 64, "num_warps": 16, "warps_per_block": 16, "stages": 3},
+        {
+            "mma": "wgmma",
+            "num_warps": 8,
+            "warps_per_block": 8,
+            "quant": QuantSpec(k_axis="token", k_group=64, v_group=64),
+        },
+        {"mma": "wgmma", "head_dim": 256, "quant": QuantSpec(k_axis="token", k_mean="block", v_symmetric=True)},
+        {"mma": "wgmma", "head_dim": 64, "quant": QuantSpec(k_group=32, k_mean="block", v_group=64)},
+    ],
 )
 def test_smem_bytes_is_what_the_kernel_plans(fields):
     config = KernelConfig(**fields)
-    assert config.smem_bytes() == Plan(config).smem_bytes
+    assert config.smem_bytes() == decode_plan(config).smem_bytes
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"arch": "sm100"}, UnsupportedConfig, "mma=wgmma: needs arch=sm90a, got sm100"),
+        ({"copy": "cp_async"}, UnsupportedConfig, "copy=cp_async"),
+        ({"head_dim": 96, "quant": QuantSpec(v_group=32)}, UnsupportedConfig, "head_dim=96"),
+        ({"quant": QuantSpec(v_group=32)}, UnsupportedConfig, "v_group=32: mma=wgmma has 64 and 128"),
+        ({"warps_per_block": 2}, InvalidArgument, "warps_per_block=2"),
+        ({"q_tile": 136}, InvalidArgument, "q_tile=136: allowed are the multiples of 8 up to 128"),
+        ({"q_tile": 24, "num_warps": 16, "warps_per_block": 16}, UnsupportedConfig, "q_tile=24"),
+    ],
+)
+def test_wgmma_is_checked(fields, error, message):
+    with pytest.raises(error, match=message):
+        KernelConfig(**({"mma": "wgmma"} | fields)).validate()
 
 
 def test_for_problem_rejects_head_counts():

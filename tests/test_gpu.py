@@ -62,6 +62,20 @@ def test_any_number_of_query_heads(group: int) -> None:
     check(case, random_q(2, 3, 3 * group, 128))
 
 
+@pytest.mark.parametrize("name", ["kv8", "kv4", "k4v2", "kv2", "kc4", "kc2"])
+@pytest.mark.parametrize(("group", "q_len"), [(16, 1), (5, 5), (8, 4), (7, 9), (4, 30), (1, 200)])
+def test_many_query_columns(name: str, group: int, q_len: int) -> None:
+    spec = bd.preset(name, head_dim=128)[0].for_kernel()
+    lengths = [(0, 0), (1, 0), (127, 1), (129, 3), (384, 150), (5000, 0), (0, 140)]
+    case = problem(lengths, spec, heads=2, head_dim=128, num_sink=3 * (q_len % 2), offset=0.0)
+    check(case, random_q(len(lengths), q_len, 2 * group, 128), slack=1.5)
+
+
+def test_a_chunk_of_a_prompt_over_a_quantised_prefix() -> None:
+    case = problem([(4096, 160)], KV4, heads=2, head_dim=128, offset=0.0)
+    check(case, random_q(1, 160, 8, 128))
+
+
 @pytest.mark.parametrize("window", [None, 1, 130, 300, 5000])
 @pytest.mark.parametrize("q_len", [1, 2, 9, 200])
 def test_causal_queries_and_windows(window: int | None, q_len: int) -> None:
