@@ -60,10 +60,10 @@ class DecodeKernel:
             for stage in range_constexpr(self.plan.stages):
                 ptx.mbarrier_init(smem + (self.plan.full_at + BARRIER_BYTES * stage), 1 if self.plan.bulk else LANES)
                 ptx.mbarrier_init(smem + (self.plan.empty_at + BARRIER_BYTES * stage), self.plan.warps_per_block)
-            ptx.mbarrier_init(smem + self.plan.merge_full_at, self.plan.warps)
-            ptx.mbarrier_init(smem + self.plan.merge_empty_at, MERGE_WARPS)
+            ptx.mbarrier_init(smem + self.plan.merge_full_at, self.plan.warps * LANES)
+            ptx.mbarrier_init(smem + self.plan.merge_empty_at, MERGE_WARPS * LANES)
             for slot in range_constexpr(SLOTS):
-                ptx.mbarrier_init(smem + (self.plan.slot_full_at + BARRIER_BYTES * slot), MERGE_WARPS)
+                ptx.mbarrier_init(smem + (self.plan.slot_full_at + BARRIER_BYTES * slot), MERGE_WARPS * LANES)
             if cutlass.const_expr(self.plan.bulk):
                 ptx.fence_mbarrier_init()
         cute.arch.sync_threads()  # the barriers are initialised
@@ -187,9 +187,7 @@ class DecodeKernel:
             if piece.is_last == 1:
                 ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
             else:
-                cute.arch.sync_warp()
-                if lane == 0:
-                    ptx.mbarrier_arrive(smem + plan.merge_full_at)
+                ptx.mbarrier_arrive(smem + plan.merge_full_at)
             is_last = piece.is_last
             done += 1
         return (done - 1) % SLOTS

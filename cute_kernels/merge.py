@@ -58,9 +58,7 @@ class Merge:
                     self.store_piece(p, self.slot(smem, other), helper, lane, (at, end, seq, shares))
                 head, first_row = self.schedule.tile(p, at)
                 self.queries.prepare(p, self.slot(smem, other), helper, lane, at.b, head, first_row, seq.length)
-                cute.arch.sync_warp()
-                if lane == 0:
-                    ptx.mbarrier_arrive(smem + self.plan.slot_full_at + other * BARRIER_BYTES)
+                ptx.mbarrier_arrive(smem + self.plan.slot_full_at + other * BARRIER_BYTES)
                 if filled == 1:
                     ptx.mbarrier_wait(smem + self.plan.merge_full_at, parity, self.plan.wait)
                     parity = parity ^ 1
@@ -72,9 +70,7 @@ class Merge:
                 piece = load_piece(self.slot(smem, slot) + self.plan.piece_offset)
                 self.merge(p, smem, member, team, lane, piece)
                 if helper >= 0:
-                    cute.arch.sync_warp()
-                    if lane == 0:
-                        ptx.mbarrier_arrive(smem + self.plan.merge_empty_at)
+                    ptx.mbarrier_arrive(smem + self.plan.merge_empty_at)
             filled = Int32(1)
             slot = slot ^ 1
             if more == 1:
