@@ -532,8 +532,8 @@ def test_endless_loops_end():
 
 
 def test_unknown_things_are_named():
-    with pytest.raises(UnknownInstruction, match=r"line 9: wgmma"):
-        run_words("wgmma.fence.sync.aligned; ret;", np.zeros(1, np.uint32))
+    with pytest.raises(UnknownInstruction, match=r"line 9: tcgen05"):
+        run_words("tcgen05.wait::ld.sync.aligned; ret;", np.zeros(1, np.uint32))
     with pytest.raises(UnknownInstruction, match=r"modifier .rz"):
         run_words("add.rz.f32 %r1, %r2, %r3; ret;", np.zeros(1, np.uint32))
     with pytest.raises(PtxError, match="no label"):
