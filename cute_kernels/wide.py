@@ -110,7 +110,7 @@ class WideKernel(DecodeKernel):
     def next_piece(self, p: Params, smem: Int32, lane: Int32):
         """Overwrite the Piece by the one that follows it."""
         words = [ptx.load_shared(smem + self.plan.walk_at, 16 * i, 4) for i in range(3)]
-        at, end, shares = Place(*words[0], words[1][0]), words[1][1], Shares(*words[1][2:], words[2][0])
+        at, end, shares = Place(*words[0], words[1][0]), words[1][1], Shares(*words[1][2:], *words[2][:3])
         seq = self.schedule.sequence(p, at.b)
         at = self.schedule.next_piece(p, at, seq.units, self.schedule.count(at, end, seq))
         cute.arch.sync_warp()  # all lanes have read the walk
@@ -124,7 +124,7 @@ class WideKernel(DecodeKernel):
             )
             ptx.store_shared(smem + self.plan.walk_at, 0, list(at[:4]))
             ptx.store_shared(smem + self.plan.walk_at, 16, [at[4], end, *shares[:2]])
-            ptx.store_shared(smem + self.plan.walk_at, 32, [shares[2]] * 4)
+            ptx.store_shared(smem + self.plan.walk_at, 32, [*shares[2:], Int32(0)])
         cute.arch.sync_warp()
 
     @cute.jit
