@@ -104,7 +104,9 @@ class WideKernel(DecodeKernel):
         at, end, seq, shares, _ = self.schedule.begin(p, lane, lambda *share: None, lambda *place: Int32(0))
         self.write_piece(p, smem, lane, at, end, seq, shares)
         if lane == 0:
-            store_piece(smem + self.plan.first_piece_at, load_piece(smem + (self.plan.slots_at + self.plan.piece_offset)))
+            store_piece(
+                smem + self.plan.first_piece_at, load_piece(smem + (self.plan.slots_at + self.plan.piece_offset))
+            )
 
     @cute.jit
     def next_piece(self, p: Params, smem: Int32, lane: Int32):
