@@ -20,10 +20,10 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 from cutlass.cute.runtime import make_ptr
 
 from . import ptx
-from .append_plan import JOB_BYTES, ROW_LANES, SMEM_ALIGN, VECTOR, AppendPlan
+from .append_plan import COUNTER_BYTES, JOB_BYTES, ROW_LANES, SMEM_ALIGN, VECTOR, AppendPlan
 from .encode import Encoder
 from .layouts import BLOCK_TOKENS, HALF_BITS, LANES
-from .queries import hadamard_lanes, hadamard_registers
+from .queries import floats, hadamard_lanes, hadamard_registers
 
 WARP_ROWS = LANES // ROW_LANES
 # 16-bit patterns: the limit of values (32768, as in quantization.py), infinity, and 1024, so small that rotating up to
@@ -74,12 +74,21 @@ class Params(NamedTuple):
     pack_all: Int32  # 1: quantise
 
 
+class Item(NamedTuple):
+    """Which part of the work an item is."""
+
+    b: Int32
+    head: Int32
+    operand: Int32  # 0: K, 1: V
+    share: Int32
+
+
 class Job(NamedTuple):
     """What there is to do for an item. The old tail, then the new tokens that do not go to sinks, are the *stream*."""
 
     b: Int32
     head: Int32
-    operand: Int32  # 0: K, 1: V
+    operand: Int32
     start: Int32  # row of the sequence's first new token, with cu_seqlens
     sinks: Int32  # tokens in the sinks before
     to_sink: Int32  # new tokens that go there
@@ -90,9 +99,12 @@ class Job(NamedTuple):
     first: Int32  # blocks of this item: first .. end - 1
     end: Int32
     copies: Int32  # 16-bit tokens that this item copies
-    length: Int32  # of the sequence, afterwards
-    failed: Int32  # 1: there is no page for one of the blocks, so nothing is done
+    length: Int32  # of the sequence, afterwards; -1: there is no page for one of the blocks, so nothing is done
+    todo: Int32  # 1: for all warps; 0: no block, and no more copies than a warp makes at once
     unused: Int32
+
+
+TODO_AT = 4 * Job._fields.index("todo")
 
 
 class AppendKernel:
@@ -118,122 +130,189 @@ class AppendKernel:
         warp = cute.arch.make_warp_uniform(thread // LANES)
         lane = thread % LANES
         smem = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=SMEM_ALIGN).toint()
+        jobs = smem + self.plan.jobs_at
         if cutlass.const_expr(self.plan.programmatic):
             ptx.start_next_kernel()
-            ptx.wait_for_previous_kernel()
+        # lane w knows item w of the CTA, and its warp w the same
         items = p.batch * p.num_kv_heads * p.items * OPERANDS
-        grid = cute.arch.grid_dim()[0]
-        x = cute.arch.block_idx()[0] + warp * grid
-        jobs = smem + self.plan.jobs_at
-        if x < items:
-            self.begin(p, jobs + warp * JOB_BYTES, x, lane)
+        x = cute.arch.block_idx()[0] + lane % self.plan.warps * cute.arch.grid_dim()[0]
+        exists = (lane < self.plan.warps) & (x < items)
+        item = self.item(p, cutlass.min(x, items - 1))
+        own = Item(*[ptx.shuffle(value, warp) for value in item])
+        if cutlass.const_expr(self.plan.programmatic):
+            ptx.wait_for_previous_kernel()
+
+        before = Int32(-1)
+        row = self.first_row(p, own, lane)
+        if warp == 0:
+            before = self.begin(p, jobs, item, exists, lane)
         cute.arch.sync_threads()
-        w = Int32(0)
-        x = cute.arch.block_idx()[0]
-        while (w < self.plan.warps) & (x < items):
+        job = load_job(jobs + warp * JOB_BYTES)
+        if (job.todo == 0) & (job.copies > 0):
+            self.keep(p, job, lane // ROW_LANES, lane // ROW_LANES < job.copies, row, lane)
+        if (warp == 0) & (before >= 0):
+            self.advance(p, jobs, before, lane)
+
+        todo = (lane < self.plan.warps) & (ptx.load_shared(jobs + lane % self.plan.warps * JOB_BYTES, TODO_AT, 1)[0] == 1)
+        w = ptx.first_lane(todo)
+        while w >= 0:
+            after = ptx.first_lane(todo & (lane > w))
             at = jobs + w * JOB_BYTES
             job = load_job(at)
-            if (p.pack_all == 0) & (warp == self.plan.warps - 1 - w):  # a warp that has less to do than warp w
-                self.arrive(p, job, lane)
             block, end = job.first, job.end
             while block < end:
-                self.pack(p, smem, warp, lane, load_job(at), block)
+                ahead, ahead_at = block + 1, at
+                if ahead == end:
+                    ahead, ahead_at = Int32(-1), jobs + cutlass.max(after, 0) * JOB_BYTES
+                ahead_at = cutlass.select_((ahead < 0) & (after < 0), Int32(0), ahead_at)
+                self.pack(p, smem, warp, lane, load_job(at), block, ahead_at, ahead)
                 block += 1
-            job = load_job(at)  # again, rather than in registers all the while
-            # the tokens of an item without blocks are one warp's: they may be few, and other warps have their items
-            share, shares = warp, Int32(self.plan.warps)
-            if job.blocks == 0:
-                share, shares = cutlass.select_(warp == w, Int32(0), job.copies), Int32(1)
-            self.copy(p, share, shares, lane, job)
+            self.copy(p, warp, lane, load_job(at))  # again, rather than in registers all the while
             cute.arch.sync_warp()
-            w += 1
-            x += grid
+            w = after
 
     # -- what there is to do -----------------------------------------------------------------------------------
 
-    @cute.jit
-    def begin(self, p: Params, address: Int32, x: Int32, lane: Int32):
-        """Find out the Job of item x and leave it in shared memory."""
-        head = x % p.num_kv_heads
-        operand = x // p.num_kv_heads % OPERANDS
-        item = x // (p.num_kv_heads * OPERANDS) % p.items
-        b = x // (p.num_kv_heads * OPERANDS * p.items)
+    def item(self, p: Params, x: Int32) -> Item:
+        """Item x. Those of a CTA that appends are half K and half V, and of different sequences."""
+        heads = p.num_kv_heads * p.items
+        turn = cutlass.select_(p.pack_all == 1, p.num_kv_heads, p.batch * heads)  # items of K, then as many of V
+        round = x // turn
+        operand = round % OPERANDS
+        y = round // OPERANDS * turn + x - round * turn
+        share = y // p.num_kv_heads
+        b = share // p.items
+        head, share = y - share * p.num_kv_heads, share - b * p.items
+        b += operand * (p.batch // 2)
+        return Item(cutlass.select_(b < p.batch, b, b - p.batch), head, operand, share)
 
-        start = Int32(0)
-        new = p.new_tokens
+    @cute.jit
+    def new_tokens(self, p: Params, b: Int32):
+        """Row of the first new token of a sequence, with cu_seqlens, and how many there are."""
+        start, count = Int32(0), p.new_tokens
         if p.cu_seqlens.toint() != 0:
             at = p.cu_seqlens.toint() + Int64(b) * 4
             start = ptx.load_global(at)[0]
-            new = ptx.load_global(at, offset=4)[0] - start
-        if p.lengths.toint() != 0:
-            new = ptx.load_global(p.lengths.toint() + Int64(b) * 4)[0]
-        new = cutlass.max(cutlass.min(new, p.new_tokens), 0)
-        if p.pack_all == 1:
-            blocks = (new + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-            end = cutlass.min(item + 1, blocks)
-            if item < blocks:
-                if self.page(p, b, item) < 0:
-                    end = item
-            zero = Int32(0)
-            job = Job(b, head, operand, start, zero, zero, zero, new, blocks, zero, item, end, zero, zero, zero, zero)
-            if lane == 0:
-                store_job(address, job)
-        else:
-            self.begin_append(p, address, b, head, operand, item, start, new, lane)
+            count = cutlass.min(ptx.load_global(at, offset=4)[0] - start, count)
+        return start, count
 
     @cute.jit
-    def begin_append(
-        self, p: Params, address: Int32, b: Int32, head: Int32, operand: Int32, item: Int32, start: Int32, new: Int32,
-        lane: Int32,
-    ):  # fmt: skip
-        """:meth:`begin` of an append of ``new`` tokens."""
-        length, packed = (ptx.load_global(x.toint() + Int64(b) * 4, cache="cg")[0] for x in (p.seqlens, p.packed_lens))
+    def first_row(self, p: Params, item: Item, lane: Int32):
+        """The lane's vectors of the first rows of new tokens, which nearly always are what there is to copy: loaded
+        before the lengths are known.
+        """
+        row = [[Int32(0)] * 4 for _ in range(self.plan.vectors)]
+        if (p.pack_all == 0) & (item.share == 0):
+            start, count = self.new_tokens(p, item.b)
+            if lane // ROW_LANES < count:
+                source = self.new_row(p, item, start + lane // ROW_LANES) + Int64(lane % ROW_LANES * VECTOR)
+                row = [ptx.load_global(source, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)]
+        return row
+
+    @cute.jit
+    def begin(self, p: Params, jobs: Int32, item: Item, exists: Boolean, lane: Int32):
+        """Find out the Jobs of the CTA's items, lane w that of item w, and leave them in shared memory. Appending, count
+        the items as arrived -> the count before; -1: no item.
+        """
+        b, head, operand, share = item
+        zero = Int32(0)
+        before = Int32(-1)
+        if p.pack_all == 1:
+            start, new = self.new_tokens(p, b)
+            blocks = (new + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+            end = cutlass.min(share + 1, blocks)
+            if share < blocks:
+                if self.page(p, b, share) < 0:
+                    end = share
+            todo = cutlass.select_(exists & (share < end), Int32(1), zero)
+            job = Job(b, head, operand, start, zero, zero, zero, new, blocks, zero, share, end, zero, zero, todo, zero)
+            if lane < self.plan.warps:
+                store_job(jobs + lane * JOB_BYTES, job)
+        else:
+            before = self.begin_append(p, jobs, item, exists, lane)
+        return before
+
+    @cute.jit
+    def begin_append(self, p: Params, jobs: Int32, item: Item, exists: Boolean, lane: Int32):
+        """:meth:`begin` of an append."""
+        b, head, operand, share = item
+        at = Int64(b) * 4
+        counts = cutlass.select_(p.lengths.toint() != 0, p.lengths.toint(), p.seqlens.toint())
+        length, packed, count = (
+            ptx.load_relaxed(x + at) for x in (p.seqlens.toint(), p.packed_lens.toint(), counts)
+        )
+        start, new = self.new_tokens(p, b)
+        new = cutlass.select_(p.lengths.toint() != 0, cutlass.min(count, new), new)
+        new = cutlass.max(new, 0)
         sinks = cutlass.min(length, p.num_sink)
         old = length - sinks - packed
         to_sink = cutlass.min(new, p.num_sink - sinks)
         total = old + new - to_sink
         blocks = cutlass.max(total - p.recent, 0) // BLOCK_TOKENS
         column = packed // BLOCK_TOKENS
-        failed = Boolean(False)
-        i = lane
-        while i - lane < blocks:
-            missing = Int32(0)
-            if i < blocks:
-                missing = cutlass.select_(self.page(p, b, column + i) < 0, Int32(1), Int32(0))
-            failed = failed | ptx.any_lane(missing == 1)
-            i += LANES
-        if failed:
+        failed = self.failed(p, b, column, blocks, lane)
+        if failed == 1:
             new, blocks, to_sink, total = Int32(0), Int32(0), Int32(0), old
+
+        # The value added depends on what was read, so an item does not count before it has read.
+        before = Int32(-1)
+        if exists:
+            before = ptx.atomic_add(self.counter(p, b), failed + 1, "relaxed")
 
         in_tail = (old + BLOCK_TOKENS - 1) // BLOCK_TOKENS  # blocks that begin in the tail
         first, end = Int32(0), cutlass.min(in_tail, blocks)
         copies = to_sink + total - cutlass.select_(blocks > 0, blocks * BLOCK_TOKENS, old)
-        if item > 0:
-            first = in_tail + item - 1
+        if share > 0:
+            first = in_tail + share - 1
             end = cutlass.min(first + 1, blocks)
             copies = Int32(0)
+        copies = cutlass.select_(exists, copies, Int32(0))
+        todo = exists & ((first < end) | ((blocks > 0) & (copies > 0)) | (copies > WARP_ROWS))
         job = Job(
-            b, head, operand, start, sinks, to_sink, old, total, blocks, column, first, end, copies, length + new,
-            cutlass.select_(failed, Int32(1), Int32(0)), Int32(0),
+            b, head, operand, start, sinks, to_sink, old, total, blocks, column, first, end, copies,
+            cutlass.select_(failed == 1, Int32(-1), length + new), cutlass.select_(todo, Int32(1), Int32(0)), Int32(0),
         )  # fmt: skip
-        if lane == 0:
-            store_job(address, job)
+        if lane < self.plan.warps:
+            store_job(jobs + lane * JOB_BYTES, job)
+        return before
 
     @cute.jit
-    def arrive(self, p: Params, job: Job, lane: Int32):
-        """Count an item whose warp has read the lengths; the last of a sequence advances them."""
-        if lane == 0:
-            counter = p.workspace.toint() + Int64(job.b) * 4
-            if ptx.atomic_add(counter, Int32(1)) == p.num_kv_heads * p.items * OPERANDS - 1:
-                ptx.store_global(counter, [Int32(0)])  # ready for the next launch
-                if job.failed == 1:
-                    if p.status.toint() != 0:
-                        ptx.atomic_max(p.status.toint(), job.b + 1)
-                else:
-                    ptx.store_global(p.seqlens.toint() + Int64(job.b) * 4, [job.length])
-                    ptx.store_global(
-                        p.packed_lens.toint() + Int64(job.b) * 4, [(job.column + job.blocks) * BLOCK_TOKENS]
-                    )
+    def failed(self, p: Params, b: Int32, column: Int32, blocks: Int32, lane: Int32):
+        """1: one of the blocks of the lane's item has no page."""
+        failed = Int32(0)
+        if ptx.any_lane(blocks > 0):  # all lanes look at one item's after another
+            for w in cutlass.range(self.plan.warps, unroll=1):
+                its_b, its_column, its_blocks = (ptx.shuffle(x, w) for x in (b, column, blocks))
+                i = lane
+                while i - lane < its_blocks:
+                    missing = Int32(0)
+                    if i < its_blocks:
+                        missing = cutlass.select_(self.page(p, its_b, its_column + i) < 0, Int32(1), Int32(0))
+                    if ptx.any_lane(missing == 1):
+                        failed = cutlass.select_(lane == w, Int32(1), failed)
+                    i += LANES
+        return failed
+
+    def counter(self, p: Params, b: Int32) -> Int64:
+        """Where the items of a sequence are counted."""
+        return p.workspace.toint() + Int64(b) * COUNTER_BYTES
+
+    @cute.jit
+    def advance(self, p: Params, jobs: Int32, before: Int32, lane: Int32):
+        """The last item of a sequence to count advances its lengths: all have read them."""
+        job = load_job(jobs + lane * JOB_BYTES)
+        others = p.num_kv_heads * p.items * OPERANDS - 1
+        if job.length < 0:
+            others = 2 * others
+        if before == others:
+            ptx.store_relaxed(self.counter(p, job.b), Int32(0))  # ready for the next launch
+            if job.length < 0:
+                if p.status.toint() != 0:
+                    ptx.atomic_max(p.status.toint(), job.b + 1)
+            else:
+                at = Int64(job.b) * 4
+                ptx.store_relaxed(p.seqlens.toint() + at, job.length)
+                ptx.store_relaxed(p.packed_lens.toint() + at, (job.column + job.blocks) * BLOCK_TOKENS)
 
     @cute.jit
     def page(self, p: Params, b: Int32, column: Int32):
@@ -247,17 +326,17 @@ class AppendKernel:
 
     # -- rows --------------------------------------------------------------------------------------------------
 
-    def of_operand(self, job: Job, k, v):
-        return cutlass.select_(job.operand == 0, k, v)
+    def of_operand(self, item, k, v):
+        return cutlass.select_(item.operand == 0, k, v)
 
     def rotates(self, p: Params, job: Job):
         return self.of_operand(job, p.rotate_k, p.rotate_v) == 1
 
-    def new_row(self, p: Params, job: Job, token: Int32) -> Int64:
-        """Address of a new token's row."""
-        base = self.of_operand(job, p.k_new.toint(), p.v_new.toint()) + Int64(job.head) * p.new_head_stride
+    def new_row(self, p: Params, item, token: Int32) -> Int64:
+        """Address of a new token's row of an Item or Job; token: from cu_seqlens' row on."""
+        base = self.of_operand(item, p.k_new.toint(), p.v_new.toint()) + Int64(item.head) * p.new_head_stride
         batch_stride = cutlass.select_(p.cu_seqlens.toint() != 0, Int64(0), p.new_batch_stride)
-        return base + Int64(job.b) * batch_stride + Int64(job.start + token) * p.new_token_stride
+        return base + Int64(item.b) * batch_stride + Int64(token) * p.new_token_stride
 
     def kept_row(self, p: Params, job: Job, k: cute.Pointer, v: cute.Pointer, capacity: Int32, token: Int32) -> Int64:
         """Address of a row of tail or sinks."""
@@ -269,62 +348,70 @@ class AppendKernel:
 
     def stream_row(self, p: Params, job: Job, token: Int32) -> Int64:
         """Address of a token of the stream."""
-        new = self.new_row(p, job, job.to_sink + token - job.old)
+        new = self.new_row(p, job, job.start + job.to_sink + token - job.old)
         return cutlass.select_(token < job.old, self.tail_row(p, job, token), new)
 
     @cute.jit
-    def copy(self, p: Params, share: Int32, shares: Int32, lane: Int32, job: Job):
+    def copy(self, p: Params, warp: Int32, lane: Int32, job: Job):
         """Copy the item's 16-bit tokens: to the sinks, then those of the stream that stay to where they belong."""
-        stay = cutlass.select_(job.blocks > 0, job.blocks * BLOCK_TOKENS, job.old)  # the first that stays
-        rotates = self.rotates(p, job)
         part = Int64((lane % ROW_LANES) * VECTOR)
-        first = share * WARP_ROWS
+        first = warp * WARP_ROWS
         while first < job.copies:
             i = first + lane // ROW_LANES
             inside = i < job.copies
             i = cutlass.min(i, job.copies - 1)
-            token = stay + i - job.to_sink
-            is_new = token >= job.old
-            source, target = self.stream_row(p, job, token), self.tail_row(p, job, token - job.blocks * BLOCK_TOKENS)
+            source = self.stream_row(p, job, self.kept_token(job, i))
             if i < job.to_sink:
-                is_new = Boolean(True)
-                source = self.new_row(p, job, i)
-                target = self.kept_row(p, job, p.sink_k, p.sink_v, p.num_sink, job.sinks + i)
-            step = ROW_LANES * VECTOR
-            row = [ptx.load_global(source + part, 4, step * j, cache="cg") for j in range(self.plan.vectors)]
-            if inside:
-                for j in range_constexpr(self.plan.vectors):
-                    ptx.store_global(target + part, row[j], step * j)
-            if rotates:  # new rows are written again, by the same threads
-                row = self.rotated(p, row, lane)
-                if inside & is_new:
-                    for j in range_constexpr(self.plan.vectors):
-                        ptx.store_global(target + part, row[j], step * j)
-            first += shares * WARP_ROWS
+                source = self.new_row(p, job, job.start + i)
+            row = [ptx.load_global(source + part, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)]
+            self.keep(p, job, i, inside, row, lane)
+            first += self.plan.warps * WARP_ROWS
+
+    def kept_token(self, job: Job, i: Int32) -> Int32:
+        """Of the stream, that copy i is of; negative: to the sinks."""
+        return cutlass.select_(job.blocks > 0, job.blocks * BLOCK_TOKENS, job.old) + i - job.to_sink
 
     @cute.jit
-    def rotated(self, p: Params, row: list, lane: Int32):
-        """A lane's vectors of a row, through the Hadamard transform as in quantization.rotate."""
+    def keep(self, p: Params, job: Job, i: Int32, inside: Boolean, row: list, lane: Int32):
+        """Store the lane's vectors of copy i, if it is one: a new row after rotation."""
+        token = self.kept_token(job, i)
+        target = self.tail_row(p, job, token - job.blocks * BLOCK_TOKENS)
+        is_new = token >= job.old
+        if i < job.to_sink:
+            is_new = Boolean(True)
+            target = self.kept_row(p, job, p.sink_k, p.sink_v, p.num_sink, job.sinks + i)
+        target += Int64(lane % ROW_LANES * VECTOR)
+        if self.rotates(p, job):  # all lanes: they exchange values
+            rotated = self.rotated(p, row, lane, [1, 2])
+            row = [
+                [cutlass.select_(is_new, new, old) for new, old in zip(*both, strict=True)]
+                for both in zip(rotated, row, strict=True)
+            ]
+        if inside:
+            for j in range_constexpr(self.plan.vectors):
+                ptx.store_global(target, row[j], ROW_LANES * VECTOR * j)
+
+    @cute.jit
+    def rotated(self, p: Params, row: list, lane: Int32, masks: list):
+        """A lane's vectors of a row, through the Hadamard transform as in quantization.rotate. masks: of the lane's bits
+        that say which four it has.
+        """
         careful = self.any_beyond(p, row, HALF_SMALL, BFLOAT_SMALL)  # else no limit is reached
         if careful:
             row = self.conditioned(p, row)
+        x = floats(p, [register for vector in row for register in vector])
+        x = hadamard_registers(x, 8)  # strides within a vector
+        x = hadamard_lanes(x, masks, lane)  # strides 8 and 16
+        x = hadamard_registers(x, self.plan.hadamard // ROW_LANES, first=8)
+        x = [ptx.multiply(value, Float32(self.plan.hadamard**-0.5)) for value in x]
         rotated = row
         if p.bfloat16 == 1:
-            rotated = self.transformed(row, lane, bfloat2_values, ptx.to_bfloat2)
+            rotated = vectors_of(x, ptx.to_bfloat2)
         else:
-            rotated = self.transformed(row, lane, half2_values, ptx.to_half2)
+            rotated = vectors_of(x, ptx.to_half2)
         if careful:  # rounding beyond the limit, even to infinity, and limiting commute
             rotated = self.conditioned(p, rotated)
         return rotated
-
-    def transformed(self, row: list, lane: Int32, values_of, pair_of) -> list:
-        x = values_of([register for vector in row for register in vector])
-        x = hadamard_registers(x, 8)  # strides within a vector
-        x = hadamard_lanes(x, [1, 2], lane)  # strides 8 and 16
-        x = hadamard_registers(x, self.plan.hadamard // ROW_LANES, first=8)
-        x = [ptx.multiply(value, Float32(self.plan.hadamard**-0.5)) for value in x]
-        registers = [pair_of(*x[i : i + 2]) for i in range(0, len(x), 2)]
-        return [registers[i : i + 4] for i in range(0, len(registers), 4)]
 
     @cute.jit
     def conditioned(self, p: Params, row: list):
@@ -360,12 +447,18 @@ class AppendKernel:
     # -- packing -----------------------------------------------------------------------------------------------
 
     @cute.jit
-    def pack(self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, block: Int32):
-        """Pack a block of the stream."""
+    def pack(
+        self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, block: Int32, ahead_at: Int32, ahead: Int32
+    ):
+        """Pack a block of the stream, and meanwhile bring the rows of another into L2; see :meth:`prefetch`."""
         page = self.page(p, job.b, job.column + block)
         target = p.pages.toint() + Int64(page) * p.page_stride + Int64(job.head) * p.head_stride
         first = block * BLOCK_TOKENS
         self.stage(p, smem, warp, lane, job, first)
+        if cutlass.const_expr(self.plan.programmatic):
+            if ahead_at != 0:
+                self.prefetch(p, warp * LANES + lane, load_job(ahead_at), ahead)
+        self.condition(p, smem, warp, lane, job, first)
         cute.arch.sync_warp()  # conditioning is a loop of single lanes
         cute.arch.sync_threads()
         count = cutlass.min(job.total - first, BLOCK_TOKENS)
@@ -376,9 +469,16 @@ class AppendKernel:
         cute.arch.sync_threads()
 
     @cute.jit
+    def prefetch(self, p: Params, row: Int32, job: Job, block: Int32):
+        """Bring a row of a block of this item (-1: its first) into L2."""
+        block = cutlass.select_(block < 0, job.first, block)
+        if block < job.end:
+            token = cutlass.min(block * BLOCK_TOKENS + row, job.total - 1)
+            ptx.prefetch(self.stream_row(p, job, token), 2 * self.plan.head_dim)
+
+    @cute.jit
     def stage(self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, first: Int32):
-        """128 rows of the stream to shared memory, conditioned, new ones rotated; the last one again beyond the end."""
-        step = ROW_LANES * VECTOR
+        """Start copying 128 rows of the stream to shared memory; the last one again beyond the end."""
         own = warp * WARP_ROWS + lane // ROW_LANES  # row of the thread, and every 32nd from it on
         rows = smem + own * self.plan.row_bytes + lane % ROW_LANES * VECTOR
         part = Int64((lane % ROW_LANES) * VECTOR)
@@ -387,14 +487,25 @@ class AppendKernel:
             token = cutlass.min(first + own + i * rows_at_once, job.total - 1)
             source = self.stream_row(p, job, token) + part
             for j in range_constexpr(self.plan.vectors):
-                ptx.copy16(rows + i * rows_at_once * self.plan.row_bytes, source, step * j)
+                ptx.copy16(rows + i * rows_at_once * self.plan.row_bytes, source, ROW_LANES * VECTOR * j)
+
+    @cute.jit
+    def condition(self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, first: Int32):
+        """Once the rows are there, condition them, rotate new ones. A warp has the rows that it copied, a lane every
+        fourth vector of row lane % 8, so that eight lanes use all banks.
+        """
         ptx.wait_for_copies()
+        cute.arch.sync_warp()
+        own = warp * WARP_ROWS + lane % WARP_ROWS
+        rows = smem + own * self.plan.row_bytes + lane // WARP_ROWS * VECTOR
+        step = ROW_LANES * VECTOR
+        rows_at_once = self.plan.warps * WARP_ROWS
         rotates = self.rotates(p, job)
         for i in cutlass.range(BLOCK_TOKENS // rows_at_once, unroll=1):
             at = rows + i * (rows_at_once * self.plan.row_bytes)
             row = [ptx.load_shared(at, step * j, 4) for j in range(self.plan.vectors)]
             if rotates:  # the old tail's rows are rotated already, and so within the limit
-                rotated = self.rotated(p, row, lane)
+                rotated = self.rotated(p, row, lane, [WARP_ROWS, 2 * WARP_ROWS])
                 if cutlass.min(first + own + i * rows_at_once, job.total - 1) >= job.old:
                     for j in range_constexpr(self.plan.vectors):
                         ptx.store_shared(at, step * j, rotated[j])
@@ -405,13 +516,10 @@ class AppendKernel:
                         ptx.store_shared(at, step * j, row[j])
 
 
-def half2_values(registers: list) -> list:
-    """Registers of two fp16 as fp32, in order."""
-    return [x for register in registers for x in ptx.half2_floats(register)]
-
-
-def bfloat2_values(registers: list) -> list:
-    return [x for register in registers for x in ptx.bfloat2_floats(register)]
+def vectors_of(x: list, pair_of) -> list:
+    """fp32 values as vectors of 16 bit."""
+    registers = [pair_of(*x[i : i + 2]) for i in range(0, len(x), 2)]
+    return [registers[i : i + 4] for i in range(0, len(registers), 4)]
 
 
 def conditioned_pair(x: Int32, limit: Int32, infinity: Int32) -> Int32:

@@ -246,10 +246,20 @@ def store_global(address: Int64, values: list, offset: int = 0) -> None:
     asm(f"st.global{vector}.{kind} [{{$r0}}+{offset}], {operand};", read_only_args=[address, *values])
 
 
-def atomic_add(address: Int64, value: Int32) -> Int32:
-    """Device-wide, acquire and release; returns the old value."""
+def load_relaxed(address: Int64) -> Int32:
+    """4 bytes that other threads of the device may be writing."""
+    return asm("ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
+
+
+def store_relaxed(address: Int64, value: Int32) -> None:
+    """4 bytes that other threads of the device may be reading."""
+    asm("st.relaxed.gpu.global.b32 [{$r0}], {$r1};", read_only_args=[address, value])
+
+
+def atomic_add(address: Int64, value: Int32, order: str = "acq_rel") -> Int32:
+    """Device-wide; returns the old value. order: "acq_rel", or "relaxed", which orders no other access."""
     return asm(
-        "atom.acq_rel.gpu.global.add.u32 {$w0}, [{$r0}], {$r1};",
+        f"atom.{order}.gpu.global.add.u32 {{$w0}}, [{{$r0}}], {{$r1}};",
         write_only_types=[Int32],
         read_only_args=[address, value],
     )
