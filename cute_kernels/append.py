@@ -33,6 +33,7 @@ BFLOAT_LIMIT, BFLOAT_INFINITY, BFLOAT_SMALL = 0x4700, 0x7F80, 0x4480
 HALF2_ABS = 0x7FFF7FFF
 HALF2_SIGNS = -0x7FFF8000  # 0x80008000
 OPERANDS = 2  # K and V
+BLOCK_SHIFT = BLOCK_TOKENS.bit_length() - 1
 
 
 class Params(NamedTuple):
@@ -139,13 +140,18 @@ class AppendKernel:
         exists = (lane < self.plan.warps) & (x < items)
         item = self.item(p, cutlass.min(x, items - 1))
         own = Item(*[ptx.shuffle(value, warp) for value in item])
+        row_at = self.new_row(p, own, lane // ROW_LANES) + Int64(lane % ROW_LANES * VECTOR)
+        lengths_at = self.lengths_at(p, item.b)
         if cutlass.const_expr(self.plan.programmatic):
-            ptx.wait_for_previous_kernel()
+            known = own.b
+            for address in (row_at, *lengths_at):
+                known = known | Int32(address) & 0x7FFFFFFF
+            ptx.wait_for_previous_kernel(known)
 
         before = Int32(-1)
-        row = self.first_row(p, own, lane)
+        row = self.first_row(p, own, row_at, lane)
         if warp == 0:
-            before = self.begin(p, jobs, item, exists, lane)
+            before = self.begin(p, jobs, item, exists, lengths_at, lane)
         cute.arch.sync_threads()
         job = load_job(jobs + warp * JOB_BYTES)
         if (job.todo == 0) & (job.copies > 0):
@@ -196,21 +202,26 @@ class AppendKernel:
             count = cutlass.min(ptx.load_global(at, offset=4)[0] - start, count)
         return start, count
 
+    def lengths_at(self, p: Params, b: Int32) -> list:
+        """Addresses of seqlens, packed_lens and lengths (if there are none, of seqlens) of a sequence."""
+        counts = cutlass.select_(p.lengths.toint() != 0, p.lengths.toint(), p.seqlens.toint())
+        return [x + Int64(b) * 4 for x in (p.seqlens.toint(), p.packed_lens.toint(), counts)]
+
     @cute.jit
-    def first_row(self, p: Params, item: Item, lane: Int32):
+    def first_row(self, p: Params, item: Item, row_at: Int64, lane: Int32):
         """The lane's vectors of the first rows of new tokens, which nearly always are what there is to copy: loaded
-        before the lengths are known.
+        before the lengths are known. row_at: where they are, but for cu_seqlens.
         """
         row = [[Int32(0)] * 4 for _ in range(self.plan.vectors)]
         if (p.pack_all == 0) & (item.share == 0):
             start, count = self.new_tokens(p, item.b)
             if lane // ROW_LANES < count:
-                source = self.new_row(p, item, start + lane // ROW_LANES) + Int64(lane % ROW_LANES * VECTOR)
-                row = [ptx.load_global(source, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)]
+                row_at += Int64(start) * p.new_token_stride
+                row = [ptx.load_global(row_at, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)]
         return row
 
     @cute.jit
-    def begin(self, p: Params, jobs: Int32, item: Item, exists: Boolean, lane: Int32):
+    def begin(self, p: Params, jobs: Int32, item: Item, exists: Boolean, lengths_at: list, lane: Int32):
         """Find out the Jobs of the CTA's items, lane w that of item w, and leave them in shared memory. Appending, count
         the items as arrived -> the count before; -1: no item.
         """
@@ -219,7 +230,7 @@ class AppendKernel:
         before = Int32(-1)
         if p.pack_all == 1:
             start, new = self.new_tokens(p, b)
-            blocks = (new + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+            blocks = (new + BLOCK_TOKENS - 1) >> BLOCK_SHIFT
             end = cutlass.min(share + 1, blocks)
             if share < blocks:
                 if self.page(p, b, share) < 0:
@@ -229,18 +240,14 @@ class AppendKernel:
             if lane < self.plan.warps:
                 store_job(jobs + lane * JOB_BYTES, job)
         else:
-            before = self.begin_append(p, jobs, item, exists, lane)
+            before = self.begin_append(p, jobs, item, exists, lengths_at, lane)
         return before
 
     @cute.jit
-    def begin_append(self, p: Params, jobs: Int32, item: Item, exists: Boolean, lane: Int32):
+    def begin_append(self, p: Params, jobs: Int32, item: Item, exists: Boolean, lengths_at: list, lane: Int32):
         """:meth:`begin` of an append."""
         b, head, operand, share = item
-        at = Int64(b) * 4
-        counts = cutlass.select_(p.lengths.toint() != 0, p.lengths.toint(), p.seqlens.toint())
-        length, packed, count = (
-            ptx.load_relaxed(x + at) for x in (p.seqlens.toint(), p.packed_lens.toint(), counts)
-        )
+        length, packed, count = (ptx.load_relaxed(x) for x in lengths_at)
         start, new = self.new_tokens(p, b)
         new = cutlass.select_(p.lengths.toint() != 0, cutlass.min(count, new), new)
         new = cutlass.max(new, 0)
@@ -248,8 +255,8 @@ class AppendKernel:
         old = length - sinks - packed
         to_sink = cutlass.min(new, p.num_sink - sinks)
         total = old + new - to_sink
-        blocks = cutlass.max(total - p.recent, 0) // BLOCK_TOKENS
-        column = packed // BLOCK_TOKENS
+        blocks = cutlass.max(total - p.recent, 0) >> BLOCK_SHIFT
+        column = packed >> BLOCK_SHIFT
         failed = self.failed(p, b, column, blocks, lane)
         if failed == 1:
             new, blocks, to_sink, total = Int32(0), Int32(0), Int32(0), old
@@ -259,7 +266,7 @@ class AppendKernel:
         if exists:
             before = ptx.atomic_add(self.counter(p, b), failed + 1, "relaxed")
 
-        in_tail = (old + BLOCK_TOKENS - 1) // BLOCK_TOKENS  # blocks that begin in the tail
+        in_tail = (old + BLOCK_TOKENS - 1) >> BLOCK_SHIFT  # blocks that begin in the tail
         first, end = Int32(0), cutlass.min(in_tail, blocks)
         copies = to_sink + total - cutlass.select_(blocks > 0, blocks * BLOCK_TOKENS, old)
         if share > 0:

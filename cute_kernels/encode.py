@@ -337,15 +337,62 @@ class Encoder:
         for i in cutlass.range(MSE_FACTORS, unroll=1):
             factor = ptx.subtract(Float32(1.0), ptx.multiply(Float32(i), Float32(MSE_STEP)))
             scale, zero = self.scale_and_zero(*self.shrunk(low, high, factor))
-            self.store_line(smem, element, scale, zero)
-            cute.arch.sync_warp()
-            error = self.squared_error(p, smem, base, minor, group, lines_at, lane, count)
-            better = error < least
-            least = cutlass.select_(better, error, least)
-            best_scale = cutlass.select_(better, scale, best_scale)
-            best_zero = cutlass.select_(better, zero, best_zero)
-            cute.arch.sync_warp()
+            if ptx.any_lane(self.error_of_ends(low, high, scale, zero) < least):
+                error = Float32(0.0)
+                if cutlass.const_expr(self.is_k):
+                    self.store_line(smem, element, scale, zero)
+                    cute.arch.sync_warp()
+                    error = self.squared_error(p, smem, base, minor, group, lines_at, lane, count)
+                    cute.arch.sync_warp()
+                else:
+                    token = self.first_token(minor, group, lane & 3, lane >> 2)
+                    row = smem + token * self.plan.row_bytes + group * (2 * self.group)
+                    error = self.squared_row_error(p, row, scale, zero)
+                better = error < least
+                least = cutlass.select_(better, error, least)
+                best_scale = cutlass.select_(better, scale, best_scale)
+                best_zero = cutlass.select_(better, zero, best_zero)
         return best_scale, best_zero
+
+    def error_of_ends(self, low: Float32, high: Float32, scale: Float32, zero: Float32) -> Float32:
+        """Squared error of a line's smallest and largest value, as far as they are beyond what codes reach.
+
+        The line's squared error is not less, as rounding is monotonous. So a factor whose ends alone are not better
+        than the best so far is none.
+        """
+        beyond = ptx.subtract(high, ptx.multiply(ptx.add(Float32(self.levels), zero), scale))
+        before = ptx.subtract(ptx.multiply(zero, scale), low)
+        beyond, before = (ptx.fmax(x, Float32(0.0)) for x in (beyond, before))
+        return ptx.add(ptx.multiply(beyond, beyond), ptx.multiply(before, before))
+
+    @cute.jit
+    def squared_row_error(self, p, row: Int32, scale: Float32, zero: Float32):
+        """Of the lane's own token of V, whose channels of the group are at ``row``: a halving sum."""
+        inverse = ptx.multiply(ptx.divide(Float32(1.0), scale), Float32(self.unit))
+        lines = Lines([inverse], [zero * self.unit], [scale * (1 / self.unit)])
+        vectors = 2 * self.group // VECTOR
+        sums = [Float32(0.0)] * 8
+        if p.bfloat16 == 1:
+            sums = self.row_sums(row, vectors, VECTOR, lines, ptx.bfloat2_floats)
+        else:
+            sums = self.row_sums(row, vectors, VECTOR, lines, ptx.half2_floats)
+        return halving_sum(sums)
+
+    @cute.jit
+    def row_sums(self, row: Int32, vectors: int, step: int, lines: Lines, floats_of):
+        """Squared errors of the eight values of a vector, over vectors ``step`` bytes apart, as in a halving sum."""
+        sums = [Float32(0.0)] * 8
+        if cutlass.const_expr(vectors == 1):
+            values = [x for register in ptx.load_shared(row, 0, 4) for x in floats_of(register)]
+            sums = [self.squared(x, lines, 0) for x in values]
+        elif cutlass.const_expr(vectors <= 4):  # unrolled
+            parts = [self.row_sums(row + i * step, vectors // 2, 2 * step, lines, floats_of) for i in range(2)]
+            sums = [ptx.add(*pair) for pair in zip(*parts, strict=True)]
+        else:
+            for i in cutlass.range(2, unroll=1):
+                part = self.row_sums(row + i * step, vectors // 2, 2 * step, lines, floats_of)
+                sums = [ptx.add(*pair) for pair in zip(sums, part, strict=True)]
+        return sums
 
     def squared_error(
         self, p, smem: Int32, base: Int32, minor: Int32, group: Int32, lines_at: Int32, lane: Int32, count: Int32
@@ -414,7 +461,11 @@ class Encoder:
     def squared(self, x: Float32, lines: Lines, line: int) -> Float32:
         """Squared error of a value."""
         code = ptx.subtract(self.rounded(x, lines, line), Float32(self.magic))
-        error = ptx.subtract(ptx.multiply(ptx.add(code, lines.zero[line]), lines.scale[line]), x)
+        code = ptx.add(code, lines.zero[line])
+        if self.symmetric:  # a code plus a half, times 11 bits: the product is exact
+            error = ptx.fused(code, -lines.scale[line], x)
+        else:
+            error = ptx.subtract(ptx.multiply(code, lines.scale[line]), x)
         return ptx.multiply(error, error)
 
     # -- codes -------------------------------------------------------------------------------------------------
@@ -538,6 +589,14 @@ def pick(values: list, index: Int32):
         odd = (index >> bit & 1) == 1
         values = [cutlass.select_(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
         bit += 1
+    return values[0]
+
+
+def halving_sum(values: list) -> Float32:
+    """The sum of a power of two of values, by adding the upper half to the lower half until one is left."""
+    while len(values) > 1:
+        half = len(values) // 2
+        values = [ptx.add(*pair) for pair in zip(values[:half], values[half:], strict=True)]
     return values[0]
 
 

@@ -95,6 +95,11 @@ def multiply(a: Float32, b: Float32) -> Float32:
     return asm("mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
 
 
+def fused(a: Float32, b: Float32, c: Float32) -> Float32:
+    """a b + c, rounded once."""
+    return asm("fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c])
+
+
 def divide(a: Float32, b: Float32) -> Float32:
     return asm("div.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
 
@@ -283,9 +288,15 @@ def start_next_kernel() -> None:
     asm("griddepcontrol.launch_dependents;")
 
 
-def wait_for_previous_kernel() -> None:
-    """With programmatic launch: until the previous kernel's writes are visible; then the next one may be scheduled."""
-    asm("griddepcontrol.wait;")
+def wait_for_previous_kernel(known: Int32 | None = None) -> None:
+    """With programmatic launch: until the previous kernel's writes are visible; then the next one may be scheduled.
+
+    known: not negative; what it depends on is computed before (else the assembler likes to do that after the wait).
+    """
+    if known is None:
+        asm("griddepcontrol.wait;")
+    else:
+        asm("{ .reg .pred p; setp.ge.s32 p, {$r0}, 0; @p griddepcontrol.wait; }", read_only_args=[known])
     asm("griddepcontrol.launch_dependents;")
 
 
