@@ -20,14 +20,15 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 from cutlass.cute.runtime import make_ptr
 
 from . import ptx
-from .append_plan import COUNTER_BYTES, JOB_BYTES, ROW_LANES, SMEM_ALIGN, VECTOR, AppendPlan
+from .append_plan import COUNTER_BYTES, JOB_BYTES, ROW_LANES, SMEM_ALIGN, VECTOR, WARP_ROWS, AppendPlan
 from .encode import Encoder
 from .layouts import BLOCK_TOKENS, HALF_BITS, LANES
-from .queries import floats, hadamard_lanes, hadamard_registers
+from .queries import hadamard_lanes, hadamard_registers
 
-WARP_ROWS = LANES // ROW_LANES
-# 16-bit patterns: the limit of values (32768, as in quantization.py), infinity, and 1024, so small that rotating up to
-# 256 channels reaches no limit
+# the limit of values, as in quantization.py; rows are rotated without care, and if one of the values is larger than
+# SMALL then, a value before may have been beyond the limit (up to 256 channels: a 16th of it is left), else none was
+LIMIT, SMALL = 32768.0, 1024.0
+# 16-bit patterns: the limit, infinity, and 1024, so small that rotating up to 256 channels reaches no limit
 HALF_LIMIT, HALF_INFINITY, HALF_SMALL = 0x7800, 0x7C00, 0x6400
 BFLOAT_LIMIT, BFLOAT_INFINITY, BFLOAT_SMALL = 0x4700, 0x7F80, 0x4480
 HALF2_ABS = 0x7FFF7FFF
@@ -189,8 +190,8 @@ class AppendKernel:
         share = y // p.num_kv_heads
         b = share // p.items
         head, share = y - share * p.num_kv_heads, share - b * p.items
-        b += operand * (p.batch // 2)
-        return Item(cutlass.select_(b < p.batch, b, b - p.batch), head, operand, share)
+        b += operand
+        return Item(cutlass.select_(b < p.batch, b, Int32(0)), head, operand, share)
 
     @cute.jit
     def new_tokens(self, p: Params, b: Int32):
@@ -389,7 +390,7 @@ class AppendKernel:
             target = self.kept_row(p, job, p.sink_k, p.sink_v, p.num_sink, job.sinks + i)
         target += Int64(lane % ROW_LANES * VECTOR)
         if self.rotates(p, job):  # all lanes: they exchange values
-            rotated = self.rotated(p, row, lane, [1, 2])
+            rotated = self.rotated(p, row, lane, [1, 2], self.any_beyond(p, row, HALF_SMALL, BFLOAT_SMALL))
             row = [
                 [cutlass.select_(is_new, new, old) for new, old in zip(*both, strict=True)]
                 for both in zip(rotated, row, strict=True)
@@ -399,17 +400,21 @@ class AppendKernel:
                 ptx.store_global(target, row[j], ROW_LANES * VECTOR * j)
 
     @cute.jit
-    def rotated(self, p: Params, row: list, lane: Int32, masks: list):
-        """A lane's vectors of a row, through the Hadamard transform as in quantization.rotate. masks: of the lane's bits
-        that say which four it has.
+    def rotated(self, p: Params, row: list, lane: Int32, masks: list, careful: Boolean):
+        """A lane's vectors of a row, through the Hadamard transform as in quantization.rotate; not careful: as if no
+        value were beyond the limit. masks: bits of the lane that tell the lanes of a row from each other.
         """
-        careful = self.any_beyond(p, row, HALF_SMALL, BFLOAT_SMALL)  # else no limit is reached
         if careful:
             row = self.conditioned(p, row)
-        x = floats(p, [register for vector in row for register in vector])
+        registers = [register for vector in row for register in vector]
+        x = [Float32(0.0)] * (2 * len(registers))
+        if p.bfloat16 == 1:
+            x = [value for register in registers for value in ptx.bfloat2_floats(register)]
+        else:
+            x = [value for register in registers for value in ptx.half2_floats(register)]
         x = hadamard_registers(x, 8)  # strides within a vector
-        x = hadamard_lanes(x, masks, lane)  # strides 8 and 16
-        x = hadamard_registers(x, self.plan.hadamard // ROW_LANES, first=8)
+        x = hadamard_lanes(x, masks, lane)  # strides 8 and, of four lanes, 16
+        x = hadamard_registers(x, self.plan.hadamard >> len(masks), first=8)
         x = [ptx.multiply(value, Float32(self.plan.hadamard**-0.5)) for value in x]
         rotated = row
         if p.bfloat16 == 1:
@@ -457,22 +462,41 @@ class AppendKernel:
     def pack(
         self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, block: Int32, ahead_at: Int32, ahead: Int32
     ):
-        """Pack a block of the stream, and meanwhile bring the rows of another into L2; see :meth:`prefetch`."""
+        """Pack a block of the stream, and meanwhile bring the rows of another into L2; see :meth:`prefetch`.
+
+        Values beyond the limit are so rare that they are looked for among the ranges only: then all is done again, with
+        care. Means hide them.
+        """
         page = self.page(p, job.b, job.column + block)
         target = p.pages.toint() + Int64(page) * p.page_stride + Int64(job.head) * p.head_stride
         first = block * BLOCK_TOKENS
-        self.stage(p, smem, warp, lane, job, first)
-        if cutlass.const_expr(self.plan.programmatic):
-            if ahead_at != 0:
-                self.prefetch(p, warp * LANES + lane, load_job(ahead_at), ahead)
-        self.condition(p, smem, warp, lane, job, first)
-        cute.arch.sync_warp()  # conditioning is a loop of single lanes
-        cute.arch.sync_threads()
         count = cutlass.min(job.total - first, BLOCK_TOKENS)
+        limit = cutlass.select_(self.rotates(p, job), Float32(SMALL), Float32(LIMIT))
+        careful = Int32(0)
+        if cutlass.const_expr(self.encoders["k"].mean is not None):
+            careful = 1 - job.operand
+        again = Int32(1)
+        while again == 1:
+            self.stage(p, smem, warp, lane, job, first)
+            ptx.wait_for_copies()
+            if cutlass.const_expr(self.plan.programmatic):
+                if ahead_at != 0:  # not before, or these would come later
+                    self.prefetch(p, warp * LANES + lane, load_job(ahead_at), ahead)
+            self.condition(p, smem, warp, lane, job, first, careful == 1)
+            cute.arch.sync_threads()
+            fits = Boolean(True)
+            if job.operand == 0:
+                fits = self.encoders["k"].find_parameters(p, smem, warp, lane, count, p.k_clip, limit)
+            else:
+                fits = self.encoders["v"].find_parameters(p, smem, warp, lane, count, p.v_clip, limit)
+            again = Int32(0)
+            if ptx.any_thread((careful == 0) & (fits == False)):  # noqa: E712
+                again = Int32(1)
+            careful = Int32(1)
         if job.operand == 0:
-            self.encoders["k"].encode(p, smem, warp, lane, target, count, p.k_clip)
+            self.encoders["k"].encode(p, smem, warp, lane, target, count)
         else:
-            self.encoders["v"].encode(p, smem, warp, lane, target, count, p.v_clip)
+            self.encoders["v"].encode(p, smem, warp, lane, target, count)
         cute.arch.sync_threads()
 
     @cute.jit
@@ -485,7 +509,7 @@ class AppendKernel:
 
     @cute.jit
     def stage(self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, first: Int32):
-        """Start copying 128 rows of the stream to shared memory; the last one again beyond the end."""
+        """Start to copy 128 rows of the stream to shared memory; the last one again beyond the end."""
         own = warp * WARP_ROWS + lane // ROW_LANES  # row of the thread, and every 32nd from it on
         rows = smem + own * self.plan.row_bytes + lane % ROW_LANES * VECTOR
         part = Int64((lane % ROW_LANES) * VECTOR)
@@ -497,30 +521,36 @@ class AppendKernel:
                 ptx.copy16(rows + i * rows_at_once * self.plan.row_bytes, source, ROW_LANES * VECTOR * j)
 
     @cute.jit
-    def condition(self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, first: Int32):
-        """Once the rows are there, condition them, rotate new ones. A warp has the rows that it copied, a lane every
-        fourth vector of row lane % 8, so that eight lanes use all banks.
+    def condition(
+        self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, first: Int32, careful: Boolean
+    ):  # fmt: skip
+        """Rotate the rows, but old ones; with care, condition all.
+
+        A warp has the rows that it copied, and eight lanes have vectors of as many rows, so that they use all banks.
         """
-        ptx.wait_for_copies()
         cute.arch.sync_warp()
-        own = warp * WARP_ROWS + lane % WARP_ROWS
-        rows = smem + own * self.plan.row_bytes + lane // WARP_ROWS * VECTOR
-        step = ROW_LANES * VECTOR
+        lanes = self.plan.rotate_lanes  # of a row
+        masks = self.plan.rotate_masks
+        at_once = LANES // (WARP_ROWS * lanes)  # of the warp's rows in each ``rows_at_once``
         rows_at_once = self.plan.warps * WARP_ROWS
+        own = warp * WARP_ROWS + lane % WARP_ROWS + lane // (WARP_ROWS * lanes) * rows_at_once
+        rows = smem + own * self.plan.row_bytes + lane // WARP_ROWS % lanes * VECTOR
+        step = lanes * VECTOR
         rotates = self.rotates(p, job)
-        for i in cutlass.range(BLOCK_TOKENS // rows_at_once, unroll=1):
-            at = rows + i * (rows_at_once * self.plan.row_bytes)
-            row = [ptx.load_shared(at, step * j, 4) for j in range(self.plan.vectors)]
-            if rotates:  # the old tail's rows are rotated already, and so within the limit
-                rotated = self.rotated(p, row, lane, [WARP_ROWS, 2 * WARP_ROWS])
-                if cutlass.min(first + own + i * rows_at_once, job.total - 1) >= job.old:
-                    for j in range_constexpr(self.plan.vectors):
-                        ptx.store_shared(at, step * j, rotated[j])
-            else:
-                while self.needs_conditioning(p, row):  # as in conditioned
-                    row = self.limited(p, row)
-                    for j in range_constexpr(self.plan.vectors):
+        if rotates | careful:
+            for i in cutlass.range(0, BLOCK_TOKENS // rows_at_once, at_once, unroll=1):
+                at = rows + i * (rows_at_once * self.plan.row_bytes)
+                row = [ptx.load_shared(at, step * j, 4) for j in range(2 * self.plan.head_dim // step)]
+                is_new = Boolean(True)
+                if rotates:  # the old tail's rows are rotated already, and so within the limit
+                    row = self.rotated(p, row, lane, masks, careful)
+                    is_new = cutlass.min(first + own + i * rows_at_once, job.total - 1) >= job.old
+                else:
+                    row = self.conditioned(p, row)
+                if is_new:
+                    for j in range_constexpr(len(row)):
                         ptx.store_shared(at, step * j, row[j])
+        cute.arch.sync_warp()  # conditioning is a loop of single lanes
 
 
 def vectors_of(x: list, pair_of) -> list:
