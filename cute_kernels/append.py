@@ -150,33 +150,29 @@ class AppendKernel:
             ptx.wait_for_previous_kernel(known)
 
         before = Int32(-1)
-        row = self.first_row(p, own, row_at, lane)
+        # where the lane has its vectors of a row, those of a staged block and others
+        place = smem + (warp * WARP_ROWS + lane // ROW_LANES) * self.plan.row_bytes + lane % ROW_LANES * VECTOR
+        self.copy_first_rows(p, place, own, row_at, lane)
         if warp == 0:
             before = self.begin(p, jobs, item, exists, lengths_at, lane)
         cute.arch.sync_threads()
-        job = load_job(jobs + warp * JOB_BYTES)
-        if (job.todo == 0) & (job.copies > 0):
-            self.keep(p, job, lane // ROW_LANES, lane // ROW_LANES < job.copies, row, lane)
-        if (warp == 0) & (before >= 0):
-            self.advance(p, jobs, before, lane)
 
         todo = (lane < self.plan.warps) & (ptx.load_shared(jobs + lane % self.plan.warps * JOB_BYTES, TODO_AT, 1)[0] == 1)
-        w = ptx.first_lane(todo)
+        w, alone = warp, Int32(1)  # each warp by itself, then together
         while w >= 0:
-            after = ptx.first_lane(todo & (lane > w))
             at = jobs + w * JOB_BYTES
-            job = load_job(at)
-            block, end = job.first, job.end
-            while block < end:
-                ahead, ahead_at = block + 1, at
-                if ahead == end:
-                    ahead, ahead_at = Int32(-1), jobs + cutlass.max(after, 0) * JOB_BYTES
-                ahead_at = cutlass.select_((ahead < 0) & (after < 0), Int32(0), ahead_at)
-                self.pack(p, smem, warp, lane, load_job(at), block, ahead_at, ahead)
-                block += 1
-            self.copy(p, warp, lane, load_job(at))  # again, rather than in registers all the while
+            if alone == 0:
+                job = load_job(at)
+                block, end = job.first, job.end
+                while block < end:
+                    self.pack(p, smem, place, warp, lane, load_job(at), block)
+                    block += 1
+            self.copy(p, place, warp, lane, load_job(at), alone)  # again, rather than in registers all the while
             cute.arch.sync_warp()
-            w = after
+            if (alone == 1) & (warp == 0) & (before >= 0):
+                self.advance(p, jobs, before, lane)
+            w = ptx.first_lane(todo & ((lane > w) | (alone == 1)))
+            alone = Int32(0)
 
     # -- what there is to do -----------------------------------------------------------------------------------
 
@@ -209,17 +205,16 @@ class AppendKernel:
         return [x + Int64(b) * 4 for x in (p.seqlens.toint(), p.packed_lens.toint(), counts)]
 
     @cute.jit
-    def first_row(self, p: Params, item: Item, row_at: Int64, lane: Int32):
-        """The lane's vectors of the first rows of new tokens, which nearly always are what there is to copy: loaded
-        before the lengths are known. row_at: where they are, but for cu_seqlens.
+    def copy_first_rows(self, p: Params, place: Int32, item: Item, row_at: Int64, lane: Int32):
+        """Start to copy the first rows of new tokens to the lanes' places: nearly always they are what there is to copy,
+        and so they come together with the lengths. row_at: where they are, but for cu_seqlens.
         """
-        row = [[Int32(0)] * 4 for _ in range(self.plan.vectors)]
         if (p.pack_all == 0) & (item.share == 0):
             start, count = self.new_tokens(p, item.b)
             if lane // ROW_LANES < count:
                 row_at += Int64(start) * p.new_token_stride
-                row = [ptx.load_global(row_at, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)]
-        return row
+                for j in range_constexpr(self.plan.vectors):
+                    ptx.copy16(place, row_at, ROW_LANES * VECTOR * j)
 
     @cute.jit
     def begin(self, p: Params, jobs: Int32, item: Item, exists: Boolean, lengths_at: list, lane: Int32):
@@ -360,19 +355,31 @@ class AppendKernel:
         return cutlass.select_(token < job.old, self.tail_row(p, job, token), new)
 
     @cute.jit
-    def copy(self, p: Params, warp: Int32, lane: Int32, job: Job):
-        """Copy the item's 16-bit tokens: to the sinks, then those of the stream that stay to where they belong."""
+    def copy(self, p: Params, place: Int32, warp: Int32, lane: Int32, job: Job, alone: Int32):
+        """Copy the item's 16-bit tokens: to the sinks, then those of the stream that stay to where they belong. Alone:
+        those of an item without blocks, which are the first rows.
+        """
         part = Int64((lane % ROW_LANES) * VECTOR)
-        first = warp * WARP_ROWS
-        while first < job.copies:
+        first, copies = warp * WARP_ROWS, job.copies
+        if alone == 1:
+            first, copies = Int32(0), cutlass.select_(job.todo == 1, Int32(0), copies)
+            ptx.wait_for_copies()
+        while first < copies:
             i = first + lane // ROW_LANES
-            inside = i < job.copies
-            i = cutlass.min(i, job.copies - 1)
-            source = self.stream_row(p, job, self.kept_token(job, i))
-            if i < job.to_sink:
-                source = self.new_row(p, job, job.start + i)
-            row = [ptx.load_global(source + part, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)]
-            self.keep(p, job, i, inside, row, lane)
+            inside = i < copies
+            row = [[Int32(0)] * 4 for _ in range(self.plan.vectors)]
+            if inside:
+                if alone == 1:
+                    row = [ptx.load_shared(place, ROW_LANES * VECTOR * j, 4) for j in range(self.plan.vectors)]
+                else:
+                    source = self.stream_row(p, job, self.kept_token(job, i))
+                    if i < job.to_sink:
+                        source = self.new_row(p, job, job.start + i)
+                    source += part
+                    row = [
+                        ptx.load_global(source, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)
+                    ]
+            self.keep(p, place, job, i, inside, row, lane)
             first += self.plan.warps * WARP_ROWS
 
     def kept_token(self, job: Job, i: Int32) -> Int32:
@@ -380,7 +387,7 @@ class AppendKernel:
         return cutlass.select_(job.blocks > 0, job.blocks * BLOCK_TOKENS, job.old) + i - job.to_sink
 
     @cute.jit
-    def keep(self, p: Params, job: Job, i: Int32, inside: Boolean, row: list, lane: Int32):
+    def keep(self, p: Params, place: Int32, job: Job, i: Int32, inside: Boolean, row: list, lane: Int32):
         """Store the lane's vectors of copy i, if it is one: a new row after rotation."""
         token = self.kept_token(job, i)
         target = self.tail_row(p, job, token - job.blocks * BLOCK_TOKENS)
@@ -390,7 +397,13 @@ class AppendKernel:
             target = self.kept_row(p, job, p.sink_k, p.sink_v, p.num_sink, job.sinks + i)
         target += Int64(lane % ROW_LANES * VECTOR)
         if self.rotates(p, job):  # all lanes: they exchange values
-            rotated = self.rotated(p, row, lane, [1, 2], self.any_beyond(p, row, HALF_SMALL, BFLOAT_SMALL))
+            careful = ptx.any_lane(self.any_beyond(p, row, HALF_SMALL, BFLOAT_SMALL))  # else no limit is reached
+            rotated = row
+            if careful:
+                rotated = self.limited(p, place, rotated)
+            rotated = self.rotated(p, rotated, lane, [1, 2])
+            if careful:
+                rotated = self.limited(p, place, rotated)
             row = [
                 [cutlass.select_(is_new, new, old) for new, old in zip(*both, strict=True)]
                 for both in zip(rotated, row, strict=True)
@@ -400,12 +413,11 @@ class AppendKernel:
                 ptx.store_global(target, row[j], ROW_LANES * VECTOR * j)
 
     @cute.jit
-    def rotated(self, p: Params, row: list, lane: Int32, masks: list, careful: Boolean):
-        """A lane's vectors of a row, through the Hadamard transform as in quantization.rotate; not careful: as if no
-        value were beyond the limit. masks: bits of the lane that tell the lanes of a row from each other.
+    def rotated(self, p: Params, row: list, lane: Int32, masks: list):
+        """A lane's vectors of a row, conditioned, through the Hadamard transform as in quantization.rotate, but for
+        limiting the result: rounding beyond the limit, even to infinity, and limiting commute. masks: bits of the lane
+        that tell the lanes of a row from each other.
         """
-        if careful:
-            row = self.conditioned(p, row)
         registers = [register for vector in row for register in vector]
         x = [Float32(0.0)] * (2 * len(registers))
         if p.bfloat16 == 1:
@@ -421,23 +433,26 @@ class AppendKernel:
             rotated = vectors_of(x, ptx.to_bfloat2)
         else:
             rotated = vectors_of(x, ptx.to_half2)
-        if careful:  # rounding beyond the limit, even to infinity, and limiting commute
-            rotated = self.conditioned(p, rotated)
         return rotated
 
+    def limited(self, p: Params, place: Int32, row: list) -> list:
+        """The lane's vectors of a row conditioned, by way of their place."""
+        step = ROW_LANES * VECTOR
+        for j, vector in enumerate(row):
+            ptx.store_shared(place, step * j, vector)
+        self.limit(p, place)
+        return [ptx.load_shared(place, step * j, 4) for j in range(self.plan.vectors)]
+
     @cute.jit
-    def conditioned(self, p: Params, row: list):
-        """A lane's vectors with NaN as 0, and within the limit.
-
-        A loop, of one round at most: the assembler would execute both sides of a branch.
+    def limit(self, p: Params, place: Int32):
+        """Condition the lane's vectors of a row at this place: NaN to 0, and within the limit. It is seldom done, so in
+        few instructions.
         """
-        while self.needs_conditioning(p, row):
-            row = self.limited(p, row)
-        return row
-
-    def needs_conditioning(self, p: Params, row: list) -> Boolean:
-        """Whether one of the values is NaN or beyond the limit: nearly never."""
-        return self.any_beyond(p, row, HALF_LIMIT, BFLOAT_LIMIT)
+        limit = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_LIMIT), Int32(HALF_LIMIT))
+        infinity = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_INFINITY), Int32(HALF_INFINITY))
+        for j in cutlass.range(self.plan.vectors, unroll=1):
+            at = place + j * (ROW_LANES * VECTOR)
+            ptx.store_shared(at, 0, [conditioned_pair(x, limit, infinity) for x in ptx.load_shared(at, 0, 4)])
 
     def any_beyond(self, p: Params, row: list, half: int, bfloat: int) -> Boolean:
         """Whether one of the values is NaN or larger than a 16-bit pattern of the model's dtype."""
@@ -450,19 +465,13 @@ class AppendKernel:
                 beyond = beyond | ((x & HALF2_ABS) + excess)
         return (beyond & HALF2_SIGNS) != 0
 
-    def limited(self, p: Params, row: list) -> list:
-        """All of a lane's vectors conditioned."""
-        limit = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_LIMIT), Int32(HALF_LIMIT))
-        infinity = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_INFINITY), Int32(HALF_INFINITY))
-        return [[conditioned_pair(x, limit, infinity) for x in vector] for vector in row]
-
     # -- packing -----------------------------------------------------------------------------------------------
 
     @cute.jit
     def pack(
-        self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, block: Int32, ahead_at: Int32, ahead: Int32
-    ):
-        """Pack a block of the stream, and meanwhile bring the rows of another into L2; see :meth:`prefetch`.
+        self, p: Params, smem: Int32, place: Int32, warp: Int32, lane: Int32, job: Job, block: Int32
+    ):  # fmt: skip
+        """Pack a block of the stream.
 
         Values beyond the limit are so rare that they are looked for among the ranges only: then all is done again, with
         care. Means hide them.
@@ -477,12 +486,15 @@ class AppendKernel:
             careful = 1 - job.operand
         again = Int32(1)
         while again == 1:
-            self.stage(p, smem, warp, lane, job, first)
-            ptx.wait_for_copies()
-            if cutlass.const_expr(self.plan.programmatic):
-                if ahead_at != 0:  # not before, or these would come later
-                    self.prefetch(p, warp * LANES + lane, load_job(ahead_at), ahead)
-            self.condition(p, smem, warp, lane, job, first, careful == 1)
+            self.stage(p, place, warp, lane, job, first)
+            if careful == 1:
+                self.limit_rows(p, place)
+            cute.arch.sync_warp()
+            if self.rotates(p, job):
+                self.rotate_rows(p, smem, warp, lane, job, first)
+                cute.arch.sync_warp()
+                if careful == 1:
+                    self.limit_rows(p, place)
             cute.arch.sync_threads()
             fits = Boolean(True)
             if job.operand == 0:
@@ -500,57 +512,37 @@ class AppendKernel:
         cute.arch.sync_threads()
 
     @cute.jit
-    def prefetch(self, p: Params, row: Int32, job: Job, block: Int32):
-        """Bring a row of a block of this item (-1: its first) into L2."""
-        block = cutlass.select_(block < 0, job.first, block)
-        if block < job.end:
-            token = cutlass.min(block * BLOCK_TOKENS + row, job.total - 1)
-            ptx.prefetch(self.stream_row(p, job, token), 2 * self.plan.head_dim)
-
-    @cute.jit
-    def stage(self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, first: Int32):
-        """Start to copy 128 rows of the stream to shared memory; the last one again beyond the end."""
-        own = warp * WARP_ROWS + lane // ROW_LANES  # row of the thread, and every 32nd from it on
-        rows = smem + own * self.plan.row_bytes + lane % ROW_LANES * VECTOR
+    def stage(self, p: Params, place: Int32, warp: Int32, lane: Int32, job: Job, first: Int32):
+        """Copy 128 rows of the stream to shared memory, every 32nd by the same lanes; the last one again beyond the end."""
         part = Int64((lane % ROW_LANES) * VECTOR)
-        rows_at_once = self.plan.warps * WARP_ROWS
-        for i in range_constexpr(BLOCK_TOKENS // rows_at_once):
-            token = cutlass.min(first + own + i * rows_at_once, job.total - 1)
+        for i in range_constexpr(0, BLOCK_TOKENS, self.plan.rows_at_once):
+            token = cutlass.min(first + warp * WARP_ROWS + lane // ROW_LANES + i, job.total - 1)
             source = self.stream_row(p, job, token) + part
             for j in range_constexpr(self.plan.vectors):
-                ptx.copy16(rows + i * rows_at_once * self.plan.row_bytes, source, ROW_LANES * VECTOR * j)
+                ptx.copy16(place + i * self.plan.row_bytes, source, ROW_LANES * VECTOR * j)
+        ptx.wait_for_copies()
 
     @cute.jit
-    def condition(
-        self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, first: Int32, careful: Boolean
-    ):  # fmt: skip
-        """Rotate the rows, but old ones; with care, condition all.
+    def limit_rows(self, p: Params, place: Int32):
+        """Condition the rows that the lane has copied vectors of."""
+        for i in cutlass.range(0, BLOCK_TOKENS, self.plan.rows_at_once, unroll=1):
+            self.limit(p, place + i * self.plan.row_bytes)
 
-        A warp has the rows that it copied, and eight lanes have vectors of as many rows, so that they use all banks.
+    @cute.jit
+    def rotate_rows(self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, first: Int32):
+        """Rotate the new rows among those that the warp has copied. Eight lanes have vectors of as many rows, so that
+        they use all banks.
         """
-        cute.arch.sync_warp()
-        lanes = self.plan.rotate_lanes  # of a row
-        masks = self.plan.rotate_masks
-        at_once = LANES // (WARP_ROWS * lanes)  # of the warp's rows in each ``rows_at_once``
-        rows_at_once = self.plan.warps * WARP_ROWS
-        own = warp * WARP_ROWS + lane % WARP_ROWS + lane // (WARP_ROWS * lanes) * rows_at_once
-        rows = smem + own * self.plan.row_bytes + lane // WARP_ROWS % lanes * VECTOR
-        step = lanes * VECTOR
-        rotates = self.rotates(p, job)
-        if rotates | careful:
-            for i in cutlass.range(0, BLOCK_TOKENS // rows_at_once, at_once, unroll=1):
-                at = rows + i * (rows_at_once * self.plan.row_bytes)
-                row = [ptx.load_shared(at, step * j, 4) for j in range(2 * self.plan.head_dim // step)]
-                is_new = Boolean(True)
-                if rotates:  # the old tail's rows are rotated already, and so within the limit
-                    row = self.rotated(p, row, lane, masks, careful)
-                    is_new = cutlass.min(first + own + i * rows_at_once, job.total - 1) >= job.old
-                else:
-                    row = self.conditioned(p, row)
-                if is_new:
-                    for j in range_constexpr(len(row)):
-                        ptx.store_shared(at, step * j, row[j])
-        cute.arch.sync_warp()  # conditioning is a loop of single lanes
+        own = warp * WARP_ROWS + lane % WARP_ROWS
+        rows = smem + own * self.plan.row_bytes + lane // WARP_ROWS * VECTOR
+        step = ROW_LANES * VECTOR
+        for i in cutlass.range(0, BLOCK_TOKENS, self.plan.rows_at_once, unroll=1):
+            at = rows + i * self.plan.row_bytes
+            row = [ptx.load_shared(at, step * j, 4) for j in range(self.plan.vectors)]
+            row = self.rotated(p, row, lane, [WARP_ROWS, 2 * WARP_ROWS])
+            if cutlass.min(first + own + i, job.total - 1) >= job.old:  # the tail's are rotated already
+                for j in range_constexpr(self.plan.vectors):
+                    ptx.store_shared(at, step * j, row[j])
 
 
 def vectors_of(x: list, pair_of) -> list:

@@ -7,8 +7,6 @@ from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES, block_format
 
 VECTOR = 16  # bytes of the widest access
 ROW_LANES = 4  # that share a row of 16-bit values
-MIN_ROTATE_LANES = 2
-MAX_ROTATED = 64  # values of a row that a lane has in registers while it rotates a row of a block
 WARP_ROWS = LANES // ROW_LANES  # of a warp at once
 ROW_PAD = 16  # bytes behind a row in shared memory: its vectors and the next row's are in other banks
 JOB_BYTES = 64
@@ -28,10 +26,9 @@ class AppendPlan:
         self.head_dim = config.head_dim
         self.hadamard = config.head_dim & -config.head_dim  # size of the transform
         self.vectors = 2 * config.head_dim // (VECTOR * ROW_LANES)  # of a row, a lane's
-        self.rotate_lanes = max(MIN_ROTATE_LANES, config.head_dim // MAX_ROTATED)  # that share a row to rotate it
-        self.rotate_masks = [WARP_ROWS << i for i in range(self.rotate_lanes.bit_length() - 1)]  # lane bits of them
         self.warps = NUM_SLICES
         self.threads = LANES * self.warps
+        self.rows_at_once = WARP_ROWS * self.warps
         self.programmatic = config.arch in HOPPER_ARCHS
         self.row_bytes = 2 * config.head_dim + ROW_PAD
 
