@@ -143,36 +143,44 @@ class AppendKernel:
         own = Item(*[ptx.shuffle(value, warp) for value in item])
         row_at = self.new_row(p, own, lane // ROW_LANES) + Int64(lane % ROW_LANES * VECTOR)
         lengths_at = self.lengths_at(p, item.b)
-        if cutlass.const_expr(self.plan.programmatic):
-            known = own.b
-            for address in (row_at, *lengths_at):
-                known = known | Int32(address) & 0x7FFFFFFF
-            ptx.wait_for_previous_kernel(known)
-
-        before = Int32(-1)
         # where the lane has its vectors of a row, those of a staged block and others
         place = smem + (warp * WARP_ROWS + lane // ROW_LANES) * self.plan.row_bytes + lane % ROW_LANES * VECTOR
-        self.copy_first_rows(p, place, own, row_at, lane)
-        if warp == 0:
-            before = self.begin(p, jobs, item, exists, lengths_at, lane)
-        cute.arch.sync_threads()
+
+        # With programmatic launch all this is done before the previous kernel ends too, but for what others would
+        # notice: then the code is in the caches.
+        before = Int32(-1)
+        real = Int32(0 if self.plan.programmatic else 1)
+        rounds = Int32(1 if self.plan.programmatic else 0)
+        while rounds >= 0:
+            if cutlass.const_expr(self.plan.programmatic):
+                if real == 1:
+                    ptx.wait_for_previous_kernel()
+            row = self.first_row(p, own, row_at, lane)
+            if warp == 0:
+                before = self.begin(p, jobs, item, exists, lengths_at, real, lane)
+            cute.arch.sync_threads()
+            job = load_job(jobs + warp * JOB_BYTES)
+            if (job.todo == 0) & (job.copies > 0):
+                self.keep(p, place, job, lane // ROW_LANES, (lane // ROW_LANES < job.copies) & (real == 1), row, lane)
+            if rounds == 1:
+                cute.arch.sync_threads()  # as the jobs will be written again
+            real = Int32(1)
+            rounds -= 1
+        if (warp == 0) & (before >= 0):
+            self.advance(p, jobs, before, lane)
 
         todo = (lane < self.plan.warps) & (ptx.load_shared(jobs + lane % self.plan.warps * JOB_BYTES, TODO_AT, 1)[0] == 1)
-        w, alone = warp, Int32(1)  # each warp by itself, then together
+        w = ptx.first_lane(todo)
         while w >= 0:
             at = jobs + w * JOB_BYTES
-            if alone == 0:
-                job = load_job(at)
-                block, end = job.first, job.end
-                while block < end:
-                    self.pack(p, smem, place, warp, lane, load_job(at), block)
-                    block += 1
-            self.copy(p, place, warp, lane, load_job(at), alone)  # again, rather than in registers all the while
+            job = load_job(at)
+            block, end = job.first, job.end
+            while block < end:
+                self.pack(p, smem, place, warp, lane, at, block)
+                block += 1
+            self.copy(p, place, warp, lane, load_job(at))  # again, rather than in registers all the while
             cute.arch.sync_warp()
-            if (alone == 1) & (warp == 0) & (before >= 0):
-                self.advance(p, jobs, before, lane)
-            w = ptx.first_lane(todo & ((lane > w) | (alone == 1)))
-            alone = Int32(0)
+            w = ptx.first_lane(todo & (lane > w))
 
     # -- what there is to do -----------------------------------------------------------------------------------
 
@@ -205,21 +213,24 @@ class AppendKernel:
         return [x + Int64(b) * 4 for x in (p.seqlens.toint(), p.packed_lens.toint(), counts)]
 
     @cute.jit
-    def copy_first_rows(self, p: Params, place: Int32, item: Item, row_at: Int64, lane: Int32):
-        """Start to copy the first rows of new tokens to the lanes' places: nearly always they are what there is to copy,
-        and so they come together with the lengths. row_at: where they are, but for cu_seqlens.
+    def first_row(self, p: Params, item: Item, row_at: Int64, lane: Int32):
+        """The lane's vectors of the first rows of new tokens, which nearly always are what there is to copy: loaded
+        before the lengths are known. row_at: where they are, but for cu_seqlens.
         """
+        row = [[Int32(0)] * 4 for _ in range(self.plan.vectors)]
         if (p.pack_all == 0) & (item.share == 0):
             start, count = self.new_tokens(p, item.b)
             if lane // ROW_LANES < count:
                 row_at += Int64(start) * p.new_token_stride
-                for j in range_constexpr(self.plan.vectors):
-                    ptx.copy16(place, row_at, ROW_LANES * VECTOR * j)
+                row = [ptx.load_global(row_at, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)]
+        return row
 
     @cute.jit
-    def begin(self, p: Params, jobs: Int32, item: Item, exists: Boolean, lengths_at: list, lane: Int32):
-        """Find out the Jobs of the CTA's items, lane w that of item w, and leave them in shared memory. Appending, count
-        the items as arrived -> the count before; -1: no item.
+    def begin(
+        self, p: Params, jobs: Int32, item: Item, exists: Boolean, lengths_at: list, real: Int32, lane: Int32
+    ):  # fmt: skip
+        """Find out the Jobs of the CTA's items, lane w that of item w, and leave them in shared memory. Appending, and
+        for real, count the items as arrived -> the count before; -1: no item.
         """
         b, head, operand, share = item
         zero = Int32(0)
@@ -236,11 +247,13 @@ class AppendKernel:
             if lane < self.plan.warps:
                 store_job(jobs + lane * JOB_BYTES, job)
         else:
-            before = self.begin_append(p, jobs, item, exists, lengths_at, lane)
+            before = self.begin_append(p, jobs, item, exists, lengths_at, real, lane)
         return before
 
     @cute.jit
-    def begin_append(self, p: Params, jobs: Int32, item: Item, exists: Boolean, lengths_at: list, lane: Int32):
+    def begin_append(
+        self, p: Params, jobs: Int32, item: Item, exists: Boolean, lengths_at: list, real: Int32, lane: Int32
+    ):  # fmt: skip
         """:meth:`begin` of an append."""
         b, head, operand, share = item
         length, packed, count = (ptx.load_relaxed(x) for x in lengths_at)
@@ -259,7 +272,7 @@ class AppendKernel:
 
         # The value added depends on what was read, so an item does not count before it has read.
         before = Int32(-1)
-        if exists:
+        if exists & (real == 1):
             before = ptx.atomic_add(self.counter(p, b), failed + 1, "relaxed")
 
         in_tail = (old + BLOCK_TOKENS - 1) >> BLOCK_SHIFT  # blocks that begin in the tail
@@ -329,22 +342,22 @@ class AppendKernel:
 
     # -- rows --------------------------------------------------------------------------------------------------
 
-    def of_operand(self, item, k, v):
-        return cutlass.select_(item.operand == 0, k, v)
+    def of_operand(self, operand: Int32, k, v):
+        return cutlass.select_(operand == 0, k, v)
 
-    def rotates(self, p: Params, job: Job):
-        return self.of_operand(job, p.rotate_k, p.rotate_v) == 1
+    def rotates(self, p: Params, operand: Int32):
+        return self.of_operand(operand, p.rotate_k, p.rotate_v) == 1
 
     def new_row(self, p: Params, item, token: Int32) -> Int64:
         """Address of a new token's row of an Item or Job; token: from cu_seqlens' row on."""
-        base = self.of_operand(item, p.k_new.toint(), p.v_new.toint()) + Int64(item.head) * p.new_head_stride
+        base = self.of_operand(item.operand, p.k_new.toint(), p.v_new.toint()) + Int64(item.head) * p.new_head_stride
         batch_stride = cutlass.select_(p.cu_seqlens.toint() != 0, Int64(0), p.new_batch_stride)
         return base + Int64(item.b) * batch_stride + Int64(token) * p.new_token_stride
 
     def kept_row(self, p: Params, job: Job, k: cute.Pointer, v: cute.Pointer, capacity: Int32, token: Int32) -> Int64:
         """Address of a row of tail or sinks."""
         row = (Int64(job.b) * capacity + token) * p.num_kv_heads + job.head
-        return self.of_operand(job, k.toint(), v.toint()) + row * (2 * self.plan.head_dim)
+        return self.of_operand(job.operand, k.toint(), v.toint()) + row * (2 * self.plan.head_dim)
 
     def tail_row(self, p: Params, job: Job, token: Int32) -> Int64:
         return self.kept_row(p, job, p.tail_k, p.tail_v, p.tail_capacity, token)
@@ -355,32 +368,20 @@ class AppendKernel:
         return cutlass.select_(token < job.old, self.tail_row(p, job, token), new)
 
     @cute.jit
-    def copy(self, p: Params, place: Int32, warp: Int32, lane: Int32, job: Job, alone: Int32):
-        """Copy the item's 16-bit tokens: to the sinks, then those of the stream that stay to where they belong. Alone:
-        those of an item without blocks, which are the first rows.
-        """
+    def copy(self, p: Params, place: Int32, warp: Int32, lane: Int32, job: Job):
+        """Copy the item's 16-bit tokens: to the sinks, then those of the stream that stay to where they belong."""
         part = Int64((lane % ROW_LANES) * VECTOR)
-        first, copies = warp * WARP_ROWS, job.copies
-        if alone == 1:
-            first, copies = Int32(0), cutlass.select_(job.todo == 1, Int32(0), copies)
-            ptx.wait_for_copies()
-        while first < copies:
+        first = warp * WARP_ROWS
+        while first < job.copies:
             i = first + lane // ROW_LANES
-            inside = i < copies
-            row = [[Int32(0)] * 4 for _ in range(self.plan.vectors)]
-            if inside:
-                if alone == 1:
-                    row = [ptx.load_shared(place, ROW_LANES * VECTOR * j, 4) for j in range(self.plan.vectors)]
-                else:
-                    source = self.stream_row(p, job, self.kept_token(job, i))
-                    if i < job.to_sink:
-                        source = self.new_row(p, job, job.start + i)
-                    source += part
-                    row = [
-                        ptx.load_global(source, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)
-                    ]
+            inside = i < job.copies
+            i = cutlass.min(i, job.copies - 1)
+            source = self.stream_row(p, job, self.kept_token(job, i))
+            if i < job.to_sink:
+                source = self.new_row(p, job, job.start + i)
+            row = [ptx.load_global(source + part, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)]
             self.keep(p, place, job, i, inside, row, lane)
-            first += self.plan.warps * WARP_ROWS
+            first += self.plan.rows_at_once
 
     def kept_token(self, job: Job, i: Int32) -> Int32:
         """Of the stream, that copy i is of; negative: to the sinks."""
@@ -396,7 +397,7 @@ class AppendKernel:
             is_new = Boolean(True)
             target = self.kept_row(p, job, p.sink_k, p.sink_v, p.num_sink, job.sinks + i)
         target += Int64(lane % ROW_LANES * VECTOR)
-        if self.rotates(p, job):  # all lanes: they exchange values
+        if self.rotates(p, job.operand):  # all lanes: they exchange values
             careful = ptx.any_lane(self.any_beyond(p, row, HALF_SMALL, BFLOAT_SMALL))  # else no limit is reached
             rotated = row
             if careful:
@@ -415,8 +416,8 @@ class AppendKernel:
     @cute.jit
     def rotated(self, p: Params, row: list, lane: Int32, masks: list):
         """A lane's vectors of a row, conditioned, through the Hadamard transform as in quantization.rotate, but for
-        limiting the result: rounding beyond the limit, even to infinity, and limiting commute. masks: bits of the lane
-        that tell the lanes of a row from each other.
+        limiting the result: rounding beyond the limit, even to infinity, and limiting commute. masks: the two bits of
+        the lane that tell the four lanes of a row from each other.
         """
         registers = [register for vector in row for register in vector]
         x = [Float32(0.0)] * (2 * len(registers))
@@ -468,36 +469,24 @@ class AppendKernel:
     # -- packing -----------------------------------------------------------------------------------------------
 
     @cute.jit
-    def pack(
-        self, p: Params, smem: Int32, place: Int32, warp: Int32, lane: Int32, job: Job, block: Int32
-    ):  # fmt: skip
-        """Pack a block of the stream.
+    def pack(self, p: Params, smem: Int32, place: Int32, warp: Int32, lane: Int32, job_at: Int32, block: Int32):
+        """Pack a block of the stream of the job at this address, which is read more than once to hold few registers.
 
         Values beyond the limit are so rare that they are looked for among the ranges only: then all is done again, with
-        care. Means hide them.
+        care.
         """
+        job = load_job(job_at)
         page = self.page(p, job.b, job.column + block)
-        target = p.pages.toint() + Int64(page) * p.page_stride + Int64(job.head) * p.head_stride
-        first = block * BLOCK_TOKENS
-        count = cutlass.min(job.total - first, BLOCK_TOKENS)
-        limit = cutlass.select_(self.rotates(p, job), Float32(SMALL), Float32(LIMIT))
+        count = cutlass.min(job.total - block * BLOCK_TOKENS, BLOCK_TOKENS)
+        operand = job.operand
         careful = Int32(0)
-        if cutlass.const_expr(self.encoders["k"].mean is not None):
-            careful = 1 - job.operand
         again = Int32(1)
         while again == 1:
-            self.stage(p, place, warp, lane, job, first)
-            if careful == 1:
-                self.limit_rows(p, place)
-            cute.arch.sync_warp()
-            if self.rotates(p, job):
-                self.rotate_rows(p, smem, warp, lane, job, first)
-                cute.arch.sync_warp()
-                if careful == 1:
-                    self.limit_rows(p, place)
+            self.prepare_rows(p, smem, place, warp, lane, load_job(job_at), block, careful)
             cute.arch.sync_threads()
             fits = Boolean(True)
-            if job.operand == 0:
+            limit = cutlass.select_(self.rotates(p, operand), Float32(SMALL), Float32(LIMIT))
+            if operand == 0:
                 fits = self.encoders["k"].find_parameters(p, smem, warp, lane, count, p.k_clip, limit)
             else:
                 fits = self.encoders["v"].find_parameters(p, smem, warp, lane, count, p.v_clip, limit)
@@ -505,11 +494,28 @@ class AppendKernel:
             if ptx.any_thread((careful == 0) & (fits == False)):  # noqa: E712
                 again = Int32(1)
             careful = Int32(1)
-        if job.operand == 0:
+        target = p.pages.toint() + Int64(page) * p.page_stride + Int64(load_job(job_at).head) * p.head_stride
+        if operand == 0:
             self.encoders["k"].encode(p, smem, warp, lane, target, count)
         else:
             self.encoders["v"].encode(p, smem, warp, lane, target, count)
         cute.arch.sync_threads()
+
+    @cute.jit
+    def prepare_rows(
+        self, p: Params, smem: Int32, place: Int32, warp: Int32, lane: Int32, job: Job, block: Int32, careful: Int32
+    ):  # fmt: skip
+        """Copy the warp's rows of the block to shared memory, rotate new ones, with care condition all."""
+        first = block * BLOCK_TOKENS
+        self.stage(p, place, warp, lane, job, first)
+        if careful == 1:
+            self.limit_rows(p, place)
+        cute.arch.sync_warp()
+        if self.rotates(p, job.operand):
+            self.rotate_rows(p, smem, warp, lane, job, first)
+            cute.arch.sync_warp()
+            if careful == 1:
+                self.limit_rows(p, place)
 
     @cute.jit
     def stage(self, p: Params, place: Int32, warp: Int32, lane: Int32, job: Job, first: Int32):

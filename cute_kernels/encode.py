@@ -85,14 +85,14 @@ class Encoder:
         self, p, smem: Int32, warp: Int32, lane: Int32, count: Int32, clip: Float32, limit: Float32
     ):  # fmt: skip
         """Find the parameters of the rows, and leave them in shared memory -> whether no value that the lane saw is NaN
-        or beyond the limit (formats with a mean: true). Rows from ``count`` on repeat a row of before.
+        or beyond the limit. Rows from ``count`` on repeat a row of before.
         """
         rows = smem + self.fragment_lane(lane)
         self.clear_padding(smem, warp, lane)
-        if cutlass.const_expr(self.mean is not None):
-            self.store_means(p, smem, rows, warp, lane, count)
-            cute.arch.sync_threads()
         fits = Boolean(True)
+        if cutlass.const_expr(self.mean is not None):
+            fits = self.store_means(p, smem, rows, warp, lane, count, limit)
+            cute.arch.sync_threads()
         for x in cutlass.range(warp, self.minors * self.groups, self.plan.warps, unroll=1):
             minor, group = x % self.minors, x // self.minors
             at = rows + self.panel_offset(minor, group)
@@ -142,8 +142,11 @@ class Encoder:
     # -- means -------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def store_means(self, p, smem: Int32, rows: Int32, warp: Int32, lane: Int32, count: Int32):
-        """The mean key over the first ``count`` tokens, two channel tiles at a time."""
+    def store_means(self, p, smem: Int32, rows: Int32, warp: Int32, lane: Int32, count: Int32, limit: Float32):
+        """The mean key over the first ``count`` tokens, two channel tiles at a time -> whether those of the lane are
+        within half the limit: so are then, if they are that far from their mean at most, the keys within the limit.
+        """
+        fits = Boolean(True)
         inverse = ptx.divide(Float32(1.0), Float32(count))
         for pair in cutlass.range(warp, self.plan.head_dim // SLICE_TOKENS, self.plan.warps, unroll=1):
             base = rows + pair * (2 * SLICE_TOKENS)
@@ -156,8 +159,10 @@ class Encoder:
                     sums = [ptx.add(x, ptx.shuffle_xor(x, mask)) for x in sums]
                 own = cutlass.select_(lane >> 4 == j, pick(sums, lane >> 2 & 3), own)
             mean = ptx.add(half_value(ptx.multiply(own, inverse)), Float32(0.0))  # + 0: no negative zero
+            fits = fits & (ptx.fabs(mean) <= limit * 0.5)  # NaN is not
             mean = ptx.to_half2(mean, Float32(0.0))
             ptx.store_shared_half(smem + 2 * (pair * SLICE_TOKENS + self.mean_lane(lane)), self.image(self.mean), mean)
+        return fits
 
     @cute.jit
     def token_sums(self, p, base: Int32, token: Int32, count: Int32, tiles: int, step: int = 1):
@@ -206,7 +211,7 @@ class Encoder:
         element = lines_at + (quad if self.by_rows else eighth)
         if cutlass.const_expr(self.by_rows and self.mean is not None):
             low, high = self.row_ranges(p, smem, base, group, lane)
-            fits = Boolean(True)
+            fits = (ptx.fabs(low) <= limit * 0.5) & (ptx.fabs(high) <= limit * 0.5)  # see store_means
         else:
             low, high, fits = self.ranges(p, smem, base, minor, lane, limit)
         scale, zero = Float32(1.0), Float32(0.0)
@@ -253,7 +258,6 @@ class Encoder:
             at = smem + 2 * (minor * SLICE_TOKENS + self.mean_lane(lane))
             mean = ptx.load_shared_half(at, self.image(self.mean))
             low, high = ptx.subtract(low, mean), ptx.subtract(high, mean)
-            fits = Boolean(True)
         return low, high, fits
 
     @cute.jit
