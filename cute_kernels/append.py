@@ -4,13 +4,14 @@ pages; all is decided on the device from the lengths.
 An *item* is K or V of one KV head of a sequence, and a share of its blocks: item 0 of several copies the 16-bit tokens
 and packs the blocks that begin in the old tail, the others pack one block of new tokens each. Quantising, an item is a
 block. A CTA takes up to four items:
-    warp w      finds out what there is to do for item w (Job), from the lengths and the table
-    then        items count as arrived: the last of a sequence to do so advances its lengths, as all have read them
-    all warps   pack the blocks of the items, one after another: rows of 128 tokens to shared memory (cp.async, 16
-                bytes), rotate, encode (encode.py); then copy the 16-bit tokens that stay to sinks and tail
-A row is four lanes', which hold every fourth 16 bytes: strides of the Hadamard butterflies are within a vector, across
-the four lanes, then between a lane's vectors. Which thread copies a row depends on its index modulo 32 only, and tokens
-move by multiples of 128, so a thread has read a row before it overwrites it.
+    warp w      loads the first new rows of item w
+    warp 0      meanwhile finds out what there is to do for the items (Job), a lane each, from the lengths and the table;
+                items count as arrived: the last of a sequence to do so advances its lengths, as all have read them
+    warp w      stores the rows, if item w has no block to pack and no more than these
+    all warps   pack the blocks of the other items, one after another: rows of 128 tokens to shared memory (cp.async, 16
+                bytes), rotate (rows.py), encode (encode.py); then copy the 16-bit tokens that stay to sinks and tail
+Which thread copies a row depends on its index modulo 32 only, and tokens move by multiples of 128, so a thread has read
+a row before it overwrites it.
 """
 
 from typing import NamedTuple
@@ -22,17 +23,9 @@ from cutlass.cute.runtime import make_ptr
 from . import ptx
 from .append_plan import COUNTER_BYTES, JOB_BYTES, ROW_LANES, SMEM_ALIGN, VECTOR, WARP_ROWS, AppendPlan
 from .encode import Encoder
-from .layouts import BLOCK_TOKENS, HALF_BITS, LANES
-from .queries import hadamard_lanes, hadamard_registers
+from .layouts import BLOCK_TOKENS, LANES
+from .rows import LIMIT, SMALL, Rows
 
-# the limit of values, as in quantization.py; rows are rotated without care, and if one of the values is larger than
-# SMALL then, a value before may have been beyond the limit (up to 256 channels: a 16th of it is left), else none was
-LIMIT, SMALL = 32768.0, 1024.0
-# 16-bit patterns: the limit, infinity, and 1024, so small that rotating up to 256 channels reaches no limit
-HALF_LIMIT, HALF_INFINITY, HALF_SMALL = 0x7800, 0x7C00, 0x6400
-BFLOAT_LIMIT, BFLOAT_INFINITY, BFLOAT_SMALL = 0x4700, 0x7F80, 0x4480
-HALF2_ABS = 0x7FFF7FFF
-HALF2_SIGNS = -0x7FFF8000  # 0x80008000
 OPERANDS = 2  # K and V
 BLOCK_SHIFT = BLOCK_TOKENS.bit_length() - 1
 
@@ -114,6 +107,7 @@ class AppendKernel:
 
     def __init__(self, config):
         self.plan = AppendPlan(config)
+        self.rows = Rows(self.plan)
         self.encoders = {name: Encoder(self.plan, name) for name in ("k", "v")}
 
     @cute.jit
@@ -146,14 +140,17 @@ class AppendKernel:
         # where the lane has its vectors of a row, those of a staged block and others
         place = smem + (warp * WARP_ROWS + lane // ROW_LANES) * self.plan.row_bytes + lane % ROW_LANES * VECTOR
 
-        # With programmatic launch all this is done before the previous kernel ends too, but for what others would
-        # notice: then the code is in the caches.
+        # What a step of decoding does nearly always is rehearsed while the previous kernel ends, so that its code is in
+        # the caches then. Lengths may be anything at that time, and nothing is stored.
         before = Int32(-1)
-        real = Int32(0 if self.plan.programmatic else 1)
-        rounds = Int32(1 if self.plan.programmatic else 0)
-        while rounds >= 0:
+        rehearsals = Int32(0)
+        if cutlass.const_expr(self.plan.programmatic):
+            step = (p.pack_all == 0) & (p.items == 1) & (p.cu_seqlens.toint() == 0)
+            rehearsals = cutlass.select_(step, Int32(1), Int32(0))
+        while rehearsals >= 0:
+            real = rehearsals == 0
             if cutlass.const_expr(self.plan.programmatic):
-                if real == 1:
+                if real:
                     ptx.wait_for_previous_kernel()
             row = self.first_row(p, own, row_at, lane)
             if warp == 0:
@@ -161,15 +158,15 @@ class AppendKernel:
             cute.arch.sync_threads()
             job = load_job(jobs + warp * JOB_BYTES)
             if (job.todo == 0) & (job.copies > 0):
-                self.keep(p, place, job, lane // ROW_LANES, (lane // ROW_LANES < job.copies) & (real == 1), row, lane)
-            if rounds == 1:
+                self.keep(p, place, job, lane // ROW_LANES, (lane // ROW_LANES < job.copies) & real, row, lane)
+            if rehearsals == 1:
                 cute.arch.sync_threads()  # as the jobs will be written again
-            real = Int32(1)
-            rounds -= 1
+            rehearsals -= 1
         if (warp == 0) & (before >= 0):
             self.advance(p, jobs, before, lane)
 
-        todo = (lane < self.plan.warps) & (ptx.load_shared(jobs + lane % self.plan.warps * JOB_BYTES, TODO_AT, 1)[0] == 1)
+        its_todo = ptx.load_shared(jobs + lane % self.plan.warps * JOB_BYTES, TODO_AT, 1)[0]
+        todo = (lane < self.plan.warps) & (its_todo == 1)
         w = ptx.first_lane(todo)
         while w >= 0:
             at = jobs + w * JOB_BYTES
@@ -227,7 +224,7 @@ class AppendKernel:
 
     @cute.jit
     def begin(
-        self, p: Params, jobs: Int32, item: Item, exists: Boolean, lengths_at: list, real: Int32, lane: Int32
+        self, p: Params, jobs: Int32, item: Item, exists: Boolean, lengths_at: list, real: Boolean, lane: Int32
     ):  # fmt: skip
         """Find out the Jobs of the CTA's items, lane w that of item w, and leave them in shared memory. Appending, and
         for real, count the items as arrived -> the count before; -1: no item.
@@ -252,7 +249,7 @@ class AppendKernel:
 
     @cute.jit
     def begin_append(
-        self, p: Params, jobs: Int32, item: Item, exists: Boolean, lengths_at: list, real: Int32, lane: Int32
+        self, p: Params, jobs: Int32, item: Item, exists: Boolean, lengths_at: list, real: Boolean, lane: Int32
     ):  # fmt: skip
         """:meth:`begin` of an append."""
         b, head, operand, share = item
@@ -266,13 +263,15 @@ class AppendKernel:
         total = old + new - to_sink
         blocks = cutlass.max(total - p.recent, 0) >> BLOCK_SHIFT
         column = packed >> BLOCK_SHIFT
-        failed = self.failed(p, b, column, blocks, lane)
+        failed = Int32(0)
+        if real:
+            failed = self.failed(p, b, column, blocks, lane)
         if failed == 1:
             new, blocks, to_sink, total = Int32(0), Int32(0), Int32(0), old
 
         # The value added depends on what was read, so an item does not count before it has read.
         before = Int32(-1)
-        if exists & (real == 1):
+        if exists & real:
             before = ptx.atomic_add(self.counter(p, b), failed + 1, "relaxed")
 
         in_tail = (old + BLOCK_TOKENS - 1) >> BLOCK_SHIFT  # blocks that begin in the tail
@@ -379,7 +378,8 @@ class AppendKernel:
             source = self.stream_row(p, job, self.kept_token(job, i))
             if i < job.to_sink:
                 source = self.new_row(p, job, job.start + i)
-            row = [ptx.load_global(source + part, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)]
+            source += part
+            row = [ptx.load_global(source, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)]
             self.keep(p, place, job, i, inside, row, lane)
             first += self.plan.rows_at_once
 
@@ -398,13 +398,13 @@ class AppendKernel:
             target = self.kept_row(p, job, p.sink_k, p.sink_v, p.num_sink, job.sinks + i)
         target += Int64(lane % ROW_LANES * VECTOR)
         if self.rotates(p, job.operand):  # all lanes: they exchange values
-            careful = ptx.any_lane(self.any_beyond(p, row, HALF_SMALL, BFLOAT_SMALL))  # else no limit is reached
+            careful = ptx.any_lane(self.rows.any_beyond_small(p, row))  # else no limit is reached
             rotated = row
             if careful:
-                rotated = self.limited(p, place, rotated)
-            rotated = self.rotated(p, rotated, lane, [1, 2])
+                rotated = self.rows.limited(p, place, rotated)
+            rotated = self.rows.rotated(p, rotated, lane, [1, 2])
             if careful:
-                rotated = self.limited(p, place, rotated)
+                rotated = self.rows.limited(p, place, rotated)
             row = [
                 [cutlass.select_(is_new, new, old) for new, old in zip(*both, strict=True)]
                 for both in zip(rotated, row, strict=True)
@@ -412,59 +412,6 @@ class AppendKernel:
         if inside:
             for j in range_constexpr(self.plan.vectors):
                 ptx.store_global(target, row[j], ROW_LANES * VECTOR * j)
-
-    @cute.jit
-    def rotated(self, p: Params, row: list, lane: Int32, masks: list):
-        """A lane's vectors of a row, conditioned, through the Hadamard transform as in quantization.rotate, but for
-        limiting the result: rounding beyond the limit, even to infinity, and limiting commute. masks: the two bits of
-        the lane that tell the four lanes of a row from each other.
-        """
-        registers = [register for vector in row for register in vector]
-        x = [Float32(0.0)] * (2 * len(registers))
-        if p.bfloat16 == 1:
-            x = [value for register in registers for value in ptx.bfloat2_floats(register)]
-        else:
-            x = [value for register in registers for value in ptx.half2_floats(register)]
-        x = hadamard_registers(x, 8)  # strides within a vector
-        x = hadamard_lanes(x, masks, lane)  # strides 8 and, of four lanes, 16
-        x = hadamard_registers(x, self.plan.hadamard >> len(masks), first=8)
-        x = [ptx.multiply(value, Float32(self.plan.hadamard**-0.5)) for value in x]
-        rotated = row
-        if p.bfloat16 == 1:
-            rotated = vectors_of(x, ptx.to_bfloat2)
-        else:
-            rotated = vectors_of(x, ptx.to_half2)
-        return rotated
-
-    def limited(self, p: Params, place: Int32, row: list) -> list:
-        """The lane's vectors of a row conditioned, by way of their place."""
-        step = ROW_LANES * VECTOR
-        for j, vector in enumerate(row):
-            ptx.store_shared(place, step * j, vector)
-        self.limit(p, place)
-        return [ptx.load_shared(place, step * j, 4) for j in range(self.plan.vectors)]
-
-    @cute.jit
-    def limit(self, p: Params, place: Int32):
-        """Condition the lane's vectors of a row at this place: NaN to 0, and within the limit. It is seldom done, so in
-        few instructions.
-        """
-        limit = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_LIMIT), Int32(HALF_LIMIT))
-        infinity = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_INFINITY), Int32(HALF_INFINITY))
-        for j in cutlass.range(self.plan.vectors, unroll=1):
-            at = place + j * (ROW_LANES * VECTOR)
-            ptx.store_shared(at, 0, [conditioned_pair(x, limit, infinity) for x in ptx.load_shared(at, 0, 4)])
-
-    def any_beyond(self, p: Params, row: list, half: int, bfloat: int) -> Boolean:
-        """Whether one of the values is NaN or larger than a 16-bit pattern of the model's dtype."""
-        # what carries larger ones of two at once into the sign bits
-        halves, bfloats = ((0x7FFF - pattern) * 0x10001 for pattern in (half, bfloat))
-        excess = cutlass.select_(p.bfloat16 == 1, Int32(bfloats), Int32(halves))
-        beyond = Int32(0)
-        for vector in row:
-            for x in vector:
-                beyond = beyond | ((x & HALF2_ABS) + excess)
-        return (beyond & HALF2_SIGNS) != 0
 
     # -- packing -----------------------------------------------------------------------------------------------
 
@@ -509,17 +456,17 @@ class AppendKernel:
         first = block * BLOCK_TOKENS
         self.stage(p, place, warp, lane, job, first)
         if careful == 1:
-            self.limit_rows(p, place)
+            self.rows.limit_block(p, place)
         cute.arch.sync_warp()
         if self.rotates(p, job.operand):
-            self.rotate_rows(p, smem, warp, lane, job, first)
+            self.rows.rotate_block(p, smem, warp, lane, job.old - first, job.total - first)
             cute.arch.sync_warp()
             if careful == 1:
-                self.limit_rows(p, place)
+                self.rows.limit_block(p, place)
 
     @cute.jit
     def stage(self, p: Params, place: Int32, warp: Int32, lane: Int32, job: Job, first: Int32):
-        """Copy 128 rows of the stream to shared memory, every 32nd by the same lanes; the last one again beyond the end."""
+        """Copy 128 rows of the stream to shared memory, every 32nd by the same lanes; beyond the end the last one again."""
         part = Int64((lane % ROW_LANES) * VECTOR)
         for i in range_constexpr(0, BLOCK_TOKENS, self.plan.rows_at_once):
             token = cutlass.min(first + warp * WARP_ROWS + lane // ROW_LANES + i, job.total - 1)
@@ -527,44 +474,6 @@ class AppendKernel:
             for j in range_constexpr(self.plan.vectors):
                 ptx.copy16(place + i * self.plan.row_bytes, source, ROW_LANES * VECTOR * j)
         ptx.wait_for_copies()
-
-    @cute.jit
-    def limit_rows(self, p: Params, place: Int32):
-        """Condition the rows that the lane has copied vectors of."""
-        for i in cutlass.range(0, BLOCK_TOKENS, self.plan.rows_at_once, unroll=1):
-            self.limit(p, place + i * self.plan.row_bytes)
-
-    @cute.jit
-    def rotate_rows(self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, first: Int32):
-        """Rotate the new rows among those that the warp has copied. Eight lanes have vectors of as many rows, so that
-        they use all banks.
-        """
-        own = warp * WARP_ROWS + lane % WARP_ROWS
-        rows = smem + own * self.plan.row_bytes + lane // WARP_ROWS * VECTOR
-        step = ROW_LANES * VECTOR
-        for i in cutlass.range(0, BLOCK_TOKENS, self.plan.rows_at_once, unroll=1):
-            at = rows + i * self.plan.row_bytes
-            row = [ptx.load_shared(at, step * j, 4) for j in range(self.plan.vectors)]
-            row = self.rotated(p, row, lane, [WARP_ROWS, 2 * WARP_ROWS])
-            if cutlass.min(first + own + i, job.total - 1) >= job.old:  # the tail's are rotated already
-                for j in range_constexpr(self.plan.vectors):
-                    ptx.store_shared(at, step * j, row[j])
-
-
-def vectors_of(x: list, pair_of) -> list:
-    """fp32 values as vectors of 16 bit."""
-    registers = [pair_of(*x[i : i + 2]) for i in range(0, len(x), 2)]
-    return [registers[i : i + 4] for i in range(0, len(registers), 4)]
-
-
-def conditioned_pair(x: Int32, limit: Int32, infinity: Int32) -> Int32:
-    """Two 16-bit values with NaN as 0, and within the limit; in integers, so alike for fp16 and bf16."""
-    halves = []
-    for shift in (0, HALF_BITS):
-        size, sign = x >> shift & 0x7FFF, x >> shift & 0x8000
-        kept = cutlass.min(size, limit) | sign
-        halves.append(cutlass.select_(size > infinity, Int32(0), kept) << shift)
-    return halves[0] | halves[1]
 
 
 def store_job(address: Int32, job: Job) -> None:

@@ -237,8 +237,8 @@ class Encoder:
 
     @cute.jit
     def ranges(self, p, smem: Int32, base: Int32, minor: Int32, lane: Int32, limit: Float32):
-        """Smallest and largest value of the lane's own line: in 16 bit, which loses nothing. And whether they are within
-        the limit, those of another line too.
+        """Smallest and largest value of the lane's own line: in 16 bit, which loses nothing. And whether they, and those
+        of another line, are within the limit.
         """
         packed = [Int32(0), Int32(0)]
         if p.bfloat16 == 1:
@@ -273,8 +273,8 @@ class Encoder:
         return [pick(low, own), pick(high, own)]
 
     def widened(self, base: Int32, so_far, bfloat: bool) -> tuple:
-        """Packed minima and maxima by across, and r1 or (rows) r0; of two places along the group, as the assembler makes
-        one instruction of the two.
+        """Packed minima and maxima by across, and r1 or (rows) r0; of two places along the group, which the assembler
+        joins to an instruction of three operands.
         """
         low, high = ([*x] for x in so_far) if so_far else ([None] * 4, [None] * 4)
         for tiles in (self.panel_tiles(base), self.panel_tiles(base + self.along_bytes)):

@@ -303,15 +303,9 @@ def start_next_kernel() -> None:
     asm("griddepcontrol.launch_dependents;")
 
 
-def wait_for_previous_kernel(known: Int32 | None = None) -> None:
-    """With programmatic launch: until the previous kernel's writes are visible; then the next one may be scheduled.
-
-    known: not negative; what it depends on is computed before (else the assembler likes to do that after the wait).
-    """
-    if known is None:
-        asm("griddepcontrol.wait;")
-    else:
-        asm("{ .reg .pred p; setp.ge.s32 p, {$r0}, 0; @p griddepcontrol.wait; }", read_only_args=[known])
+def wait_for_previous_kernel() -> None:
+    """With programmatic launch: until the previous kernel's writes are visible; then the next one may be scheduled."""
+    asm("griddepcontrol.wait;")
     asm("griddepcontrol.launch_dependents;")
 
 
