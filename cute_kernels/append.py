@@ -5,7 +5,7 @@ An *item* is K or V of one KV head of a sequence, and a share of its blocks: ite
 and packs the blocks that begin in the old tail, the others pack one block of new tokens each. Quantising, an item is a
 block. A CTA takes up to four items:
     warp w      loads the first new rows of item w
-    warp 0      meanwhile finds out what there is to do for the items (Job), a lane each, from the lengths and the table;
+    warp 0      meanwhile finds out what is to be done for the items (Job), a lane each, from the lengths and the table;
                 items count as arrived: the last of a sequence to do so advances its lengths, as all have read them
     warp w      stores the rows, if item w has no block to pack and no more than these
     all warps   pack the blocks of the other items, one after another: rows of 128 tokens to shared memory (cp.async, 16
@@ -466,7 +466,7 @@ class AppendKernel:
 
     @cute.jit
     def stage(self, p: Params, place: Int32, warp: Int32, lane: Int32, job: Job, first: Int32):
-        """Copy 128 rows of the stream to shared memory, every 32nd by the same lanes; beyond the end the last one again."""
+        """Copy 128 rows of the stream to shared memory, every 32nd by the same lanes; beyond the end the last one."""
         part = Int64((lane % ROW_LANES) * VECTOR)
         for i in range_constexpr(0, BLOCK_TOKENS, self.plan.rows_at_once):
             token = cutlass.min(first + warp * WARP_ROWS + lane // ROW_LANES + i, job.total - 1)
