@@ -71,7 +71,7 @@ class WideKernel(DecodeKernel):
     def fold_blocks(self, p: Params, smem: Int32, folder: Int32, lane: Int32):
         """Fold the parameters of every n-th block of the CTA's share, as they land."""
         plan = self.plan
-        at, end, seq, _ = self.schedule.begin(p, lane, lambda *share: None)
+        at, end, seq, _, _ = self.schedule.begin(p, lane, lambda *share: None, lambda *place: Int32(0))
         power = self.queries.power(p)
         stage = folder
         parity = Int32(0)
@@ -101,14 +101,16 @@ class WideKernel(DecodeKernel):
     @cute.jit
     def first_piece(self, p: Params, smem: Int32, lane: Int32):
         """Find out where the share begins, and write its first Piece."""
-        at, end, seq, shares = self.schedule.begin(p, lane, lambda *share: None)
+        at, end, seq, shares, _ = self.schedule.begin(p, lane, lambda *share: None, lambda *place: Int32(0))
         self.write_piece(p, smem, lane, at, end, seq, shares)
+        if lane == 0:
+            store_piece(smem + self.plan.first_piece_at, load_piece(smem + (self.plan.slots_at + self.plan.piece_offset)))
 
     @cute.jit
     def next_piece(self, p: Params, smem: Int32, lane: Int32):
         """Overwrite the Piece by the one that follows it."""
-        words = [ptx.load_shared(smem + self.plan.walk_at, 16 * i, 4) for i in range(2)]
-        at, end, shares = Place(*words[0], words[1][0]), words[1][1], Shares(*words[1][2:])
+        words = [ptx.load_shared(smem + self.plan.walk_at, 16 * i, 4) for i in range(3)]
+        at, end, shares = Place(*words[0], words[1][0]), words[1][1], Shares(*words[1][2:], *words[2][:3])
         seq = self.schedule.sequence(p, at.b)
         at = self.schedule.next_piece(p, at, seq.units, self.schedule.count(at, end, seq))
         cute.arch.sync_warp()  # all lanes have read the walk
@@ -121,7 +123,8 @@ class WideKernel(DecodeKernel):
                 smem + (self.plan.slots_at + self.plan.piece_offset), self.schedule.piece(p, at, end, seq, shares)
             )
             ptx.store_shared(smem + self.plan.walk_at, 0, list(at[:4]))
-            ptx.store_shared(smem + self.plan.walk_at, 16, [at[4], end, *shares])
+            ptx.store_shared(smem + self.plan.walk_at, 16, [at[4], end, *shares[:2]])
+            ptx.store_shared(smem + self.plan.walk_at, 32, [*shares[2:], Int32(0)])
         cute.arch.sync_warp()
 
     @cute.jit
@@ -192,3 +195,6 @@ class WideKernel(DecodeKernel):
                 ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
                 if warp == 0:
                     self.next_piece(p, smem, lane)
+        first = load_piece(smem + plan.first_piece_at)
+        if first.collects == 1:
+            self.merge.collect(p, warp, Int32(plan.warps), lane, first)

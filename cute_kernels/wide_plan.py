@@ -19,7 +19,7 @@ SM_REGISTERS = 65536
 AUXILIARY_REGISTERS = 56  # what they need at least; with accumulators that leave no choice, 32
 TIGHT_REGISTERS = 32
 ALIGN = 16
-WALK_BYTES = 32  # the Place in the list of units, its end, the Shares (schedule.py)
+WALK_BYTES = 48  # the Place in the list of units, its end, the Shares (schedule.py)
 
 
 class WidePlan(Plan):
@@ -43,6 +43,7 @@ class WidePlan(Plan):
         # one could be a phase of its barrier ahead
         self.folders = next(n for n in (3, 2, 1) if self.block_groups % n == 0)
         self.merge_floats = 40
+        self.whole_units = 0
         self.threads = LANES * (self.warps + AUXILIARY_WARPS)
         self.batch = 2  # k steps whose A registers are made before their wgmma are issued
         # codes of the next k steps are loaded before the registers of these are made, where registers allow
@@ -85,7 +86,7 @@ class WidePlan(Plan):
         return self.scratch_at + self.states * self.q_tile * self.row_bytes
 
     @cached_property
-    def full_at(self) -> int:
+    def first_piece_at(self) -> int:
         return self.slots_at + self.slot_bytes
 
     @cached_property

@@ -271,7 +271,7 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
     const std::int64_t image = std::max(s.v_codes.offset - s.k_scale.offset, s.block_bytes - s.v_scale.offset);
     return round_up(rows + image + 2 * std::max(s.k_scale.bytes, s.v_scale.bytes) + kJobsBytes, kSmemAlign);
   }
-  // as in cute_kernels/plan.py: ring, merge scratch, slots of pieces, barriers
+  // as in cute_kernels/plan.py: ring, merge scratch, slots of pieces, first piece, barriers
   constexpr std::int64_t kRowPad = 4;
   constexpr std::int64_t kBarrierBytes = 16;  // two mbarriers: per stage, of the scratch, of the slots
   constexpr std::int64_t kPieceBytes = 80;
@@ -281,9 +281,9 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   const std::int64_t scratch = states * q_tile * (head_dim + kRowPad) * static_cast<std::int64_t>(sizeof(float));
   // 16-bit queries, a power and a position of each, the piece
   const std::int64_t slots = (wide ? 1 : 2) * (q_tile * (2 * head_dim + 8) + kPieceBytes);
-  std::int64_t bytes = ring + scratch + slots + kBarrierBytes * (stages + 2);
+  std::int64_t bytes = ring + scratch + slots + kPieceBytes + kBarrierBytes * (stages + 2);
   if (wide) {  // more barriers: per stage, per team; floats per warp and column, two per team and column; the walk
-    constexpr std::int64_t kWalkBytes = 32;
+    constexpr std::int64_t kWalkBytes = 48;
     const WideTiling tiling(*this);
     bytes = round_up(bytes + kBarrierBytes / 2 * (stages + tiling.teams), 16);
     bytes += (num_warps + 2 * tiling.teams) * tiling.columns * static_cast<std::int64_t>(sizeof(float)) + kWalkBytes;
