@@ -237,8 +237,8 @@ class Encoder:
 
     @cute.jit
     def ranges(self, p, smem: Int32, base: Int32, minor: Int32, lane: Int32, limit: Float32):
-        """Smallest and largest value of the lane's own line: in 16 bit, which loses nothing. And whether these, and those
-        of another line, are within the limit.
+        """Smallest and largest value of the lane's own line: in 16 bit, which loses nothing. And whether these and
+        those of another line are within the limit.
         """
         packed = [Int32(0), Int32(0)]
         if p.bfloat16 == 1:
