@@ -253,7 +253,7 @@ class AppendKernel:
     ):  # fmt: skip
         """:meth:`begin` of an append."""
         b, head, operand, share = item
-        length, packed, count = (ptx.load_relaxed(x) for x in lengths_at)
+        length, packed, count = (ptx.load_word_relaxed(x) for x in lengths_at)
         start, new = self.new_tokens(p, b)
         new = cutlass.select_(p.lengths.toint() != 0, cutlass.min(count, new), new)
         new = cutlass.max(new, 0)
@@ -320,14 +320,14 @@ class AppendKernel:
         if job.length < 0:
             others = 2 * others
         if before == others:
-            ptx.store_relaxed(self.counter(p, job.b), Int32(0))  # ready for the next launch
+            ptx.store_relaxed(self.counter(p, job.b), [Int32(0)])  # ready for the next launch
             if job.length < 0:
                 if p.status.toint() != 0:
                     ptx.atomic_max(p.status.toint(), job.b + 1)
             else:
                 at = Int64(job.b) * 4
-                ptx.store_relaxed(p.seqlens.toint() + at, job.length)
-                ptx.store_relaxed(p.packed_lens.toint() + at, (job.column + job.blocks) * BLOCK_TOKENS)
+                ptx.store_relaxed(p.seqlens.toint() + at, [job.length])
+                ptx.store_relaxed(p.packed_lens.toint() + at, [(job.column + job.blocks) * BLOCK_TOKENS])
 
     @cute.jit
     def page(self, p: Params, b: Int32, column: Int32):

@@ -301,14 +301,9 @@ def _store_global(instruction: str, address: Int64, values: list, offset: int) -
     asm(f"{instruction}{vector}.{kind} [{{$r0}}+{offset}], {operand};", read_only_args=[address, *values])
 
 
-def load_relaxed(address: Int64) -> Int32:
-    """4 bytes that other threads of the device may be writing."""
+def load_word_relaxed(address: Int64) -> Int32:
+    """4 bytes that other SMs may be writing with store_relaxed."""
     return asm("ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
-
-
-def store_relaxed(address: Int64, value: Int32) -> None:
-    """4 bytes that other threads of the device may be reading."""
-    asm("st.relaxed.gpu.global.b32 [{$r0}], {$r1};", read_only_args=[address, value])
 
 
 def atomic_add(address: Int64, value: Int32, order: str = "acq_rel") -> Int32:
