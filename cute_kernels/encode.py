@@ -454,23 +454,6 @@ class Encoder:
             if cutlass.const_expr(self.per_channel):
                 exists = [TILE * tile + 8 * (r & 1) < rest for r in range(4)]
                 sums = [cutlass.select_(exists[n // 2], x, Float32(0.0)) for n, x in enumerate(sums)]
-        elif cutlass.const_expr(tiles == 2):  # unrolled: values of a lane that do not wait for each other
-            parts = [
-                self.error_sums(
-                    p,
-                    mean_base,
-                    base + i * (step * self.along_bytes),
-                    tile + i * step,
-                    lane,
-                    rest,
-                    1,
-                    step,
-                    across,
-                    lines,
-                )
-                for i in range(2)
-            ]
-            sums = [ptx.add(x, y) for x, y in zip(*parts, strict=True)]
         else:
             for i in cutlass.range(2, unroll=1):
                 at = base + i * (step * self.along_bytes)
