@@ -555,7 +555,7 @@ def test_append_passes_every_parameter():
     for recent, match in ((14, "tail_capacity=140: allowed are numbers from 141"), (-1, "recent=-1")):
         with pytest.raises(InvalidArgument, match=match):
             native.function("append")(handle, *arguments, recent, *OPTIONS)
-    with pytest.raises(InvalidArgument, match=r"workspace: has 4 bytes, 8 are needed"):
+    with pytest.raises(InvalidArgument, match=r"workspace: has 4 bytes, 256 are needed"):
         native.function("append")(handle, *arguments[:8], tensors["workspace"][:4], *arguments[9:], 13, *OPTIONS)
 
 
