@@ -21,10 +21,11 @@ from . import warpgroup as wg
 from .decode import MAX_WINDOW, DecodeKernel
 from .fold import Fold
 from .layouts import BLOCK_TOKENS, LANES
-from .merge import CONSUMER_BARRIER, Merge
+from .merge import CONSUMER_BARRIER
 from .plan import BARRIER_BYTES
 from .schedule import BLOCK_SHIFT, Params, Place, Schedule, Sequence, Shares, load_piece, store_piece
 from .wide_attention import WideAttention
+from .wide_merge import WideMerge
 from .wide_plan import WidePlan
 from .wide_queries import WideQueries
 
@@ -38,7 +39,7 @@ class WideKernel(DecodeKernel):
         self.attention = WideAttention(self.plan)
         self.queries = WideQueries(self.plan)
         self.fold = Fold(self.plan)
-        self.merge = Merge(self.plan, self.schedule)
+        self.merge = WideMerge(self.plan, self.schedule)
 
     @cute.kernel
     def kernel(self, p: Params):
@@ -129,14 +130,12 @@ class WideKernel(DecodeKernel):
         """Attend over the CTA's share: blocks from the ring, 16-bit units from global memory."""
         plan = self.plan
         group = warp // plan.warps_per_block
-        team = self.attention.team(smem, warp, lane)
         slot = smem + plan.slots_at
         query = self.queries.operand(slot, warp // plan.team_warps % plan.splits)
-        block = group  # the group's next block, counted over the share; its stage and the parity of its round
+        block = group  # the group's next block of the piece; its stage and the parity of its round
         stage = group
         parity = Int32(0)
         free_parity = Int32(1)  # the first finds P free
-        ring = Int32(0)  # blocks of the share before this piece
         if warp == 0:
             self.first_piece(p, smem, lane)
         else:
@@ -147,36 +146,34 @@ class WideKernel(DecodeKernel):
         while is_last == 0:
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # the piece is written, the one before merged
             piece = load_piece(slot + plan.piece_offset)
+            lane = wg.thread_again() % LANES
+            team = self.attention.team(smem, warp, lane)
             self.queries.prepare(p, slot, warp, lane, piece)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
             state = self.attention.first_state(smem, free_parity)
 
             # blocks plain_from .. plain_to - 1 are visible to every query, as a whole
-            plain_from = ring + (piece.window_start - piece.first_position + BLOCK_TOKENS - 1 >> BLOCK_SHIFT)
-            plain_to = ring + (piece.seen_by_all - piece.first_position >> BLOCK_SHIFT)
+            plain_from = piece.window_start - piece.first_position + BLOCK_TOKENS - 1 >> BLOCK_SHIFT
+            plain_to = piece.seen_by_all - piece.first_position >> BLOCK_SHIFT
             if p.softcap > 0.0:
                 plain_to = Int32(0)
-            first_block = ring
-            ring += piece.blocks
-            while block < ring:
+            blocks = piece.blocks
+            while block < blocks:
                 at = smem + stage * plan.fmt.block_bytes
                 folded = smem + plan.folded_at + stage * plan.folded_bytes
                 empty = smem + plan.empty_at + stage * BARRIER_BYTES
                 ptx.mbarrier_wait(smem + plan.ready_at + stage * BARRIER_BYTES, parity, plan.wait)
-                if (block >= plain_from) & (block < plain_to):
-                    state = self.attention.attend_block(
-                        p, smem, team, at, folded, empty, query, slot, block - first_block, state, False
-                    )
-                else:
-                    state = self.attention.attend_block(
-                        p, smem, team, at, folded, empty, query, slot, block - first_block, state, True
-                    )
+                general = (block < plain_from) | (block >= plain_to)
+                state = self.attention.attend_block(
+                    p, smem, team, at, folded, empty, query, slot, block, state, general
+                )
                 block += plan.block_groups
                 stage += plan.block_groups
                 if stage >= plan.stages:
                     stage -= plan.stages
                     parity = parity ^ 1
             state = self.attention.finished(state)
+            block -= blocks
             piece = load_piece(slot + plan.piece_offset)  # again, rather than in registers all the while
             chunk = piece.first_chunk + group
             power = self.queries.power(p)
@@ -186,7 +183,7 @@ class WideKernel(DecodeKernel):
             free_parity = state.parity
             self.attention.store_state(smem, team, state)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # all results are in the scratch
-            self.merge.merge(p, smem, warp, Int32(plan.warps), lane, piece)
+            self.merge.merge(p, smem, warp, lane, piece)
             is_last = piece.is_last
             if is_last == 0:
                 ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)

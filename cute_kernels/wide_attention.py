@@ -8,7 +8,7 @@ has rows g (values 0, 1) and g + 8 (2, 3) of its warp's 16, columns 8n + 2q and 
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Float32, Int32, Int64, cute, range_constexpr
+from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
@@ -198,17 +198,17 @@ class WideAttention:
     @cute.jit
     def attend_block(
         self, p: Params, smem: Int32, team: Team, stage: Int32, folded: Int32, empty: Int32, query: Int32,
-        slot: Int32, block: Int32, state: State, general
+        slot: Int32, block: Int32, state: State, general: Boolean
     ):  # fmt: skip
         """Attend to the block in ``stage``, the piece's ``block``-th of this CTA.
 
         query: descriptor of Q^T; slot: of the piece; empty: the stage's barrier.
-        general (trace time): with a soft cap, or where tokens are invisible to a query or beyond the packed ones.
+        general: with a soft cap, or where tokens are invisible to a query or beyond the packed ones.
         """
         scores = self.scores(team, stage, folded, query)
         factor = ptx.load_shared_floats(folded, 0, 1)[0]
         values = Values(self, team, stage, folded)
-        if cutlass.const_expr(general):
+        if general:
             scores = [[x * factor for x in tile] for tile in scores]
             factor = Float32(1.0)
             place = self.place(smem)

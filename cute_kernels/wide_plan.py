@@ -46,7 +46,7 @@ class WidePlan(Plan):
         self.threads = LANES * (self.warps + AUXILIARY_WARPS)
         self.batch = 2  # k steps whose A registers are made before their wgmma are issued
         # codes of the next k steps are loaded before the registers of these are made, where registers allow
-        self.ahead = self.columns * (3 - self.team_groups) <= (64 if self.warps <= 8 else 32)
+        self.ahead = self.columns * (3 - self.team_groups) <= (64 if self.warps <= 8 else 16)
         # P is scaled per group of V; a group of less than an M tile's rows would need an operand per warp
         self.p_groups = self.v_groups
 
