@@ -9,8 +9,9 @@ consumers      warpgroups in teams (wide_plan.py); a team takes every n-th block
                            anyway tells whether ``top`` was too low
     O^T += V^T P^T         A = V from registers, (code + zero); B = P^T; the tokens of a block are k
 16-bit tokens  sinks and tail, 128 at a time: the same, with K and V from global memory
-pieces         the consumers themselves find out a piece, prepare its queries as B operand (wide_queries.py) and merge
-               results (merge.py): pieces are long here, and registers for merge warps dear
+pieces         the first folder announces them: it finds out the next piece and fetches its queries while the consumers
+               are at the last blocks of the one before; the consumers make these their B operand (wide_queries.py) and
+               merge results (wide_merge.py)
 """
 
 import cutlass
@@ -23,10 +24,10 @@ from .fold import Fold
 from .layouts import BLOCK_TOKENS, LANES
 from .merge import CONSUMER_BARRIER
 from .plan import BARRIER_BYTES
-from .schedule import BLOCK_SHIFT, Params, Place, Schedule, Sequence, Shares, load_piece, store_piece
+from .schedule import BLOCK_SHIFT, Params, Piece, Schedule, load_piece, store_piece
 from .wide_attention import WideAttention
 from .wide_merge import WideMerge
-from .wide_plan import WidePlan
+from .wide_plan import PIECE_BYTES, WidePlan
 from .wide_queries import WideQueries
 
 
@@ -53,6 +54,8 @@ class WideKernel(DecodeKernel):
                 ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1)
                 ptx.mbarrier_init(smem + (plan.ready_at + BARRIER_BYTES * stage), 1)
                 ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), plan.warps_per_block)
+            ptx.mbarrier_init(smem + plan.slot_full_at, LANES + 1)
+            ptx.mbarrier_init(smem + plan.slot_empty_at, plan.warps)
             for team in range_constexpr(plan.teams):
                 ptx.mbarrier_init(smem + (plan.free_at + BARRIER_BYTES * team), plan.team_warps)
             ptx.fence_mbarrier_init()
@@ -70,9 +73,12 @@ class WideKernel(DecodeKernel):
 
     @cute.jit
     def fold_blocks(self, p: Params, smem: Int32, folder: Int32, lane: Int32):
-        """Fold the parameters of every n-th block of the CTA's share, as they land."""
+        """Fold the parameters of every n-th block of the CTA's share, as they land; the first one announces pieces."""
         plan = self.plan
-        at, end, seq, _ = self.schedule.begin(p, lane, lambda *share: None)
+        at, end, seq, shares = self.schedule.begin(p, lane, lambda *share: None)
+        number = Int32(0)  # of the piece in the share
+        if folder == 0:
+            self.announce(p, smem, lane, number, self.schedule.piece(p, at, end, seq, shares))
         power = self.queries.power(p)
         stage = folder
         parity = Int32(0)
@@ -96,34 +102,28 @@ class WideKernel(DecodeKernel):
                     parity = parity ^ 1
             at = self.schedule.next_piece(p, at, seq.units, count)
             seq = self.schedule.sequence(p, at.b)
+            number += 1
+            if (folder == 0) & (at.x < end):
+                self.announce(p, smem, lane, number, self.schedule.piece(p, at, end, seq, shares))
+
+    @cute.jit
+    def announce(self, p: Params, smem: Int32, lane: Int32, number: Int32, piece: Piece):
+        """Tell the consumers of the share's next piece, and fetch its queries."""
+        plan = self.plan
+        if number > 0:  # they have taken the queries before, so the Piece before those is done with, too
+            ptx.mbarrier_wait(smem + plan.slot_empty_at, number - 1 & 1, plan.wait)
+        self.queries.fetch(p, smem + plan.slots_at, lane, piece)
+        ptx.mbarrier_arrive_after_copies(smem + plan.slot_full_at)
+        if lane == 0:
+            store_piece(self.piece_at(smem, number), piece)
+            ptx.mbarrier_arrive(smem + plan.slot_full_at)
+
+    def piece_at(self, smem: Int32, number: Int32) -> Int32:
+        """Where the share's n-th Piece lies: the first one to the end, the others by turns."""
+        place = cutlass.select_(number > 0, 2 - (number & 1), Int32(0))
+        return smem + (self.plan.slots_at + self.plan.piece_offset) + place * PIECE_BYTES
 
     # -- consumers ---------------------------------------------------------------------------------------------------
-
-    @cute.jit
-    def first_piece(self, p: Params, smem: Int32, lane: Int32):
-        """Find out where the share begins, and write its first Piece."""
-        at, end, seq, shares = self.schedule.begin(p, lane, lambda *share: None)
-        self.write_piece(p, smem, lane, at, end, seq, shares)
-
-    @cute.jit
-    def next_piece(self, p: Params, smem: Int32, lane: Int32):
-        """Overwrite the Piece by the one that follows it."""
-        words = [ptx.load_shared(smem + self.plan.walk_at, 16 * i, 4) for i in range(2)]
-        at, end, shares = Place(*words[0], words[1][0]), words[1][1], Shares(*words[1][2:])
-        seq = self.schedule.sequence(p, at.b)
-        at = self.schedule.next_piece(p, at, seq.units, self.schedule.count(at, end, seq))
-        cute.arch.sync_warp()  # all lanes have read the walk
-        self.write_piece(p, smem, lane, at, end, self.schedule.sequence(p, at.b), shares)
-
-    @cute.jit
-    def write_piece(self, p: Params, smem: Int32, lane: Int32, at: Place, end: Int32, seq: Sequence, shares: Shares):
-        if lane == 0:
-            store_piece(
-                smem + (self.plan.slots_at + self.plan.piece_offset), self.schedule.piece(p, at, end, seq, shares)
-            )
-            ptx.store_shared(smem + self.plan.walk_at, 0, list(at[:4]))
-            ptx.store_shared(smem + self.plan.walk_at, 16, [at[4], end, *shares])
-        cute.arch.sync_warp()
 
     @cute.jit
     def consume(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
@@ -136,19 +136,21 @@ class WideKernel(DecodeKernel):
         stage = group
         parity = Int32(0)
         free_parity = Int32(1)  # the first finds P free
-        if warp == 0:
-            self.first_piece(p, smem, lane)
-        else:
-            if warp == plan.warps - 1:
-                self.schedule.warm(p, lane)
-            ptx.wait_for_previous_kernel()
+        number = Int32(0)  # of the piece in the share
+        if warp == plan.warps - 1:
+            self.schedule.warm(p, lane)
+        ptx.wait_for_previous_kernel()
         is_last = Int32(0)
         while is_last == 0:
-            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # the piece is written, the one before merged
-            piece = load_piece(slot + plan.piece_offset)
             lane = wg.thread_again() % LANES
             team = self.attention.team(smem, warp, lane)
+            piece_at = self.piece_at(smem, number)
+            ptx.mbarrier_wait(smem + plan.slot_full_at, number & 1, plan.wait)
+            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # also for the compiler: no warp has parted
+            piece = load_piece(piece_at)
             self.queries.prepare(p, slot, warp, lane, piece)
+            cute.arch.sync_warp()
+            wg.mbarrier_arrive_once(smem + plan.slot_empty_at)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
             state = self.attention.first_state(smem, free_parity)
 
@@ -165,7 +167,7 @@ class WideKernel(DecodeKernel):
                 ptx.mbarrier_wait(smem + plan.ready_at + stage * BARRIER_BYTES, parity, plan.wait)
                 general = (block < plain_from) | (block >= plain_to)
                 state = self.attention.attend_block(
-                    p, smem, team, at, folded, empty, query, slot, block, state, general
+                    p, smem, team, at, folded, empty, query, piece_at, block, state, general
                 )
                 block += plan.block_groups
                 stage += plan.block_groups
@@ -174,18 +176,18 @@ class WideKernel(DecodeKernel):
                     parity = parity ^ 1
             state = self.attention.finished(state)
             block -= blocks
-            piece = load_piece(slot + plan.piece_offset)  # again, rather than in registers all the while
+            piece_at = self.piece_at(smem, number)
+            piece = load_piece(piece_at)  # again, rather than in registers all the while
             chunk = piece.first_chunk + group
             power = self.queries.power(p)
             while chunk < piece.end_chunk:
-                state = self.attention.attend_chunk(p, smem, team, piece, chunk, query, power, slot, state)
+                state = self.attention.attend_chunk(p, smem, team, piece, chunk, query, power, state)
                 chunk += plan.block_groups
             free_parity = state.parity
             self.attention.store_state(smem, team, state)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # all results are in the scratch
-            self.merge.merge(p, smem, warp, lane, piece)
+            self.merge.store(p, smem, warp, lane, piece)
             is_last = piece.is_last
-            if is_last == 0:
-                ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
-                if warp == 0:
-                    self.next_piece(p, smem, lane)
+            if is_last == 1:  # within the loop: behind it the compiler would expect warps to leave it one by one
+                self.merge.finish(p, warp, lane, self.piece_at(smem, Int32(0)), piece_at)
+            number += 1

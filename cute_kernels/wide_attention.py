@@ -151,10 +151,10 @@ class WideAttention:
             exchange=smem + plan.exchange_at + index * plan.exchange_bytes,
         )
 
-    def highs(self, slot: Int32, place: Place) -> Int32:
+    def highs(self, smem: Int32, place: Place) -> Int32:
         """Address of the positions behind the last keys that columns 2q and 2q + 1 of the team see."""
         first = place.index % self.plan.splits * self.plan.columns
-        return slot + self.plan.highs_offset + first * 4 + (place.lane & 3) * 8
+        return smem + (self.plan.slots_at + self.plan.highs_offset) + first * 4 + (place.lane & 3) * 8
 
     def free(self, smem: Int32, team: Team) -> Int32:
         """The mbarrier that says that the team's P may be overwritten; found anew, to hold no register for it."""
@@ -198,11 +198,11 @@ class WideAttention:
     @cute.jit
     def attend_block(
         self, p: Params, smem: Int32, team: Team, stage: Int32, folded: Int32, empty: Int32, query: Int32,
-        slot: Int32, block: Int32, state: State, general: Boolean
+        piece_at: Int32, block: Int32, state: State, general: Boolean
     ):  # fmt: skip
         """Attend to the block in ``stage``, the piece's ``block``-th of this CTA.
 
-        query: descriptor of Q^T; slot: of the piece; empty: the stage's barrier.
+        query: descriptor of Q^T; piece_at: address of the Piece; empty: the stage's barrier.
         general: with a soft cap, or where tokens are invisible to a query or beyond the packed ones.
         """
         scores = self.scores(team, stage, folded, query)
@@ -212,9 +212,9 @@ class WideAttention:
             scores = [[x * factor for x in tile] for tile in scores]
             factor = Float32(1.0)
             place = self.place(smem)
-            piece = load_piece(slot + self.plan.piece_offset)
+            piece = load_piece(piece_at)
             position = piece.first_position + block * BLOCK_TOKENS + place.row
-            scores = self.restricted(p, scores, position, piece.packed_end, self.highs(slot, place))
+            scores = self.restricted(p, scores, position, piece.packed_end, self.highs(smem, place))
         scales = []
         for j in range_constexpr(self.plan.p_groups):
             at = folded + team.v_scale
@@ -568,7 +568,7 @@ class WideAttention:
     @cute.jit
     def attend_chunk(
         self, p: Params, smem: Int32, team: Team, piece: Piece, chunk: Int32, query: Int32, power: Float32,
-        slot: Int32, state: State
+        state: State
     ):  # fmt: skip
         """The team's 128 tokens of a 16-bit unit, read from global memory; sinks come first, then the tail."""
         k, v, capacity = p.sink_k.toint(), p.sink_v.toint(), p.num_sink
@@ -580,14 +580,14 @@ class WideAttention:
             position = piece.packed_end
         if token < held:
             state = self.attend_tokens(
-                p, smem, team, piece, k, v, capacity, token, held, position, query, power, slot, state
+                p, smem, team, piece, k, v, capacity, token, held, position, query, power, state
             )
         return state
 
     @cute.jit
     def attend_tokens(
         self, p: Params, smem: Int32, team: Team, piece: Piece, k: Int64, v: Int64, capacity: Int32, token: Int32,
-        held: Int32, position: Int32, query: Int32, power: Float32, slot: Int32, state: State
+        held: Int32, position: Int32, query: Int32, power: Float32, state: State
     ):  # fmt: skip
         """Attend to tokens ``token`` .. ``held`` - 1 of a buffer, 128 at most; its first one is at ``position``."""
         place = self.place(smem)
@@ -612,7 +612,7 @@ class WideAttention:
             acc = self.issue(acc, a, range(first, first + batch), query, first > 0)
             wg.wait(0)
         acc = [[x * power for x in wg.pin(tile)] for tile in acc]
-        acc = self.restricted(p, acc, position + token + place.row, position + held, self.highs(slot, place))
+        acc = self.restricted(p, acc, position + token + place.row, position + held, self.highs(smem, place))
         state = self.weigh(smem, team, acc, Float32(1.0), [None], state)
         total, out, parity = state
         # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)

@@ -8,7 +8,7 @@ Teams differ in their blocks, or, where ``warps_per_block`` is more than a team,
 from functools import cached_property
 
 from .layouts import BLOCK_TOKENS, LANES
-from .plan import BARRIER_BYTES, SLOTS, SMEM_ALIGN, Plan
+from .plan import BARRIER_BYTES, PIECE_WORDS, SLOTS, SMEM_ALIGN, Plan
 
 GROUP_WARPS = 4  # of a warpgroup
 M_TILE = 64  # rows of one wgmma
@@ -19,7 +19,8 @@ SM_REGISTERS = 65536
 AUXILIARY_REGISTERS = 56  # what they need at least; with accumulators that leave no choice, 32
 TIGHT_REGISTERS = 32
 ALIGN = 16
-WALK_BYTES = 32  # the Place in the list of units, its end, the Shares (schedule.py)
+PIECE_BYTES = 4 * PIECE_WORDS
+PIECES = 3  # of a share that are kept: the first one, and two that follow each other
 
 
 class WidePlan(Plan):
@@ -67,10 +68,11 @@ class WidePlan(Plan):
         groups = self.warps // GROUP_WARPS
         return self.start_registers * (groups + 1) - groups * self.consumer_registers
 
-    # shared memory: as in Plan, with the folded parameters of the stages behind the ring, one slot and, behind the
-    # barriers, those that say ``ready`` (per stage) and ``free`` (per team); ``exchange``: of each team a float per
-    # warp and column, then per column ``top`` and its last change; ``walk``. The merge scratch also holds P while a
-    # piece is worked on: a row per query column has room for its P.
+    # shared memory: as in Plan, with the folded parameters of the stages behind the ring, one slot (wide_queries.py,
+    # then the Pieces) with barriers for ``full`` and ``empty`` and, behind the barriers, those that say ``ready`` (per
+    # stage) and ``free`` (per team); ``exchange``: of each team a float per warp and column, then per column ``top`` and
+    # its last change. The merge scratch also holds P while a piece is worked on: a row per query column has room for
+    # its P.
 
     @cached_property
     def folded_at(self) -> int:
@@ -85,8 +87,25 @@ class WidePlan(Plan):
         return self.scratch_at + self.states * self.q_tile * self.row_bytes
 
     @cached_property
+    def fetched_offset(self) -> int:
+        """In the slot, behind the B operands."""
+        return self.q_tile * self.head_dim * 2
+
+    @cached_property
+    def highs_offset(self) -> int:
+        return self.fetched_offset + self.q_tile * self.head_dim * 2
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        return self.piece_offset + PIECES * PIECE_BYTES
+
+    @cached_property
     def full_at(self) -> int:
         return self.slots_at + self.slot_bytes
+
+    @cached_property
+    def slot_empty_at(self) -> int:
+        return self.slot_full_at + BARRIER_BYTES
 
     @cached_property
     def ready_at(self) -> int:
@@ -101,16 +120,12 @@ class WidePlan(Plan):
         return -(-(self.free_at + self.teams * BARRIER_BYTES) // ALIGN) * ALIGN
 
     @cached_property
-    def walk_at(self) -> int:
-        return self.exchange_at + self.teams * self.exchange_bytes
-
-    @cached_property
     def exchange_bytes(self) -> int:
         return (self.team_warps + 2) * self.columns * 4
 
     @cached_property
     def smem_bytes(self) -> int:
-        end = self.walk_at + WALK_BYTES
+        end = self.exchange_at + self.teams * self.exchange_bytes
         return -(-end // SMEM_ALIGN) * SMEM_ALIGN
 
     # a stage's folded parameters, fp16 where not said otherwise:
