@@ -12,8 +12,8 @@ consumer warps  in groups of ``warps_per_block``; a group takes every n-th block
     O^T += codes_v (P * scale_v)  P transposed by movmatrix; the zeros again by MMAs
 16-bit tokens   sinks and tail: the same MMAs with K and V from global memory
 merge warps     find out the next piece and prepare its queries (queries.py); merge the consumers' results of a piece
-                from shared memory, and those of CTAs from the workspace, by the last arriver (merge.py), while the
-                consumers are at the next piece; the consumers themselves merge the CTA's last
+                while these are at the next one; the consumers themselves merge the CTA's last, and the partial
+                results of CTAs that share a piece (merge.py)
 """
 
 import cutlass
@@ -71,27 +71,28 @@ class DecodeKernel:
         if warp == self.plan.warps:
             self.produce(p, smem, lane)
         else:
-            slot = Int32(0)
             if warp < self.plan.warps:
-                slot = self.consume(p, smem, warp, lane)
-            self.merge.work(p, smem, warp, lane, slot)
+                self.consume(p, smem, warp, lane)
+            else:
+                self.merge.help(p, smem, warp - (self.plan.warps + 1), lane)
 
     # -- producer ----------------------------------------------------------------------------------------------
 
     @cute.jit
     def produce(self, p: Params, smem: Int32, lane: Int32):
         """Copy the blocks of the CTA's share into the ring."""
-        at, end, seq, _ = self.schedule.begin(p, lane, lambda *share: None)
+        at, end, seq, _, page = self.schedule.begin(
+            p,
+            lane,
+            announce=lambda *share: None,
+            fetch=lambda at, end, seq: self.schedule.entries(p, at, end, seq, Int32(0), lane),
+        )
         stage = Int32(0)
         parity = Int32(1)  # the first round finds every stage empty
         while at.x < end:
-            count, blocks, pages, table = self.schedule.blocks_of(p, at, end, seq)
-            page = Int32(0)
+            count, blocks, pages, _ = self.schedule.blocks_of(p, at, end, seq)
             i = Int32(0)
             while i < blocks:
-                if i % LANES == 0:  # the next table entries, one per lane
-                    entry = cutlass.min(i + lane, blocks - 1)
-                    page = ptx.load_global(table + cutlass.Int64(entry) * 4, cache="cg")[0]
                 source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES)) * p.page_stride
                 self.copy_block(smem, source, stage, parity, lane)
                 stage += 1
@@ -99,8 +100,12 @@ class DecodeKernel:
                     stage = Int32(0)
                     parity = parity ^ 1
                 i += 1
+                if i % LANES == 0:
+                    page = self.schedule.entries(p, at, end, seq, i, lane)
             at = self.schedule.next_piece(p, at, seq.units, count)
-            seq = self.schedule.sequence(p, at.b)
+            if at.x < end:
+                seq = self.schedule.sequence(p, at.b)
+                page = self.schedule.entries(p, at, end, seq, Int32(0), lane)
 
     @cute.jit
     def copy_block(self, smem: Int32, source: cutlass.Int64, stage: Int32, parity: Int32, lane: Int32):
@@ -129,9 +134,8 @@ class DecodeKernel:
 
     @cute.jit
     def consume(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
-        """Attend over the CTA's share: blocks from the ring, 16-bit units from global memory.
-
-        -> the slot of the last piece, whose results are in the scratch for all consumers to merge.
+        """Attend over the CTA's share: blocks from the ring, 16-bit units from global memory. Merge the results of the
+        last piece, and the partial results of the first one, if it ends here and began in another CTA.
         """
         plan = self.plan
         if cutlass.const_expr(plan.programmatic):
@@ -190,7 +194,13 @@ class DecodeKernel:
                 ptx.mbarrier_arrive(smem + plan.merge_full_at)
             is_last = piece.is_last
             done += 1
-        return (done - 1) % SLOTS
+        team = Int32(plan.warps)
+        self.merge.merge(
+            p, smem, warp, team, lane, load_piece(self.merge.piece_at(smem, (done - 1) % SLOTS))
+        )
+        first = load_piece(smem + plan.first_piece_at)
+        if first.collects == 1:
+            self.merge.collect(p, warp, team, lane, first)
 
 
 def example_params() -> Params:

@@ -1,9 +1,10 @@
-"""Merging of partial results: warps of a CTA through shared memory, CTAs of a piece by the one that arrives last.
+"""Merging of partial results: warps of a CTA through shared memory, CTAs of a piece through the workspace.
 
-Merge warps do it, so that the consumers go on with the next piece as soon as their results are in the scratch; the
-consumers do it for the last piece of their CTA.
-A CTA has at most two unfinished pieces, its first and its last, so two workspace slots per CTA suffice. A piece's
-partial results are merged in the order of the CTAs whoever does it: results are deterministic.
+Merge warps merge what the consumers left in the scratch, so that these go on with the next piece; the consumers do it
+for the last piece of their CTA. A CTA has at most two unfinished pieces, its first and its last, so two workspace slots
+per CTA suffice. The CTA that has the end of a piece merges the piece's partial results, as the last thing it does. It
+waits for them: they are stored as words that are not zero, and it leaves zeros. It waits for CTAs that started before
+it, and no CTA waits before it has stored its own. Results are merged in the order of the CTAs: they are deterministic.
 """
 
 import cutlass
@@ -17,7 +18,7 @@ from .queries import LOG2E, Queries, hadamard_lanes, hadamard_registers
 from .schedule import Params, Piece, Place, Schedule, Sequence, Shares, load_piece, store_piece
 
 CONSUMER_BARRIER, MERGE_BARRIER = 1, 2
-WORKSPACE_ALIGN = 128
+MINUS_ZERO, MINUS_INFINITY = -0x80000000, -0x800000  # as fp32
 
 
 class Merge:
@@ -29,68 +30,62 @@ class Merge:
         self.queries = Queries(plan)
 
     @cute.jit
-    def work(self, p: Params, smem: Int32, warp: Int32, lane: Int32, slot: Int32):
-        """The merge warps prepare all pieces of the CTA's share, and merge all but the last.
-
-        The last is merged by the consumers, which find it in ``slot``: they are more, and have nothing else to do.
-        """
-        helper = warp - (self.plan.warps + 1)  # of the merge warps; negative: a consumer
-        # no select: ptxas 12 has computed one of these anew in the loop, from a predicate that had changed meanwhile
-        of_consumers = ptx.sign_mask(helper)
-        team = MERGE_WARPS + (of_consumers & (self.plan.warps - MERGE_WARPS))
-        member = (warp & of_consumers) | (helper & ~of_consumers)
-        at, end, seq, shares = Place(*[slot] * 5), slot, Sequence(*[slot] * 8), Shares(slot, slot)
-        filled = Int32(1)  # a piece's results are there, or will be: in this round there is one to merge
-        if helper >= 0:
-            at, end, seq, shares = self.schedule.begin(
-                p, lane, lambda *share: self.store_piece(p, self.slot(smem, Int32(0)), helper, lane, share)
-            )
-            slot = Int32(SLOTS - 1)
-            filled = Int32(0)
+    def help(self, p: Params, smem: Int32, helper: Int32, lane: Int32):
+        """The merge warps prepare all pieces of the CTA's share, and merge all but the last."""
+        slot = Int32(0)  # of the piece that is prepared
+        at, end, seq, shares, _ = self.schedule.begin(
+            p,
+            lane,
+            announce=lambda *share: self.tell(p, smem, slot, helper, lane, share, is_first=True),
+            fetch=lambda at, end, seq: self.prepare(p, smem, slot, helper, lane, at, seq),
+        )
+        ptx.mbarrier_arrive(smem + self.plan.slot_full_at)
         parity = Int32(0)
-        more = Int32(1)
-        while more == 1:
-            more = Int32(0)
-            if helper >= 0:
-                other = slot ^ 1
-                if filled == 1:
-                    ptx.barrier(MERGE_BARRIER, MERGE_WARPS * LANES)  # all of them have read what the other slot held
-                    self.store_piece(p, self.slot(smem, other), helper, lane, (at, end, seq, shares))
-                head, first_row = self.schedule.tile(p, at)
-                self.queries.prepare(p, self.slot(smem, other), helper, lane, at.b, head, first_row, seq.length)
-                ptx.mbarrier_arrive(smem + self.plan.slot_full_at + other * BARRIER_BYTES)
-                if filled == 1:
-                    ptx.mbarrier_wait(smem + self.plan.merge_full_at, parity, self.plan.wait)
-                    parity = parity ^ 1
-                count = self.schedule.count(at, end, seq)
-                if at.x + count < end:
-                    more = Int32(1)
-                    at = self.schedule.next_piece(p, at, seq.units, count)
-            if filled == 1:
-                piece = load_piece(self.slot(smem, slot) + self.plan.piece_offset)
-                self.merge(p, smem, member, team, lane, piece)
-                if helper >= 0:
-                    ptx.mbarrier_arrive(smem + self.plan.merge_empty_at)
-            filled = Int32(1)
+        units = seq.units
+        count = self.schedule.count(at, end, seq)
+        while at.x + count < end:
+            at = self.schedule.next_piece(p, at, units, count)
+            seq = self.schedule.sequence(p, at.b)
+            units = seq.units
+            count = self.schedule.count(at, end, seq)
             slot = slot ^ 1
-            if more == 1:
-                seq = self.schedule.sequence(p, at.b)  # not earlier: merging needs the registers
+            ptx.barrier(MERGE_BARRIER, MERGE_WARPS * LANES)  # all of them have read what this slot held
+            self.tell(p, smem, slot, helper, lane, (at, end, seq, shares), is_first=False)
+            self.prepare(p, smem, slot, helper, lane, at, seq)
+            ptx.mbarrier_arrive(smem + self.plan.slot_full_at + slot * BARRIER_BYTES)
+            ptx.mbarrier_wait(smem + self.plan.merge_full_at, parity, self.plan.wait)
+            parity = parity ^ 1
+            self.merge(p, smem, helper, Int32(MERGE_WARPS), lane, load_piece(self.piece_at(smem, slot ^ 1)))
+            ptx.mbarrier_arrive(smem + self.plan.merge_empty_at)
 
     @cute.jit
-    def store_piece(self, p: Params, slot: Int32, helper: Int32, lane: Int32, share: tuple):
+    def tell(self, p: Params, smem: Int32, slot: Int32, helper: Int32, lane: Int32, share: tuple, is_first: bool):
         """Tell the consumers of the piece at (Place, end, Sequence, Shares)."""
         if (helper == MERGE_WARPS - 1) & (lane == 0):  # the merge warp with the fewest queries
-            store_piece(slot + self.plan.piece_offset, self.schedule.piece(p, *share))
+            piece = self.schedule.piece(p, *share)
+            store_piece(self.piece_at(smem, slot), piece)
+            if cutlass.const_expr(is_first):
+                store_piece(smem + self.plan.first_piece_at, piece)
+
+    def prepare(self, p: Params, smem: Int32, slot: Int32, helper: Int32, lane: Int32, at: Place, seq: Sequence):
+        """Prepare a piece's queries."""
+        head, first_row = self.schedule.tile(p, at)
+        b = cutlass.max(at.b, 0)
+        self.queries.prepare(p, self.slot(smem, slot), helper, lane, b, head, first_row, seq.length)
+        return Int32(0)
 
     def slot(self, smem: Int32, slot: Int32) -> Int32:
         return smem + self.plan.slots_at + slot * self.plan.slot_bytes
 
+    def piece_at(self, smem: Int32, slot: Int32) -> Int32:
+        return self.slot(smem, slot) + self.plan.piece_offset
+
     @cute.jit
     def merge(self, p: Params, smem: Int32, member: Int32, team: Int32, lane: Int32, piece: Piece):
-        """Merge the results of the CTA's warps; store the output of a whole piece, else a partial result, and the
-        output where those of the other CTAs are there already. Warps of the team take turns at the parts of the tile.
+        """Merge the results of the CTA's warps; store the output of a whole piece, else a partial result.
+
+        Warps of the team take turns at the parts of the tile.
         """
-        slots = p.workspace.toint() + self.counter_bytes(p)
         part = member
         while part * LANES < piece.columns * self.plan.items:
             column, item, inside = self.item(part * LANES + lane, piece.columns)
@@ -100,26 +95,30 @@ class Merge:
             states = [ptx.load_shared_floats(row, offset + 4 * self.plan.head_dim, 2) for offset in offsets]
             values = [self.load_values(row + item * (4 * self.plan.width), offset) for offset in offsets]
             peak, weight, value = combine(states, values)
-            complete = Int32(1)
-            if piece.ctas > 1:
-                if inside:
-                    mine = slots + Int64(piece.slot) * self.plan.partial_bytes
-                    for i in range_constexpr(0, self.plan.width, QUAD):
-                        ptx.store_global(mine + self.value_at(column, item), value[i : i + QUAD], 4 * i)
-                    if item == 0:
-                        ptx.store_global(mine + self.state_at(column), [peak, weight])
-                complete = Int32(0)
-                if self.arrives_last(p, lane, piece, part) == 1:
-                    complete = Int32(1)
-                    peak, weight, value = self.combine_slots(slots, piece, column, item)
-            if complete == 1:
+            if piece.ctas == 1:
                 self.store_output(p, piece, lane, column, item, inside, peak, weight, value)
+            else:
+                if inside:
+                    words = [marked(x) for x in (peak, weight, *value)]
+                    self.store_partial(self.partial(p, piece.slot), 0, column, item, words)
+            part += team
+
+    @cute.jit
+    def collect(self, p: Params, member: Int32, team: Int32, lane: Int32, piece: Piece):
+        """Merge the partial results of a piece's CTAs, and store the output."""
+        part = member
+        while part * LANES < piece.columns * self.plan.items:
+            column, item, inside = self.item(part * LANES + lane, piece.columns)
+            peak, weight, value = self.combine_slots(p, piece, column, item, inside)
+            self.store_output(p, piece, lane, column, item, inside, peak, weight, value)
             part += team
 
     def item(self, index: Int32, columns: Int32) -> tuple:
-        """(column, item of its row, whether it exists); beyond the last column all lanes stay, for the shuffles."""
+        """(column, item of its row, whether it exists); the others stay, for the shuffles, at the last that does."""
         column = index // self.plan.items
-        return cutlass.min(column, columns - 1), index - column * self.plan.items, column < columns
+        item = index - column * self.plan.items
+        last = self.plan.head_dim // self.plan.width - 1
+        return cutlass.min(column, columns - 1), cutlass.min(item, last), (column < columns) & (item <= last)
 
     def load_values(self, address: Int32, offset: int) -> list:
         """An item's values of a row in shared memory."""
@@ -140,45 +139,59 @@ class Merge:
                     ptx.store_shared(row, 4 * self.plan.head_dim, [state.top[n][j], state.total[n][j]])
 
     @cute.jit
-    def arrives_last(self, p: Params, lane: Int32, piece: Piece, part: Int32):
-        """1 in all lanes if the other CTAs of the piece have stored their results of this part, else 0."""
-        cute.arch.sync_warp()
-        is_last = Int32(0)
-        if lane == 0:
-            counter = p.workspace.toint() + Int64(piece.index * self.plan.merge_parts + part) * 4
-            if ptx.atomic_add(counter, Int32(1)) == piece.ctas - 1:
-                is_last = Int32(1)
-                ptx.store_global(counter, [Int32(0)])  # ready for the next launch
-        cute.arch.sync_warp()
-        return ptx.shuffle(is_last, 0)
-
-    @cute.jit
-    def combine_slots(self, slots: Int64, piece: Piece, column: Int32, item: Int32):
-        """Merge the partial results of a piece's CTAs, in their order, some of them at a time."""
-        batch = self.plan.merge_floats // self.plan.width
-        last = piece.first_cta + piece.ctas - 1
+    def combine_slots(self, p: Params, piece: Piece, column: Int32, item: Int32, inside: Boolean):
+        """Merge the partial results of a piece's CTAs, in their order, some of them at a time, as soon as they are
+        there; leave zeros for the next launch. All lanes of a warp must call it.
+        """
+        sources = self.plan.merge_floats // self.plan.width
+        stride = 2 * self.plan.partial_bytes  # between first slots
+        left = piece.ctas - 1  # CTAs after the first of the next ones
         peak = Float32(FIRST_MAX)
         weight = Float32(0.0)
         value = [Float32(0.0)] * self.plan.width
-        cta = piece.first_cta
-        while cta <= last:
-            states, values = [[peak, weight]], [value]
-            for i in range_constexpr(batch):
-                source = cutlass.min(cta + i, last)
-                # a CTA that is not the first one has the piece in its first slot
-                slot = cutlass.select_(source == piece.first_cta, piece.first_slot, 2 * source)
-                slot = slots + Int64(slot) * self.plan.partial_bytes
-                top, share = ptx.load_global(slot + self.state_at(column), 2, cache="cg")
-                vectors = [
-                    ptx.load_global(slot + self.value_at(column, item), QUAD, 4 * j, cache="cg")
-                    for j in range(0, self.plan.width, QUAD)
+        slot = self.partial(p, piece.first_slot)  # of the first of the next CTAs
+        others = self.partial(p, 2 * piece.first_cta)  # its first slot, which is where the later ones have the piece
+        while left >= 0:
+            words = [[Int32(0)] * (2 + self.plan.width) for _ in range(sources)]
+            waits = Int32(1)
+            while waits == 1:
+                words = [
+                    self.load_partial(slot if i == 0 else others, i * stride, left - i, column, item)
+                    for i in range(sources)
                 ]
-                top = cutlass.select_(cta + i <= last, ptx.from_bits(top), Float32(-float("inf")))
-                states.append([top, ptx.from_bits(share)])
-                values.append([ptx.from_bits(v) for vector in vectors for v in vector])
-            peak, weight, value = combine(states, values)
-            cta += batch
+                waits = Int32(0)
+                if ptx.any_lane(least([least(each) for each in words]) == 0):
+                    waits = Int32(1)
+            for i in range_constexpr(sources):
+                if inside & (left >= i):
+                    zeros = [Int32(0)] * (2 + self.plan.width)
+                    self.store_partial(slot if i == 0 else others, i * stride, column, item, zeros)
+            floats = [[ptx.from_bits(x) for x in each] for each in words]
+            states = [[peak, weight], *(each[:2] for each in floats)]
+            peak, weight, value = combine(states, [value, *(each[2:] for each in floats)])
+            left -= sources
+            others += sources * stride
+            slot = others
         return peak, weight, value
+
+    def load_partial(self, slot: Int64, offset: int, condition: Int32, column: Int32, item: Int32) -> list:
+        """(maximum, sum, an item's values) of a column, at an offset from a slot; words that are not there yet are zero.
+        Neutral ones if the condition is negative.
+        """
+        words = ptx.load_relaxed(slot + self.state_at(column), offset, condition, [MINUS_INFINITY, MINUS_ZERO])
+        for i in range(0, self.plan.width, QUAD):
+            at = slot + self.value_at(column, item)
+            words += ptx.load_relaxed(at, offset + 4 * i, condition, [MINUS_ZERO] * QUAD)
+        return words
+
+    @cute.jit
+    def store_partial(self, slot: Int64, offset: int, column: Int32, item: Int32, words: list):
+        """What :meth:`load_partial` loads."""
+        for i in range_constexpr(0, self.plan.width, QUAD):
+            values = words[2 + i : 2 + i + QUAD]
+            ptx.store_relaxed(slot + self.value_at(column, item), values, offset + 4 * i)
+        if item == 0:
+            ptx.store_relaxed(slot + self.state_at(column), words[:2], offset)
 
     @cute.jit
     def store_output(
@@ -228,17 +241,29 @@ class Merge:
             if (p.lse.toint() != 0) & (item == 0):
                 ptx.store_global(p.lse.toint() + at * 4, [(peak + ptx.log2(weight)) * (1.0 / LOG2E)])
 
-    # -- the workspace: counters, then slots of O [q_tile, head_dim] and (maximum, sum) [q_tile], fp32 ---------------
+    # -- the workspace: slots of O [q_tile, head_dim] and (maximum, sum) [q_tile], fp32; zero where nothing is ------
 
-    def counter_bytes(self, p: Params) -> Int64:
-        count = p.batch * p.num_kv_heads * p.q_tiles * self.plan.merge_parts
-        return Int64((count * 4 + WORKSPACE_ALIGN - 1) // WORKSPACE_ALIGN * WORKSPACE_ALIGN)
+    def partial(self, p: Params, slot: Int32) -> Int64:
+        return p.workspace.toint() + Int64(slot) * self.plan.partial_bytes
 
     def value_at(self, column: Int32, item: Int32) -> Int64:
         return Int64(column * self.plan.head_dim + item * self.plan.width) * 4
 
     def state_at(self, column: Int32) -> Int64:
         return Int64(self.plan.q_tile * self.plan.head_dim + column * 2) * 4
+
+
+def marked(x: Float32) -> Int32:
+    """The bits of a number, of -0 if it is 0: never a zero word."""
+    word = ptx.bits(x)
+    return cutlass.select_(word == 0, Int32(MINUS_ZERO), word)
+
+
+def least(words: list) -> Int32:
+    """The least of some words, unsigned."""
+    while len(words) > 1:
+        words = [ptx.unsigned_min(*words[i : i + 2]) if i + 1 < len(words) else words[i] for i in range(0, len(words), 2)]
+    return words[0]
 
 
 def combine(states: list, values: list) -> tuple:

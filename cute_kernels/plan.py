@@ -12,12 +12,14 @@ BARRIER_BYTES = 8
 QUERY_VECTOR = 16  # bytes
 QUAD = 4  # floats of a 16-byte vector
 WARM_BYTES = 128 << 10  # per SM, a third of L2 in all: what memory delivers between two kernels
+LATE_BYTES = 80 << 10  # what an SM reads in the two microseconds that some CTAs begin later than the others
+WHOLE_UNITS = 8  # of pieces that are not divided if all are alike: reading them takes as long as merging their parts
 SLOTS = 2  # the next piece is prepared while the consumers are at a piece
 PIECE_WORDS = 20  # of a Piece (schedule.py)
 # warps that merge: with producer and up to 8 consumers a scheduler holds three warps, as without them, so they cost no
 # registers
 MERGE_WARPS = 3
-MERGE_FLOATS = 56  # of partial results that a thread has in flight while merging: one round trip for 14 CTAs
+MERGE_FLOATS = 72  # of partial results that a thread has in flight while merging: one round trip for 18 CTAs
 
 
 class Plan:
@@ -47,10 +49,11 @@ class Plan:
         self.chunk = TILE * self.warps_per_block  # tokens of a 16-bit unit
         self.states = self.warps  # results of a piece that the CTA merges
         self.merge_floats = MERGE_FLOATS
+        self.whole_units = WHOLE_UNITS
         self.threads = LANES * (self.warps + 1 + MERGE_WARPS)  # consumers, producer, mergers
 
-    # shared memory: ring | merge scratch | piece slots | barriers of the ring and of the scratch: full, empty
-    # | barriers of the piece slots: full
+    # shared memory: ring | merge scratch | piece slots | first piece | barriers of the ring and of the scratch: full,
+    # empty | barriers of the piece slots: full
 
     @cached_property
     def row_bytes(self) -> int:
@@ -89,8 +92,13 @@ class Plan:
         return self.piece_offset + PIECE_WORDS * 4
 
     @cached_property
-    def full_at(self) -> int:
+    def first_piece_at(self) -> int:
+        """The CTA's first Piece, whose partial results it may have to merge."""
         return self.slots_at + SLOTS * self.slot_bytes
+
+    @cached_property
+    def full_at(self) -> int:
+        return self.first_piece_at + PIECE_WORDS * 4
 
     @cached_property
     def empty_at(self) -> int:
@@ -119,18 +127,17 @@ class Plan:
 
     @cached_property
     def items(self) -> int:
-        """Threads that a row takes to merge."""
-        return self.head_dim // self.width
-
-    @cached_property
-    def merge_parts(self) -> int:
-        """Warps' worth of a query tile; each is merged on its own."""
-        return self.q_tile * self.items // LANES
+        """Lanes that a row takes to merge: a power of two, so that a row is a single warp's."""
+        return 1 << (self.head_dim // self.width - 1).bit_length()
 
     @cached_property
     def warm_blocks(self) -> int:
         """Blocks that a CTA brings into L2 before its turn."""
         return max(1, WARM_BYTES // self.fmt.block_bytes)
+
+    @cached_property
+    def late_units(self) -> int:
+        return LATE_BYTES // self.fmt.block_bytes
 
     @cached_property
     def partial_bytes(self) -> int:

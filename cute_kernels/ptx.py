@@ -112,9 +112,8 @@ def from_bits(x: Int32) -> Float32:
     return asm("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
 
 
-def sign_mask(x: Int32) -> Int32:
-    """-1 where x is negative, else 0; not to be taken for a select."""
-    return asm("shr.s32 {$w0}, {$r0}, 31;", write_only_types=[Int32], read_only_args=[x])
+def unsigned_min(a: Int32, b: Int32) -> Int32:
+    return asm("min.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[a, b])
 
 
 def mul_half2(a: Int32, b: Int32) -> Int32:
@@ -224,7 +223,7 @@ def load_shared_half(address: Int32, offset: int) -> Float32:
 
 
 def load_global(address: Int64, words: int = 1, offset: int = 0, cache: str = "") -> list:
-    """4, 8 or 16 bytes; cache "cg" past L1, for what others write during the launch.
+    """4, 8 or 16 bytes; cache "cg" past L1, for what others have written during the launch.
 
     Not "nc": with programmatic launch the previous kernel may still write while this one runs.
     """
@@ -238,12 +237,40 @@ def load_global(address: Int64, words: int = 1, offset: int = 0, cache: str = ""
     return list(got) if words > 1 else [got]
 
 
+def load_relaxed(address: Int64, offset: int, condition: Int32, otherwise: list) -> list:
+    """Words that other SMs store with store_relaxed, 8 or 16 bytes; the constants ``otherwise`` where ``condition`` is
+    negative. A word is there or not, in no order among words.
+    """
+    count = len(otherwise)
+    regs = [f"t{i}" for i in range(count)]
+    before = " ".join(f"mov.b32 {reg}, {value};" for reg, value in zip(regs, otherwise, strict=True))
+    after = " ".join(f"mov.b32 {{$w{i}}}, {reg};" for i, reg in enumerate(regs))
+    load = f"ld.relaxed.gpu.global.v{count}.b32 {{{','.join(regs)}}}, [{{$r0}}+{offset}];"
+    declared = f".reg .pred p; .reg .b32 {','.join(regs)};"
+    return list(
+        asm(
+            f"{{ {declared} setp.ge.s32 p, {{$r1}}, 0; {before} @p {load} {after} }}",
+            write_only_types=[Int32] * count,
+            read_only_args=[address, condition],
+        )
+    )
+
+
 def store_global(address: Int64, values: list, offset: int = 0) -> None:
     """4, 8 or 16 bytes of Int32 or Float32 registers."""
+    _store_global("st.global", address, values, offset)
+
+
+def store_relaxed(address: Int64, values: list, offset: int = 0) -> None:
+    """The same, for load_relaxed on other SMs."""
+    _store_global("st.relaxed.gpu.global", address, values, offset)
+
+
+def _store_global(instruction: str, address: Int64, values: list, offset: int) -> None:
     kind = "f32" if isinstance(values[0], Float32) else "b32"
     regs = ",".join(f"{{$r{i + 1}}}" for i in range(len(values)))
     vector, operand = (f".v{len(values)}", "{" + regs + "}") if len(values) > 1 else ("", regs)
-    asm(f"st.global{vector}.{kind} [{{$r0}}+{offset}], {operand};", read_only_args=[address, *values])
+    asm(f"{instruction}{vector}.{kind} [{{$r0}}+{offset}], {operand};", read_only_args=[address, *values])
 
 
 def atomic_add(address: Int64, value: Int32) -> Int32:

@@ -8,13 +8,15 @@ equal run of them, so neither the grid nor the balance depends on how ragged the
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Float32, Int32, Int64, cute, range_constexpr
+from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from .layouts import BLOCK_TOKENS, LANES
 from .plan import Plan
 
 BLOCK_SHIFT = BLOCK_TOKENS.bit_length() - 1
+LATE_CTAS = 4  # the last to be launched
+HELD = 2  # sequences whose lengths a lane holds: work for 64 is dealt before they are known for certain
 
 
 class Params(NamedTuple):
@@ -32,7 +34,7 @@ class Params(NamedTuple):
     sink_logits: cute.Pointer  # f32 [num_q_heads] or null
     out: cute.Pointer  # like q
     lse: cute.Pointer  # f32 [batch, q_len, num_q_heads] or null
-    workspace: cute.Pointer  # counters i32 [batch, num_kv_heads, q_tiles, merge_parts], then partial results
+    workspace: cute.Pointer  # partial results (merge.py), zero between launches
     page_stride: Int64  # bytes
     head_stride: Int64  # bytes
     batch: Int32
@@ -67,19 +69,28 @@ class Sequence(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """The flat list dealt to the CTAs: each gets ``base`` units, the first ``extra`` CTAs one more."""
+    """The flat list dealt to the CTAs: each gets ``base`` units, the first ``extra`` CTAs one more.
+
+    The last CTAs to be launched get less, by ``late`` units, the very last one by thrice that: they wait for an SM on
+    which the previous kernel still merges, and for their first blocks behind those of all the others.
+    """
 
     base: Int32
     extra: Int32
+    late: Int32  # at most an eighth of base
 
     def start(self, cta: Int32) -> Int32:
-        return cta * self.base + cutlass.min(cta, self.extra)
+        late = cutlass.max(cta - (cute.arch.grid_dim()[0] - LATE_CTAS), 0)
+        late += cutlass.select_(cta == cute.arch.grid_dim()[0], Int32(2), Int32(0))
+        return cta * self.base + cutlass.min(cta, self.extra) - late * self.late
 
     def holder(self, x: Int32) -> Int32:
         """The CTA that has unit x."""
         longer = self.extra * (self.base + 1)
-        late = self.extra + (x - longer) // cutlass.max(self.base, 1)
-        return cutlass.select_(x < longer, x // (self.base + 1), late)
+        behind = self.extra + (x - longer) // cutlass.max(self.base, 1)
+        cta = cutlass.select_(x < longer, x // (self.base + 1), behind)
+        # if none were late; the late ones begin less than a share earlier
+        return cta + cutlass.select_(x >= self.start(cta + 1), Int32(1), Int32(0))
 
 
 class Place(NamedTuple):
@@ -111,7 +122,7 @@ class Piece(NamedTuple):
     sinks: Int32  # tokens
     tail: Int32  # tokens
     is_last: Int32  # 1: the CTA's last
-    index: Int32  # of the piece
+    collects: Int32  # 1: the CTA merges the partial results of the piece
     columns: Int32  # query columns of the tile; 0 if the CTA's share is empty
     slot: Int32  # workspace slot of this CTA's partial result
     first_cta: Int32  # of those that share the piece
@@ -129,6 +140,14 @@ def load_piece(address: Int32) -> Piece:
     return Piece(*[word for i in range(0, len(Piece._fields), 4) for word in ptx.load_shared(address, 4 * i, 4)])
 
 
+def differ(a: list, b: list) -> Boolean:
+    """Whether two lists of integers do."""
+    found = a[0] != b[0]
+    for x, y in zip(a[1:], b[1:], strict=True):
+        found = found | (x != y)
+    return found
+
+
 class Schedule:
     """Walks the list of units of one kernel."""
 
@@ -137,6 +156,7 @@ class Schedule:
         self.q_tile = plan.q_tile
         self.programmatic = plan.programmatic
         self.warm_blocks = plan.warm_blocks
+        self.late_units, self.whole_units = plan.late_units, plan.whole_units
         self.block_bytes = plan.fmt.block_bytes
 
     def lengths(self, p: Params, b: Int32) -> tuple:
@@ -175,64 +195,106 @@ class Schedule:
         return Sequence(length, sinks, packed, tail, first_block, blocks, sink_units, units)
 
     @cute.jit
-    def begin(self, p: Params, lane: Int32, meanwhile):
-        """Where the CTA's share begins (Place), its end, the Sequence there, and the Shares. An empty share ends where
-        it begins, somewhere in the list.
+    def begin(self, p: Params, lane: Int32, announce, fetch):
+        """Where the CTA's share begins (Place), its end, the Sequence there, the Shares, and what ``fetch`` returned.
+        An empty share ends where it begins, somewhere in the list.
 
-        With programmatic launch this, and ``meanwhile(at, end, seq, shares)``, is done before the previous kernel ends,
-        and done again if the lengths turn out to be others then: it only has to be harmless whatever they are.
+        With programmatic launch the work is dealt, and ``announce(at, end, seq, shares)`` called, before the previous
+        kernel ends; ``fetch(at, end, seq)`` loads what that kernel may have written, in the same breath as the lengths.
+        If these turn out to be others, both are called again, but the work is dealt again only if a number of units
+        changed. Before that they only have to be harmless whatever the lengths are.
         """
-        at, end, seq, shares = Place(*[lane] * 5), lane, Sequence(*[lane] * 8), Shares(lane, lane)
+        at, end, seq, shares = Place(*[lane] * 5), lane, Sequence(*[lane] * 8), Shares(lane, lane, lane)
+        fetched = Int32(0)
+        lengths = self.held(p, lane)
+        dealt = [Int32(-1)] * HELD  # units of the held sequences that the work was dealt by
         may_repeat = Int32(1)
         again = Int32(1)
         while again == 1:
             again = Int32(0)
-            seen = self.lengths(p, lane)
-            at, end, seq, shares = self.share(p, lane, seen)
-            meanwhile(at, end, seq, shares)
+            units = self.units(p, lane, lengths)
+            if ptx.any_lane(differ(units, dealt)) | self.holds_some_only(p):
+                at, end, seq, shares = self.share(p, lane, lengths, units)
+            else:
+                b = at.b % LANES
+                mine = [cutlass.select_(at.b < LANES, x, y) for x, y in zip(*lengths, strict=True)]
+                seq = self.units_of(p, at.b, tuple(ptx.shuffle(x, b) for x in mine))
+            dealt = units
+            announce(at, end, seq, shares)
             if cutlass.const_expr(self.programmatic):
                 ptx.wait_for_previous_kernel()
-                now = self.lengths(p, lane)
-                if ptx.any_lane((now[0] != seen[0]) | (now[1] != seen[1]) | (p.batch > LANES)):
+            now = self.held(p, lane)
+            fetched = fetch(at, end, seq)
+            if cutlass.const_expr(self.programmatic):
+                changed = differ([x for pair in now for x in pair], [x for pair in lengths for x in pair])
+                if ptx.any_lane(changed | self.holds_some_only(p)):
                     again = may_repeat
                 may_repeat = Int32(0)
-        return at, end, seq, shares
+            lengths = now
+        return at, end, seq, shares, fetched
 
-    def share(self, p: Params, lane: Int32, lengths: tuple) -> tuple:
-        """As :meth:`begin`, with the lengths of b = lane."""
+    def held(self, p: Params, lane: Int32) -> list:
+        """:meth:`lengths` of the sequences lane, lane + 32, .."""
+        return [self.lengths(p, lane + LANES * i) for i in range(HELD)]
+
+    def holds_some_only(self, p: Params) -> Boolean:
+        return p.batch > HELD * LANES
+
+    def units(self, p: Params, lane: Int32, held: list) -> list:
+        """Units of the held sequences."""
+        return [self.units_of(p, lane + LANES * i, lengths).units for i, lengths in enumerate(held)]
+
+    def share(self, p: Params, lane: Int32, held: list, units: list) -> tuple:
+        """As :meth:`begin`, with the lengths and units of the held sequences."""
         cta = cute.arch.block_idx()[0]
-        mine = self.units_of(p, lane, lengths)
-        shares = self.deal(p, lane, mine)
-        x, end = shares.start(cta), shares.start(cta + 1)
-        at, seq = self.locate(p, cutlass.min(x, cutlass.max(end - 1, 0)), lane, mine)
+        shares, total = self.deal(p, lane, units)
+        x, end = (cutlass.min(shares.start(cta + i), total) for i in range(2))
+        at, seq = self.locate(p, cutlass.min(x, cutlass.max(end - 1, 0)), lane, held, units)
         return at._replace(x=x), end, seq, shares
 
     @cute.jit
-    def deal(self, p: Params, lane: Int32, mine: Sequence):
-        """The Shares of the CTAs; ``mine``: the Sequence of b = lane."""
-        total = mine.units
-        b = lane + LANES
+    def deal(self, p: Params, lane: Int32, units: list):
+        """The Shares of the CTAs, and how many units there are; ``units``: of the held sequences."""
+        total, largest = units[0], units[0]
+        for i in range_constexpr(1, HELD):
+            total += units[i]
+            largest = cutlass.max(largest, units[i])
+        b = lane + HELD * LANES
         while b < p.batch:
-            total += self.sequence(p, b).units
+            more = self.sequence(p, b).units
+            total += more
+            largest = cutlass.max(largest, more)
             b += LANES
         for i in range_constexpr(5):
             total += ptx.shuffle_xor(total, 1 << i)
-        units = total * (p.num_kv_heads * p.q_tiles)
+            largest = cutlass.max(largest, ptx.shuffle_xor(largest, 1 << i))
+        pieces = p.batch * p.num_kv_heads * p.q_tiles
+        alike = total == largest * p.batch
+        total *= p.num_kv_heads * p.q_tiles
         ctas = cute.arch.grid_dim()[0]
-        base = units // ctas
-        return Shares(base, units - base * ctas)
+        base = total // ctas
+        extra = total - base * ctas
+        late = cutlass.select_(ctas > LATE_CTAS, cutlass.min(self.late_units, base // 8), Int32(0))
+        if late > 0:
+            dealt = total + (LATE_CTAS + 2) * late
+            base = dealt // ctas
+            extra = dealt - base * ctas
+        if alike & (largest <= self.whole_units):  # whole pieces: nothing to merge
+            base = largest * ((pieces + ctas - 1) // ctas)
+            extra, late = Int32(0), Int32(0)
+        return Shares(base, extra, late), total
 
     @cute.jit
-    def locate(self, p: Params, x: Int32, lane: Int32, mine: Sequence):
-        """The Place of unit x and its Sequence; ``mine``: the Sequence of b = lane. b is -1 if there is no x."""
+    def locate(self, p: Params, x: Int32, lane: Int32, held: list, units: list):
+        """The Place of unit x and its Sequence; b is -1 if there is no x."""
         pieces = p.num_kv_heads * p.q_tiles  # of a sequence
         found = Int32(-1)
         start = Int32(0)
         before = Int32(0)  # units of one piece of all earlier sequences
         base = Int32(0)
-        seq = mine
+        mine, mine_units = list(held[0]), units[0]  # of sequence base + lane
         while (found < 0) & (base < p.batch):
-            upto = mine.units
+            upto = mine_units
             for i in range_constexpr(5):
                 left = ptx.shuffle_up(upto, 1 << i)
                 if lane >= 1 << i:
@@ -240,12 +302,17 @@ class Schedule:
             holder = ptx.first_lane((before + upto) * pieces > x)
             if holder >= 0:
                 found = base + holder
-                start = (before + ptx.shuffle(upto - mine.units, holder)) * pieces
-                seq = Sequence(*[ptx.shuffle(value, holder) for value in mine])
+                start = (before + ptx.shuffle(upto - mine_units, holder)) * pieces
+                mine = [ptx.shuffle(value, holder) for value in mine]
             before += ptx.shuffle(upto, LANES - 1)
             base += LANES
             if (found < 0) & (base < p.batch):
-                mine = self.sequence(p, base + lane)
+                if base < HELD * LANES:
+                    mine, mine_units = list(held[1]), units[1]
+                else:
+                    mine = list(self.lengths(p, base + lane))
+                    mine_units = self.units_of(p, base + lane, tuple(mine)).units
+        seq = self.units_of(p, found, tuple(mine))
         piece = (x - start) // cutlass.max(seq.units, 1)
         return Place(x, found, start, piece, x - start - piece * seq.units), seq
 
@@ -256,7 +323,8 @@ class Schedule:
         Lengths and table may be stale: then it costs time, nothing else. Pages are checked, and entries are within the
         table whatever the lengths are.
         """
-        at, end, seq, _ = self.share(p, lane, self.lengths(p, lane))
+        held = self.held(p, lane)
+        at, end, seq, _ = self.share(p, lane, held, self.units(p, lane, held))
         left = Int32(self.warm_blocks)
         while (at.x < end) & (at.b >= 0) & (at.b < p.batch) & (left > 0):
             count, blocks, pages, table = self.blocks_of(p, at, end, seq)
@@ -269,6 +337,15 @@ class Schedule:
             left -= blocks
             at = self.next_piece(p, at, seq.units, count)
             seq = self.sequence(p, at.b)
+
+    @cute.jit
+    def entries(self, p: Params, at: Place, end: Int32, seq: Sequence, first: Int32, lane: Int32):
+        """The lanes' table entries: of the CTA's blocks ``first`` + lane of the piece; 0 where there are none."""
+        _, blocks, _, table = self.blocks_of(p, at, end, seq)
+        page = Int32(0)
+        if (first < blocks) & (at.b >= 0):
+            page = ptx.load_global(table + Int64(cutlass.min(first + lane, blocks - 1)) * 4, cache="cg")[0]
+        return page
 
     def blocks_of(self, p: Params, at: Place, end: Int32, seq: Sequence) -> tuple:
         """Of a piece from ``at`` on, within ``end``: units, blocks, its KV head's pages, its table entries."""
@@ -291,6 +368,7 @@ class Schedule:
         cta = cute.arch.block_idx()[0]
         first_unit = at.x - at.unit
         first_cta = shares.holder(first_unit)
+        ctas = shares.holder(first_unit + seq.units - 1) - first_cta + 1
         return Piece(
             blocks=cutlass.max(self.blocks(at, count, seq), 0),
             first_position=seq.sinks + (seq.first_block + at.unit) * BLOCK_TOKENS,
@@ -306,13 +384,13 @@ class Schedule:
             sinks=seq.sinks,
             tail=seq.tail,
             is_last=cutlass.select_(at.x + count == end, Int32(1), Int32(0)),
-            index=at.b * (p.num_kv_heads * p.q_tiles) + at.piece,
+            collects=cutlass.select_((ctas > 1) & (cta == first_cta + ctas - 1), Int32(1), Int32(0)),
             columns=cutlass.select_(count > 0, cutlass.min(p.group * p.q_len - first_row, self.q_tile), Int32(0)),
             # a CTA has two slots, for the piece that its share begins with and for the one that it ends with
             slot=2 * cta + cutlass.select_(at.x == shares.start(cta), Int32(0), Int32(1)),
             first_cta=first_cta,
             first_slot=2 * first_cta + cutlass.select_(shares.start(first_cta) == first_unit, Int32(0), Int32(1)),
-            ctas=shares.holder(first_unit + seq.units - 1) - first_cta + 1,
+            ctas=ctas,
         )
 
     def count(self, at: Place, end: Int32, seq: Sequence) -> Int32:

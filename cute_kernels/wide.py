@@ -11,7 +11,7 @@ consumers      warpgroups in teams (wide_plan.py); a team takes every n-th block
 16-bit tokens  sinks and tail, 128 at a time: the same, with K and V from global memory
 pieces         the first folder announces them: it finds out the next piece and fetches its queries while the consumers
                are at the last blocks of the one before; the consumers make these their B operand (wide_queries.py) and
-               merge results (wide_merge.py)
+               merge results (merge.py)
 """
 
 import cutlass
@@ -22,11 +22,10 @@ from . import warpgroup as wg
 from .decode import MAX_WINDOW, DecodeKernel
 from .fold import Fold
 from .layouts import BLOCK_TOKENS, LANES
-from .merge import CONSUMER_BARRIER
+from .merge import CONSUMER_BARRIER, Merge
 from .plan import BARRIER_BYTES
 from .schedule import BLOCK_SHIFT, Params, Piece, Schedule, load_piece, store_piece
 from .wide_attention import WideAttention
-from .wide_merge import WideMerge
 from .wide_plan import PIECE_BYTES, WidePlan
 from .wide_queries import WideQueries
 
@@ -40,7 +39,7 @@ class WideKernel(DecodeKernel):
         self.attention = WideAttention(self.plan)
         self.queries = WideQueries(self.plan)
         self.fold = Fold(self.plan)
-        self.merge = WideMerge(self.plan, self.schedule)
+        self.merge = Merge(self.plan, self.schedule)
 
     @cute.kernel
     def kernel(self, p: Params):
@@ -75,10 +74,15 @@ class WideKernel(DecodeKernel):
     def fold_blocks(self, p: Params, smem: Int32, folder: Int32, lane: Int32):
         """Fold the parameters of every n-th block of the CTA's share, as they land; the first one announces pieces."""
         plan = self.plan
-        at, end, seq, shares = self.schedule.begin(p, lane, lambda *share: None)
+        at, end, seq, shares, _ = self.schedule.begin(
+            p,
+            lane,
+            announce=lambda *share: self.tell(p, smem, folder, lane, Int32(0), share),
+            fetch=lambda *place: self.fetch(p, smem, folder, lane, Int32(0)),
+        )
         number = Int32(0)  # of the piece in the share
         if folder == 0:
-            self.announce(p, smem, lane, number, self.schedule.piece(p, at, end, seq, shares))
+            self.announced(smem, lane)
         power = self.queries.power(p)
         stage = folder
         parity = Int32(0)
@@ -104,24 +108,37 @@ class WideKernel(DecodeKernel):
             seq = self.schedule.sequence(p, at.b)
             number += 1
             if (folder == 0) & (at.x < end):
-                self.announce(p, smem, lane, number, self.schedule.piece(p, at, end, seq, shares))
+                # the consumers have taken the queries before, so they are done with the Piece before those, too
+                ptx.mbarrier_wait(smem + plan.slot_empty_at, number - 1 & 1, plan.wait)
+                self.tell(p, smem, folder, lane, number, (at, end, seq, shares))
+                self.fetch(p, smem, folder, lane, number)
+                self.announced(smem, lane)
 
     @cute.jit
-    def announce(self, p: Params, smem: Int32, lane: Int32, number: Int32, piece: Piece):
-        """Tell the consumers of the share's next piece, and fetch its queries."""
-        plan = self.plan
-        if number > 0:  # they have taken the queries before, so the Piece before those is done with, too
-            ptx.mbarrier_wait(smem + plan.slot_empty_at, number - 1 & 1, plan.wait)
-        self.queries.fetch(p, smem + plan.slots_at, lane, piece)
-        ptx.mbarrier_arrive_after_copies(smem + plan.slot_full_at)
+    def tell(self, p: Params, smem: Int32, folder: Int32, lane: Int32, number: Int32, share: tuple):
+        """The first folder writes down the share's next Piece, at (Place, end, Sequence, Shares)."""
+        if (folder == 0) & (lane == 0):
+            store_piece(self.piece_at(smem, number), self.schedule.piece(p, *share))
+
+    @cute.jit
+    def fetch(self, p: Params, smem: Int32, folder: Int32, lane: Int32, number: Int32):
+        """The first folder fetches the queries of that Piece."""
+        if folder == 0:
+            cute.arch.sync_warp()
+            self.queries.fetch(p, smem + self.plan.slots_at, lane, load_piece(self.piece_at(smem, number)))
+        return Int32(0)
+
+    @cute.jit
+    def announced(self, smem: Int32, lane: Int32):
+        """The consumers may go on, once the queries have landed."""
+        ptx.mbarrier_arrive_after_copies(smem + self.plan.slot_full_at)
         if lane == 0:
-            store_piece(self.piece_at(smem, number), piece)
-            ptx.mbarrier_arrive(smem + plan.slot_full_at)
+            ptx.mbarrier_arrive(smem + self.plan.slot_full_at)
 
     def piece_at(self, smem: Int32, number: Int32) -> Int32:
-        """Where the share's n-th Piece lies: the first one to the end, the others by turns."""
-        place = cutlass.select_(number > 0, 2 - (number & 1), Int32(0))
-        return smem + (self.plan.slots_at + self.plan.piece_offset) + place * PIECE_BYTES
+        """Where the share's n-th Piece lies."""
+        later = self.plan.slots_at + self.plan.piece_offset + (number & 1) * PIECE_BYTES
+        return smem + cutlass.select_(number > 0, later, Int32(self.plan.first_piece_at))
 
     # -- consumers ---------------------------------------------------------------------------------------------------
 
@@ -186,8 +203,10 @@ class WideKernel(DecodeKernel):
             free_parity = state.parity
             self.attention.store_state(smem, team, state)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # all results are in the scratch
-            self.merge.store(p, smem, warp, lane, piece)
+            self.merge.merge(p, smem, warp, Int32(plan.warps), lane, piece)
             is_last = piece.is_last
             if is_last == 1:  # within the loop: behind it the compiler would expect warps to leave it one by one
-                self.merge.finish(p, warp, lane, self.piece_at(smem, Int32(0)), piece_at)
+                first = load_piece(smem + plan.first_piece_at)
+                if first.collects == 1:
+                    self.merge.collect(p, warp, Int32(plan.warps), lane, first)
             number += 1

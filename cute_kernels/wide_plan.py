@@ -20,7 +20,7 @@ AUXILIARY_REGISTERS = 56  # what they need at least; with accumulators that leav
 TIGHT_REGISTERS = 32
 ALIGN = 16
 PIECE_BYTES = 4 * PIECE_WORDS
-PIECES = 3  # of a share that are kept: the first one, and two that follow each other
+PIECES = 2  # that follow each other are kept, besides the first one
 
 
 class WidePlan(Plan):
@@ -44,6 +44,7 @@ class WidePlan(Plan):
         # one could be a phase of its barrier ahead
         self.folders = next(n for n in (3, 2, 1) if self.block_groups % n == 0)
         self.merge_floats = 40
+        self.whole_units = 0
         self.threads = LANES * (self.warps + AUXILIARY_WARPS)
         self.batch = 2  # k steps whose A registers are made before their wgmma are issued
         # codes of the next k steps are loaded before the registers of these are made, where registers allow
@@ -100,7 +101,7 @@ class WidePlan(Plan):
         return self.piece_offset + PIECES * PIECE_BYTES
 
     @cached_property
-    def full_at(self) -> int:
+    def first_piece_at(self) -> int:
         return self.slots_at + self.slot_bytes
 
     @cached_property

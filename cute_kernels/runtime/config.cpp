@@ -271,7 +271,7 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
     const std::int64_t image = std::max(s.v_codes.offset - s.k_scale.offset, s.block_bytes - s.v_scale.offset);
     return round_up(rows + image + 2 * std::max(s.k_scale.bytes, s.v_scale.bytes) + kJobsBytes, kSmemAlign);
   }
-  // as in cute_kernels/plan.py: ring, merge scratch, slots of pieces, barriers
+  // as in cute_kernels/plan.py: ring, merge scratch, slots of pieces, first piece, barriers
   constexpr std::int64_t kRowPad = 4;
   constexpr std::int64_t kBarrierBytes = 16;  // two mbarriers: per stage, of the scratch, of the slots
   constexpr std::int64_t kPieceBytes = 80;
@@ -280,10 +280,10 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   const std::int64_t states = wide ? num_warps / warps_per_block : num_warps;
   const std::int64_t scratch = states * q_tile * (head_dim + kRowPad) * static_cast<std::int64_t>(sizeof(float));
   // two slots of 16-bit queries, a power and a position of each, the piece; one slot of queries as operand and as fetched,
-  // a position of each, three pieces
-  const std::int64_t slots = wide ? q_tile * (4 * head_dim + 4) + 3 * kPieceBytes
+  // a position of each, two pieces; the first piece
+  const std::int64_t slots = wide ? q_tile * (4 * head_dim + 4) + 2 * kPieceBytes
                                   : 2 * (q_tile * (2 * head_dim + 8) + kPieceBytes);
-  std::int64_t bytes = ring + scratch + slots + kBarrierBytes * (stages + 2);
+  std::int64_t bytes = ring + scratch + slots + kPieceBytes + kBarrierBytes * (stages + 2);
   if (wide) {  // more barriers: per stage, per team; floats per warp and column, two per team and column
     const WideTiling tiling(*this);
     bytes = round_up(bytes + kBarrierBytes / 2 * (stages + tiling.teams), 16);

@@ -25,7 +25,6 @@
 namespace bitdecoding {
 namespace {
 
-constexpr std::int64_t kCounterAlign = 128;  // as in the kernel
 constexpr std::int64_t kVectorBytes = 16;
 
 struct Registered {
@@ -125,18 +124,6 @@ Status make_ready(const cuda::Driver& driver, int device, Registered* r) {
 std::int64_t q_tiles_of(const KernelConfig& config, const DecodeParams& p) {
   const std::int64_t columns = std::int64_t{p.num_q_heads} / p.num_kv_heads * p.q_len;
   return (columns + config.q_tile - 1) / config.q_tile;
-}
-
-// What the kernel takes for its counters: of every (sequence, KV head, tile of query columns) one per warp's worth of
-// the tile, as in cute_kernels/plan.py.
-std::int64_t counter_bytes(const KernelConfig& config, const DecodeParams& p, std::int64_t q_tiles) {
-  constexpr std::int64_t kLanes = 32;
-  constexpr std::int64_t kQuad = 4;
-  const std::int64_t width = std::max(kQuad, config.head_dim / kLanes);
-  const std::int64_t parts = config.q_tile * (config.head_dim / width) / kLanes;
-  const std::int64_t bytes =
-      p.batch * p.num_kv_heads * q_tiles * parts * static_cast<std::int64_t>(sizeof(std::int32_t));
-  return (bytes + kCounterAlign - 1) / kCounterAlign * kCounterAlign;
 }
 
 // ---- launches ----
@@ -379,24 +366,15 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
   BITDECODING_TRY(check_present("workspace", params.workspace));
   BITDECODING_TRY(find_target(*r, options.device, &driver, &info));
   const int num_ctas = info->num_sms * r->kernel.ctas_per_sm;
-  const std::int64_t q_tiles = q_tiles_of(r->config, params);
-  const std::int64_t counters = counter_bytes(r->config, params, q_tiles);
-  if (counters > kCounterBytes) {
-    return fail(Status::unsupported_config, "batch=", params.batch, ": with q_len=", params.q_len,
-                " and num_kv_heads=", params.num_kv_heads, " one launch would need ", counters, " bytes of counters, ",
-                kCounterBytes, " is the limit");
-  }
   const std::int64_t needed = decode_workspace_bytes(r->config, num_ctas);
   if (workspace_bytes < needed) {
     return fail(Status::invalid_argument, "workspace: has ", workspace_bytes, " bytes, ", needed, " are needed");
   }
 
   DecodeParams p = params;
-  // The kernel expects the partial results right behind its counters: put these at the end of their space, so that
-  // no call's partial results lie where another's counters are.
-  p.workspace = static_cast<char*>(params.workspace) + (kCounterBytes - counters);
+  p.workspace = static_cast<char*>(params.workspace) + kCounterBytes;
   std::int32_t group = p.num_q_heads / p.num_kv_heads;
-  std::int32_t tiles = static_cast<std::int32_t>(q_tiles);
+  std::int32_t tiles = static_cast<std::int32_t>(q_tiles_of(r->config, params));
   void* arguments[] = {&p.q,
                        &p.pages,
                        &p.block_table,
