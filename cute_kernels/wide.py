@@ -22,10 +22,11 @@ from . import warpgroup as wg
 from .decode import MAX_WINDOW, DecodeKernel
 from .fold import Fold
 from .layouts import BLOCK_TOKENS, LANES
-from .merge import CONSUMER_BARRIER, Merge
+from .merge import CONSUMER_BARRIER
 from .plan import BARRIER_BYTES
 from .schedule import BLOCK_SHIFT, Params, Piece, Schedule, load_piece, store_piece
 from .wide_attention import WideAttention
+from .wide_merge import WideMerge
 from .wide_plan import PIECE_BYTES, WidePlan
 from .wide_queries import WideQueries
 
@@ -39,7 +40,7 @@ class WideKernel(DecodeKernel):
         self.attention = WideAttention(self.plan)
         self.queries = WideQueries(self.plan)
         self.fold = Fold(self.plan)
-        self.merge = Merge(self.plan, self.schedule)
+        self.merge = WideMerge(self.plan, self.schedule)
 
     @cute.kernel
     def kernel(self, p: Params):
@@ -182,9 +183,8 @@ class WideKernel(DecodeKernel):
                 folded = smem + plan.folded_at + stage * plan.folded_bytes
                 empty = smem + plan.empty_at + stage * BARRIER_BYTES
                 ptx.mbarrier_wait(smem + plan.ready_at + stage * BARRIER_BYTES, parity, plan.wait)
-                general = (block < plain_from) | (block >= plain_to)
                 state = self.attention.attend_block(
-                    p, smem, team, at, folded, empty, query, piece_at, block, state, general
+                    p, smem, team, at, folded, empty, query, piece_at, block, (plain_from, plain_to), state
                 )
                 block += plan.block_groups
                 stage += plan.block_groups
@@ -193,16 +193,19 @@ class WideKernel(DecodeKernel):
                     parity = parity ^ 1
             state = self.attention.finished(state)
             block -= blocks
-            piece_at = self.piece_at(smem, number)
-            piece = load_piece(piece_at)  # again, rather than in registers all the while
+            piece_at = self.piece_at(smem, number)  # again, as the Piece, rather than in registers all the while
+            piece = load_piece(piece_at)
             chunk = piece.first_chunk + group
-            power = self.queries.power(p)
-            while chunk < piece.end_chunk:
-                state = self.attention.attend_chunk(p, smem, team, piece, chunk, query, power, state)
+            end_chunk = piece.end_chunk
+            while chunk < end_chunk:
+                power = self.queries.power(p)
+                state = self.attention.attend_chunk(p, smem, team, piece_at, chunk, query, power, state)
                 chunk += plan.block_groups
             free_parity = state.parity
             self.attention.store_state(smem, team, state)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # all results are in the scratch
+            lane = wg.thread_again() % LANES
+            piece = load_piece(piece_at)
             self.merge.merge(p, smem, warp, Int32(plan.warps), lane, piece)
             is_last = piece.is_last
             if is_last == 1:  # within the loop: behind it the compiler would expect warps to leave it one by one

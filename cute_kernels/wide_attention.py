@@ -8,7 +8,7 @@ has rows g (values 0, 1) and g + 8 (2, 3) of its warp's 16, columns 8n + 2q and 
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
+from cutlass import Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
@@ -16,6 +16,7 @@ from .attention import FIRST_MAX, HALF2_ONES, channel_pair, saturated
 from .fold import UNIT
 from .fragments import extract, fragments, half2_constant
 from .layouts import BLOCK_TOKENS, HALF_BITS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS, symmetric_zero
+from .merge import MINUS_INFINITY
 from .plan import BARRIER_BYTES, COLUMNS
 from .queries import LOG2E
 from .schedule import Params, Piece, load_piece
@@ -58,7 +59,7 @@ class Place(NamedTuple):
 class State(NamedTuple):
     """A warp's running result of a piece; what is subtracted from the scores, ``top``, lies in shared memory."""
 
-    total: list  # accumulator of the sums of P: row n, or column tile, is the warp's for columns 2q, 2q + 1 of tile n
+    total: list  # rows g (and g + 8) of an accumulator of the sums of P; row n: the warp's for columns 2q, 2q + 1 of tile n
     out: list  # [m] accumulators of O^T * UNIT, until ``finished``
     parity: Int32  # of the ``free`` barrier
 
@@ -183,7 +184,7 @@ class WideAttention:
         self.store_top(place, [[Float32(FIRST_MAX)] * 2] * self.column_tiles)
         wg.barrier(TEAM_BARRIER + place.index, LANES * self.plan.team_warps)
         count = self.column_tiles * 4
-        return State([Float32(0.0)] * 4, [[Float32(0.0)] * count for _ in range(self.value_tiles)], parity)
+        return State([Float32(0.0)] * (2 * self.total_rows()), [[Float32(0.0)] * count for _ in range(self.value_tiles)], parity)
 
     @cute.jit
     def store_top(self, place: Place, top: list, row: int = 0):
@@ -198,23 +199,22 @@ class WideAttention:
     @cute.jit
     def attend_block(
         self, p: Params, smem: Int32, team: Team, stage: Int32, folded: Int32, empty: Int32, query: Int32,
-        piece_at: Int32, block: Int32, state: State, general: Boolean
+        piece_at: Int32, block: Int32, plain: tuple, state: State
     ):  # fmt: skip
         """Attend to the block in ``stage``, the piece's ``block``-th of this CTA.
 
         query: descriptor of Q^T; piece_at: address of the Piece; empty: the stage's barrier.
-        general: with a soft cap, or where tokens are invisible to a query or beyond the packed ones.
+        plain: the piece's blocks from, to which there is no soft cap, nor tokens that are invisible to a query.
         """
         scores = self.scores(team, stage, folded, query)
         factor = ptx.load_shared_floats(folded, 0, 1)[0]
         values = Values(self, team, stage, folded)
-        if general:
-            scores = [[x * factor for x in tile] for tile in scores]
-            factor = Float32(1.0)
+        block = wg.pin([block])[0]  # the condition takes no predicate register before
+        if (block < plain[0]) | (block >= plain[1]):
             place = self.place(smem)
             piece = load_piece(piece_at)
             position = piece.first_position + block * BLOCK_TOKENS + place.row
-            scores = self.restricted(p, scores, position, piece.packed_end, self.highs(smem, place))
+            scores = self.restricted(p, scores, factor, position, piece.packed_end, self.highs(smem, place))
         scales = []
         for j in range_constexpr(self.plan.p_groups):
             at = folded + team.v_scale
@@ -350,11 +350,16 @@ class WideAttention:
     # -- softmax -----------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def restricted(self, p: Params, scores: list, position: Int32, end: Int32, highs: Int32):
-        """log2 scores after the soft cap, and -inf where a key is invisible; ``position`` of the lane's row g."""
+    def restricted(
+        self, p: Params, scores: list, factor: Float32, position: Int32, end: Int32, highs: Int32
+    ):  # fmt: skip
+        """Scores after the soft cap, and -inf where a key is invisible; ``position`` of the lane's row g.
+
+        factor: the power of two with which scores become log2 scores.
+        """
         if p.softcap > 0.0:
-            inverse = ptx.reciprocal(p.softcap) * 2.0
-            limit = p.softcap * LOG2E
+            inverse = ptx.reciprocal(p.softcap) * 2.0 * factor
+            limit = p.softcap * LOG2E * ptx.from_bits(0x7F000000 - ptx.bits(factor))
             for s in range_constexpr(len(scores)):
                 for i in range_constexpr(len(scores[s])):
                     # cap * tanh(s / cap); tanh through exp2, since tanh.approx has 11 bits only
@@ -362,12 +367,17 @@ class WideAttention:
                     scores[s][i] = limit - 2.0 * limit * x
         for n in range_constexpr(self.column_tiles):
             bounds = ptx.load_shared(highs, 4 * COLUMNS * n, 2)
-            for s in range_constexpr(len(scores)):
-                for i in range_constexpr(4):
-                    at = position + TILE * s + 8 * (i // 2)
-                    high = bounds[i % 2]
-                    if (at < high - p.window) | (at >= cutlass.min(high, end)):
-                        scores[s][4 * n + i] = Float32(-float("inf"))
+            for j in range_constexpr(2):
+                low = bounds[j] - p.window
+                last = cutlass.min(bounds[j], end) - 1 - position
+                first = low - position
+                for s in range_constexpr(len(scores)):
+                    for r in range_constexpr(2):  # no predicates: the compiler would run out of them
+                        at = TILE * s + 8 * r
+                        hidden = ptx.sign_mask((at - first) | (last - at))
+                        x = ptx.bits(scores[s][4 * n + 2 * r + j])
+                        x = (x & ~hidden) | (hidden & MINUS_INFINITY)
+                        scores[s][4 * n + 2 * r + j] = ptx.from_bits(x)
         return scores
 
     @cute.jit
@@ -450,7 +460,8 @@ class WideAttention:
             a = [Int32(0)] * 4
             for i in range(len(b)):
                 a[2 * i + n // 8] = ones[i]
-            total = ptx.mma(total, a, [*b, Int32(0)][:2])
+            unused = [Float32(0.0)] * (4 - len(total))
+            total = ptx.mma([*total, *unused], a, [*b, Int32(0)][:2])[: len(total)]
         return total
 
     def write(self, team: Team, scores: list, factor: Float32, scales: list) -> tuple:
@@ -567,11 +578,12 @@ class WideAttention:
 
     @cute.jit
     def attend_chunk(
-        self, p: Params, smem: Int32, team: Team, piece: Piece, chunk: Int32, query: Int32, power: Float32,
+        self, p: Params, smem: Int32, team: Team, piece_at: Int32, chunk: Int32, query: Int32, power: Float32,
         state: State
     ):  # fmt: skip
         """The team's 128 tokens of a 16-bit unit, read from global memory; sinks come first, then the tail."""
         k, v, capacity = p.sink_k.toint(), p.sink_v.toint(), p.num_sink
+        piece = load_piece(piece_at)
         token, held, position = chunk * self.plan.chunk, piece.sinks, Int32(0)
         if chunk >= piece.sink_chunks:
             k, v, capacity = p.tail_k.toint(), p.tail_v.toint(), p.tail_capacity
@@ -611,9 +623,9 @@ class WideAttention:
                     a[s, first + c] = keys[4 * c : 4 * c + 4]
             acc = self.issue(acc, a, range(first, first + batch), query, first > 0)
             wg.wait(0)
-        acc = [[x * power for x in wg.pin(tile)] for tile in acc]
-        acc = self.restricted(p, acc, position + token + place.row, position + held, self.highs(smem, place))
-        state = self.weigh(smem, team, acc, Float32(1.0), [None], state)
+        acc = [wg.pin(tile) for tile in acc]
+        acc = self.restricted(p, acc, power, position + token + place.row, position + held, self.highs(smem, place))
+        state = self.weigh(smem, team, acc, power, [None], state)
         total, out, parity = state
         # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)
         channels = quad + Int64(place.channel - (place.lane >> 2)) * 2
