@@ -21,6 +21,7 @@ from cutlass import Int32, cute, range_constexpr
 from cutlass.cute.runtime import make_ptr
 
 from . import ptx
+from . import warpgroup as wg
 from .attention import Attention
 from .layouts import BLOCK_TOKENS, LANES
 from .merge import CONSUMER_BARRIER, Merge
@@ -68,11 +69,15 @@ class DecodeKernel:
                 ptx.fence_mbarrier_init()
         cute.arch.sync_threads()  # the barriers are initialised
         p = p._replace(window=cutlass.min(p.window, MAX_WINDOW))
-        if warp == self.plan.warps:
-            self.produce(p, smem, lane)
+        if warp < self.plan.warps:
+            if cutlass.const_expr(self.plan.moves_registers):
+                wg.take_registers(self.plan.consumer_registers)
+            self.consume(p, smem, warp, lane)
         else:
-            if warp < self.plan.warps:
-                self.consume(p, smem, warp, lane)
+            if cutlass.const_expr(self.plan.moves_registers):
+                wg.give_registers(self.plan.auxiliary_registers)
+            if warp == self.plan.warps:
+                self.produce(p, smem, lane)
             else:
                 self.merge.help(p, smem, warp - (self.plan.warps + 1), lane)
 

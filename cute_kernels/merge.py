@@ -18,6 +18,7 @@ from .queries import LOG2E, Queries, hadamard_lanes, hadamard_registers
 from .schedule import Params, Piece, Place, Schedule, Sequence, Shares, load_piece, store_piece
 
 CONSUMER_BARRIER, MERGE_BARRIER = 1, 2
+STATES_AT_ONCE = 8  # results of warps that a thread holds while merging
 MINUS_ZERO, MINUS_INFINITY = -0x80000000, -0x800000  # as fp32
 
 
@@ -90,17 +91,15 @@ class Merge:
         while part * LANES < piece.columns * self.plan.items:
             column, item, inside = self.item(part * LANES + lane, piece.columns)
             row = smem + self.plan.scratch_at + column * self.plan.row_bytes
-            step = self.plan.q_tile * self.plan.row_bytes
-            offsets = [w * step for w in range(self.plan.states)]
-            states = [ptx.load_shared_floats(row, offset + 4 * self.plan.head_dim, 2) for offset in offsets]
-            values = [self.load_values(row + item * (4 * self.plan.width), offset) for offset in offsets]
-            peak, weight, value = combine(states, values)
+            peak, weight, value = self.combine_warps(row, item)
             if piece.ctas == 1:
                 self.store_output(p, piece, lane, column, item, inside, peak, weight, value)
             else:
                 if inside:
-                    words = [marked(x) for x in (peak, weight, *value)]
-                    self.store_partial(self.partial(p, piece.slot), 0, column, item, words)
+                    slot = self.partial(p, piece.slot)
+                    self.store_partial(slot + self.value_at(column, item), 0, [marked(x) for x in value])
+                    if item == 0:
+                        ptx.store_relaxed(slot + self.state_at(column), [marked(peak), marked(weight)])
             part += team
 
     @cute.jit
@@ -109,7 +108,7 @@ class Merge:
         part = member
         while part * LANES < piece.columns * self.plan.items:
             column, item, inside = self.item(part * LANES + lane, piece.columns)
-            peak, weight, value = self.combine_slots(p, piece, column, item, inside)
+            peak, weight, value = self.combine_slots(p, piece, lane, column, item, inside)
             self.store_output(p, piece, lane, column, item, inside, peak, weight, value)
             part += team
 
@@ -138,13 +137,29 @@ class Merge:
                 if lane < 4:
                     ptx.store_shared(row, 4 * self.plan.head_dim, [state.top[n][j], state.total[n][j]])
 
+    def combine_warps(self, row: Int32, item: Int32) -> tuple:
+        """Merge the results of the CTA's warps for an item of a column; ``row``: of the first warp, in the scratch."""
+        step = self.plan.q_tile * self.plan.row_bytes
+        states, values = [], []
+        for w in range(self.plan.states):
+            states.append(ptx.load_shared_floats(row, w * step + 4 * self.plan.head_dim, 2))
+            values.append(self.load_values(row + item * (4 * self.plan.width), w * step))
+            if len(states) == STATES_AT_ONCE:
+                *state, value = combine(states, values)
+                states, values = [state], [value]
+        return combine(states, values)
+
     @cute.jit
-    def combine_slots(self, p: Params, piece: Piece, column: Int32, item: Int32, inside: Boolean):
+    def combine_slots(self, p: Params, piece: Piece, lane: Int32, column: Int32, item: Int32, inside: Boolean):
         """Merge the partial results of a piece's CTAs, in their order, some of them at a time, as soon as they are
         there; leave zeros for the next launch. All lanes of a warp must call it.
+
+        Each of a row's lanes has its item's values from every CTA, and maximum and sum from one of them.
         """
         sources = self.plan.merge_floats // self.plan.width
         stride = 2 * self.plan.partial_bytes  # between first slots
+        mine = lane % self.plan.items  # the lane's CTA of the next ones
+        row = lane - mine
         left = piece.ctas - 1  # CTAs after the first of the next ones
         peak = Float32(FIRST_MAX)
         weight = Float32(0.0)
@@ -152,46 +167,63 @@ class Merge:
         slot = self.partial(p, piece.first_slot)  # of the first of the next CTAs
         others = self.partial(p, 2 * piece.first_cta)  # its first slot, which is where the later ones have the piece
         while left >= 0:
-            words = [[Int32(0)] * (2 + self.plan.width) for _ in range(sources)]
+            state_at = self.state_at(column) + cutlass.select_(mine == 0, slot, others + Int64(mine) * stride)
+            there = cutlass.select_(mine < sources, left - mine, Int32(-1))  # not negative: so is the lane's CTA
+            state = [Int32(0)] * 2
+            words = [[Int32(0)] * self.plan.width for _ in range(sources)]
             waits = Int32(1)
             while waits == 1:
+                state = ptx.load_relaxed(state_at, 0, there, [MINUS_INFINITY, MINUS_ZERO])
                 words = [
-                    self.load_partial(slot if i == 0 else others, i * stride, left - i, column, item)
+                    self.load_partial((slot if i == 0 else others) + self.value_at(column, item), i * stride, left - i)
                     for i in range(sources)
                 ]
                 waits = Int32(0)
-                if ptx.any_lane(least([least(each) for each in words]) == 0):
+                if ptx.any_lane(least([least(each) for each in [state, *words]]) == 0):
                     waits = Int32(1)
+            if inside:
+                zeros = [Int32(0)] * self.plan.width
+                for i in range_constexpr(sources):
+                    if left >= i:
+                        base = slot if cutlass.const_expr(i == 0) else others
+                        self.store_partial(base + self.value_at(column, item), i * stride, zeros)
+                if there >= 0:
+                    ptx.store_relaxed(state_at, [Int32(0)] * 2)
+            top, part = (ptx.from_bits(x) for x in state)
+            highest = top
+            for i in range_constexpr(self.plan.items.bit_length() - 1):
+                highest = ptx.fmax(highest, ptx.shuffle_xor(highest, 1 << i))
+            highest = ptx.fmax(highest, peak)
+            before = ptx.exp2(peak - highest)
+            peak = highest
+            factor = ptx.exp2(top - peak)
+            part = part * factor
+            for i in range_constexpr(self.plan.items.bit_length() - 1):
+                part = part + ptx.shuffle_xor(part, 1 << i)
+            weight = weight * before + part
+            value = [x * before for x in value]
             for i in range_constexpr(sources):
-                if inside & (left >= i):
-                    zeros = [Int32(0)] * (2 + self.plan.width)
-                    self.store_partial(slot if i == 0 else others, i * stride, column, item, zeros)
-            floats = [[ptx.from_bits(x) for x in each] for each in words]
-            states = [[peak, weight], *(each[:2] for each in floats)]
-            peak, weight, value = combine(states, [value, *(each[2:] for each in floats)])
+                of_source = ptx.shuffle(factor, row + i)
+                value = [x + of_source * ptx.from_bits(word) for x, word in zip(value, words[i], strict=True)]
             left -= sources
             others += sources * stride
             slot = others
         return peak, weight, value
 
-    def load_partial(self, slot: Int64, offset: int, condition: Int32, column: Int32, item: Int32) -> list:
-        """(maximum, sum, an item's values) of a column, at an offset from a slot; words that are not there yet are zero.
-        Neutral ones if the condition is negative.
+    def load_partial(self, address: Int64, offset: int, condition: Int32) -> list:
+        """An item's values at an offset from an address; words that are not there yet are zero. Neutral ones if the
+        condition is negative.
         """
-        words = ptx.load_relaxed(slot + self.state_at(column), offset, condition, [MINUS_INFINITY, MINUS_ZERO])
-        for i in range(0, self.plan.width, QUAD):
-            at = slot + self.value_at(column, item)
-            words += ptx.load_relaxed(at, offset + 4 * i, condition, [MINUS_ZERO] * QUAD)
-        return words
+        neutral = [MINUS_ZERO] * QUAD
+        vectors = [
+            ptx.load_relaxed(address, offset + 4 * i, condition, neutral) for i in range(0, self.plan.width, QUAD)
+        ]
+        return [word for vector in vectors for word in vector]
 
-    @cute.jit
-    def store_partial(self, slot: Int64, offset: int, column: Int32, item: Int32, words: list):
+    def store_partial(self, address: Int64, offset: int, words: list) -> None:
         """What :meth:`load_partial` loads."""
-        for i in range_constexpr(0, self.plan.width, QUAD):
-            values = words[2 + i : 2 + i + QUAD]
-            ptx.store_relaxed(slot + self.value_at(column, item), values, offset + 4 * i)
-        if item == 0:
-            ptx.store_relaxed(slot + self.state_at(column), words[:2], offset)
+        for i in range(0, self.plan.width, QUAD):
+            ptx.store_relaxed(address, words[i : i + QUAD], offset + 4 * i)
 
     @cute.jit
     def store_output(
