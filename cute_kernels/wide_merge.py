@@ -8,17 +8,18 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 from . import ptx
 from .attention import FIRST_MAX
 from .merge import MINUS_INFINITY, Merge, combine, least
-from .schedule import Piece, Params
+from .schedule import Params, Piece
 
 
 class WideMerge(Merge):
     """Merging in one kernel."""
 
     @cute.jit
-    def combine_slots(self, p: Params, piece: Piece, column: Int32, item: Int32, inside: Boolean):
+    def combine_slots(self, p: Params, piece: Piece, lane: Int32, column: Int32, item: Int32, inside: Boolean):
         """As in merge.py; beyond the last CTA its results are loaded again and count nothing."""
         plan = self.plan
         sources = plan.merge_floats // plan.width
+        value_at, state_at = self.value_at(column, item), self.state_at(column)
         peak = Float32(FIRST_MAX)
         weight = Float32(0.0)
         value = [Float32(0.0)] * plan.width
@@ -28,7 +29,11 @@ class WideMerge(Merge):
             words = [[Int32(0)] * (2 + plan.width) for _ in range(sources)]
             waits = Int32(1)
             while waits == 1:
-                words = [self.load_partial(slot, 0, Int32(0), column, item) for slot in slots]
+                words = [
+                    ptx.load_relaxed(slot + state_at, 0, Int32(0), [0, 0])
+                    + self.load_partial(slot + value_at, 0, Int32(0))
+                    for slot in slots
+                ]
                 waits = Int32(0)
                 if ptx.any_lane(least([least(each) for each in words]) == 0):
                     waits = Int32(1)
@@ -42,8 +47,11 @@ class WideMerge(Merge):
             done += sources
         done = Int32(0)
         while done < piece.ctas:  # zeros for the next launch
+            slot = self.source(p, piece, done)
             if inside:
-                self.store_partial(self.source(p, piece, done), 0, column, item, [Int32(0)] * (2 + plan.width))
+                self.store_partial(slot + value_at, 0, [Int32(0)] * plan.width)
+                if item == 0:
+                    ptx.store_relaxed(slot + state_at, [Int32(0)] * 2)
             done += 1
         return peak, weight, value
 
