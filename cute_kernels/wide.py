@@ -9,7 +9,7 @@ consumers      warpgroups in teams (wide_plan.py); a team takes every n-th block
                            anyway tells whether ``top`` was too low
     O^T += V^T P^T         A = V from registers, (code + zero); B = P^T; the tokens of a block are k
 16-bit tokens  sinks and tail, 128 at a time: the same, with K and V from global memory
-pieces         the first folder announces them: it finds out the next piece and fetches its queries while the consumers
+pieces         the folders announce them: they find out the next piece and fetch its queries while the consumers
                are at the last blocks of the one before; the consumers make these their B operand (wide_queries.py) and
                merge results (merge.py)
 """
@@ -54,7 +54,7 @@ class WideKernel(DecodeKernel):
                 ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1)
                 ptx.mbarrier_init(smem + (plan.ready_at + BARRIER_BYTES * stage), 1)
                 ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), plan.warps_per_block)
-            ptx.mbarrier_init(smem + plan.slot_full_at, LANES + 1)
+            ptx.mbarrier_init(smem + plan.slot_full_at, 2 * LANES * plan.folders)
             ptx.mbarrier_init(smem + plan.slot_empty_at, plan.warps)
             for team in range_constexpr(plan.teams):
                 ptx.mbarrier_init(smem + (plan.free_at + BARRIER_BYTES * team), plan.team_warps)
@@ -73,17 +73,16 @@ class WideKernel(DecodeKernel):
 
     @cute.jit
     def fold_blocks(self, p: Params, smem: Int32, folder: Int32, lane: Int32):
-        """Fold the parameters of every n-th block of the CTA's share, as they land; the first one announces pieces."""
+        """Fold the parameters of every n-th block of the CTA's share, as they land; announce its pieces."""
         plan = self.plan
         at, end, seq, shares, _ = self.schedule.begin(
             p,
             lane,
             announce=lambda *share: self.tell(p, smem, folder, lane, Int32(0), share),
-            fetch=lambda *place: self.fetch(p, smem, folder, lane, Int32(0)),
+            fetch=lambda at, end, seq: self.queries.fetch(p, smem, folder, lane, at.b, self.schedule.tile(p, at)),
         )
+        self.announced(smem, lane)
         number = Int32(0)  # of the piece in the share
-        if folder == 0:
-            self.announced(smem, lane)
         power = self.queries.power(p)
         stage = folder
         parity = Int32(0)
@@ -108,11 +107,11 @@ class WideKernel(DecodeKernel):
             at = self.schedule.next_piece(p, at, seq.units, count)
             seq = self.schedule.sequence(p, at.b)
             number += 1
-            if (folder == 0) & (at.x < end):
+            if at.x < end:
                 # the consumers have taken the queries before, so they are done with the Piece before those, too
                 ptx.mbarrier_wait(smem + plan.slot_empty_at, number - 1 & 1, plan.wait)
                 self.tell(p, smem, folder, lane, number, (at, end, seq, shares))
-                self.fetch(p, smem, folder, lane, number)
+                self.queries.fetch(p, smem, folder, lane, at.b, self.schedule.tile(p, at))
                 self.announced(smem, lane)
 
     @cute.jit
@@ -121,20 +120,10 @@ class WideKernel(DecodeKernel):
         if (folder == 0) & (lane == 0):
             store_piece(self.piece_at(smem, number), self.schedule.piece(p, *share))
 
-    @cute.jit
-    def fetch(self, p: Params, smem: Int32, folder: Int32, lane: Int32, number: Int32):
-        """The first folder fetches the queries of that Piece."""
-        if folder == 0:
-            cute.arch.sync_warp()
-            self.queries.fetch(p, smem + self.plan.slots_at, lane, load_piece(self.piece_at(smem, number)))
-        return Int32(0)
-
-    @cute.jit
-    def announced(self, smem: Int32, lane: Int32):
-        """The consumers may go on, once the queries have landed."""
+    def announced(self, smem: Int32, lane: Int32) -> None:
+        """The consumers may go on, once the queries of all folders have landed."""
         ptx.mbarrier_arrive_after_copies(smem + self.plan.slot_full_at)
-        if lane == 0:
-            ptx.mbarrier_arrive(smem + self.plan.slot_full_at)
+        ptx.mbarrier_arrive(smem + self.plan.slot_full_at)
 
     def piece_at(self, smem: Int32, number: Int32) -> Int32:
         """Where the share's n-th Piece lies."""

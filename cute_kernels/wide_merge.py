@@ -1,5 +1,5 @@
-"""Merging in a wgmma kernel: as in merge.py, by the consumers. They have no predicates to spare, so what is conditional
-there is arithmetic or a loop here.
+"""Merging in a wgmma kernel: as in merge.py, by the consumers. Rows are many there, so a row's partial results take one
+round trip; and predicates are rare, so beyond the last CTA its results are loaded again and count nothing.
 """
 
 import cutlass
@@ -7,7 +7,7 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from .attention import FIRST_MAX
-from .merge import MINUS_INFINITY, Merge, combine, least
+from .merge import MINUS_INFINITY, Merge, least
 from .schedule import Params, Piece
 
 
@@ -16,43 +16,50 @@ class WideMerge(Merge):
 
     @cute.jit
     def combine_slots(self, p: Params, piece: Piece, lane: Int32, column: Int32, item: Int32, inside: Boolean):
-        """As in merge.py; beyond the last CTA its results are loaded again and count nothing."""
+        """As in merge.py."""
         plan = self.plan
         sources = plan.merge_floats // plan.width
+        steps = range(plan.items.bit_length() - 1)
+        zeros = [Int32(0)] * plan.width
         value_at, state_at = self.value_at(column, item), self.state_at(column)
+        mine = lane % plan.items  # the lane's CTA of the next ones
         peak = Float32(FIRST_MAX)
         weight = Float32(0.0)
         value = [Float32(0.0)] * plan.width
         done = Int32(0)  # CTAs
         while done < piece.ctas:
-            slots = [self.source(p, piece, done + i) for i in range(sources)]
-            words = [[Int32(0)] * (2 + plan.width) for _ in range(sources)]
+            state = self.source(p, piece, done + cutlass.min(mine, sources - 1)) + state_at
+            slots = [self.source(p, piece, done + i) + value_at for i in range(sources)]
+            found = [Int32(0)] * 2
+            words = [zeros for _ in range(sources)]
             waits = Int32(1)
             while waits == 1:
-                words = [
-                    ptx.load_relaxed(slot + state_at, 0, Int32(0), [0, 0])
-                    + self.load_partial(slot + value_at, 0, Int32(0))
-                    for slot in slots
-                ]
+                found = ptx.load_relaxed(state, 0, Int32(0), [0, 0])
+                words = [self.load_partial(slot, 0, Int32(0)) for slot in slots]
                 waits = Int32(0)
-                if ptx.any_lane(least([least(each) for each in words]) == 0):
+                if ptx.any_lane(least([least(each) for each in [found, *words]]) == 0):
                     waits = Int32(1)
-            states = [[peak, weight]]
+            if inside:  # zeros for the next launch
+                ptx.store_relaxed(state, zeros[:2])
+                for i in range_constexpr(sources):
+                    self.store_partial(slots[i], 0, zeros)
+            absent = ptx.sign_mask(cutlass.min(piece.ctas - 1 - done, sources - 1) - mine)
+            top = ptx.from_bits((found[0] & ~absent) | (absent & MINUS_INFINITY))
+            before = peak
+            peak = ptx.fmax(peak, top)
+            for i in steps:
+                peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 1 << i))
+            factor = ptx.exp2(top - peak)
+            part = ptx.from_bits(found[1]) * factor
+            for i in steps:
+                part = part + ptx.shuffle_xor(part, 1 << i)
+            before = ptx.exp2(before - peak)
+            weight = weight * before + part
+            value = [x * before for x in value]
             for i in range_constexpr(sources):
-                absent = ptx.sign_mask(piece.ctas - 1 - (done + i))
-                words[i][0] = (words[i][0] & ~absent) | (absent & MINUS_INFINITY)
-                states.append([ptx.from_bits(x) for x in words[i][:2]])
-            values = [[ptx.from_bits(x) for x in each[2:]] for each in words]
-            peak, weight, value = combine(states, [value, *values])
+                share = ptx.shuffle(factor, lane - mine + i)
+                value = [x + share * ptx.from_bits(word) for x, word in zip(value, words[i], strict=True)]
             done += sources
-        done = Int32(0)
-        while done < piece.ctas:  # zeros for the next launch
-            slot = self.source(p, piece, done)
-            if inside:
-                self.store_partial(slot + value_at, 0, [Int32(0)] * plan.width)
-                if item == 0:
-                    ptx.store_relaxed(slot + state_at, [Int32(0)] * 2)
-            done += 1
         return peak, weight, value
 
     def source(self, p: Params, piece: Piece, index: Int32) -> Int64:

@@ -38,17 +38,23 @@ class WideQueries:
         return exponent * cutlass.select_(p.rotate_q == 1, Float32(2.0 * ROTATED_ROOM), Float32(2.0))
 
     @cute.jit
-    def fetch(self, p: Params, slot: Int32, lane: Int32, piece: Piece):
-        """Let a warp copy a piece's queries into the slot; row = query token * group + head of the group."""
-        row_bytes = 2 * self.plan.head_dim
-        at = lane * COPY_BYTES
-        while at < piece.columns * row_bytes:
-            row = piece.first_row + at // row_bytes
+    def fetch(self, p: Params, smem: Int32, folder: Int32, lane: Int32, b: Int32, tile: tuple):
+        """Let the folders copy the queries of a tile (KV head, first row) into the slot, each its share of the rows;
+        row = query token * group + head of the group.
+        """
+        plan = self.plan
+        head, first_row = tile
+        row_bytes = 2 * plan.head_dim
+        columns = cutlass.min(p.group * p.q_len - first_row, plan.q_tile)
+        at = (folder * LANES + lane) * COPY_BYTES
+        while at < columns * row_bytes:
+            row = first_row + at // row_bytes
             token = row // p.group
-            source = Int64(piece.b * p.q_len + token) * p.num_q_heads + piece.head * p.group + row - token * p.group
+            source = Int64(cutlass.max(b, 0) * p.q_len + token) * p.num_q_heads + head * p.group + row - token * p.group
             source = p.q.toint() + source * row_bytes + Int64(at % row_bytes)
-            ptx.copy16(slot + self.plan.fetched_offset + at, source, 0)
-            at += LANES * COPY_BYTES
+            ptx.copy16(smem + (plan.slots_at + plan.fetched_offset) + at, source, 0)
+            at += plan.folders * LANES * COPY_BYTES
+        return Int32(0)
 
     @cute.jit
     def prepare(self, p: Params, slot: Int32, warp: Int32, lane: Int32, piece: Piece):
