@@ -13,6 +13,7 @@ from .plan import BARRIER_BYTES, PIECE_WORDS, SLOTS, SMEM_ALIGN, Plan
 GROUP_WARPS = 4  # of a warpgroup
 M_TILE = 64  # rows of one wgmma
 MAX_TEAM = 2  # warpgroups
+MAX_COLUMNS_WHOLE = 32  # for which a warpgroup attends to a whole block at once
 AUXILIARY_WARPS = 4  # a producer and up to three folders; a warpgroup, for setmaxnreg
 REGISTER_STEP = 8
 SM_REGISTERS = 65536
@@ -36,7 +37,10 @@ class WidePlan(Plan):
         self.teams = config.num_warps // self.team_warps
         self.columns = config.q_tile // self.splits  # of a team
         self.column_tiles = self.columns // 8
-        self.score_tiles_per_group = BLOCK_TOKENS // M_TILE // self.team_groups
+        # a warp's score tiles, in passes: with many columns a warpgroup has the registers for one at a time
+        tiles = BLOCK_TOKENS // M_TILE // self.team_groups
+        at_once = 1 if self.columns > MAX_COLUMNS_WHOLE else tiles
+        self.passes = [range(first, first + at_once) for first in range(0, tiles, at_once)]
         self.value_tiles_per_group = self.value_tiles // self.team_groups
         self.chunk = BLOCK_TOKENS  # tokens of a 16-bit unit
         self.states = self.block_groups
