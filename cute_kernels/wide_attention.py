@@ -37,10 +37,8 @@ class Team(NamedTuple):
     v_shift: Int32
     k_folded: Int32  # byte offsets within a stage's folded parameters
     v_folded: Int32
-    v_scale: Int32
     p_store: Int32  # address
     p_operand: Int32  # descriptor
-    top: Int32  # address of ``top``
 
 
 class Place(NamedTuple):
@@ -129,10 +127,8 @@ class WideAttention:
             v_shift=v_shift,
             k_folded=k_folded,
             v_folded=v_folded,
-            v_scale=row * 4,
             p_store=p_store,
             p_operand=wg.descriptor(cute.arch.make_warp_uniform(p), self.column_tiles),
-            top=smem + plan.exchange_at + index * plan.exchange_bytes + self.top_offset + (lane & 3) * 8,
         )
 
     def place(self, smem: Int32) -> Place:
@@ -157,8 +153,18 @@ class WideAttention:
         first = place.index % self.plan.splits * self.plan.columns
         return smem + (self.plan.slots_at + self.plan.highs_offset) + first * 4 + (place.lane & 3) * 8
 
+    def top(self, smem: Int32, team: Team) -> Int32:
+        """Address of the lane's part of ``top``; found anew, as the next ones, to hold no register for it."""
+        team_at = self.plan.exchange_at + self.top_offset - TEAM_BARRIER * self.plan.exchange_bytes
+        return smem + team_at + wg.pin([team.barrier])[0] * self.plan.exchange_bytes + (wg.thread_again() & 3) * 8
+
+    def row_again(self) -> Int32:
+        """Token of the lane's row g in its first score tile."""
+        thread = wg.thread_again()
+        return self.row(thread // LANES % GROUP_WARPS, self.group(thread // LANES), thread % LANES)
+
     def free(self, smem: Int32, team: Team) -> Int32:
-        """The mbarrier that says that the team's P may be overwritten; found anew, to hold no register for it."""
+        """The mbarrier that says that the team's P may be overwritten; as such."""
         return smem + self.plan.free_at + (wg.pin([team.barrier])[0] - TEAM_BARRIER) * BARRIER_BYTES
 
     def group(self, warp: Int32) -> Int32:
@@ -228,7 +234,7 @@ class WideAttention:
             scores = self.restricted(p, scores, factor, position, piece.packed_end, self.highs(smem, place))
         scales = []
         for j in range_constexpr(self.plan.p_groups):
-            at = folded + team.v_scale
+            at = folded + self.row_again() * 4
             offset = self.plan.folded_v_scale_at + j * BLOCK_TOKENS * 4
             scales.append(
                 [
@@ -409,7 +415,7 @@ class WideAttention:
         total, out, parity = state
         threads = LANES * self.plan.team_warps
         ptx.mbarrier_wait(self.free(smem, team), parity, self.plan.wait)
-        parts, largest = self.write(team, scores, factor, scales, tiles)
+        parts, largest = self.write(smem, team, scores, factor, scales, tiles)
         wg.fence_async()
         if wg.barrier_any(team.barrier, threads, largest > P_LIMIT):
             place = self.place(smem)
@@ -435,7 +441,7 @@ class WideAttention:
                     ptx.load_shared_floats(at, 4 * (w * self.plan.columns + COLUMNS * n), 2)
                     for w in range(self.plan.team_warps)
                 ]
-                top = ptx.load_shared_floats(team.top, 4 * COLUMNS * n, 2)
+                top = ptx.load_shared_floats(self.top(smem, team), 4 * COLUMNS * n, 2)
                 shrinks.append([Float32(0.0)] * 2)
                 for j in range_constexpr(2):
                     peak = found[0][j]
@@ -459,7 +465,7 @@ class WideAttention:
                 total[2 * r] = total[2 * r] * shrink[0]
                 total[2 * r + 1] = total[2 * r + 1] * shrink[1]
             again = wg.pin([factor])[0]  # or the compiler would keep all scores times factor from before
-            parts, largest = self.write(team, scores, again, scales, tiles)
+            parts, largest = self.write(smem, team, scores, again, scales, tiles)
             wg.fence_async()
             wg.barrier(team.barrier, threads)
         return State(self.summed(total, parts), out, parity)
@@ -483,16 +489,17 @@ class WideAttention:
             total = ptx.mma([*total, *unused], a, [*b, Int32(0)][:2])[: len(total)]
         return total
 
-    def write(self, team: Team, scores: list, factor: Float32, scales: list, tiles: range) -> tuple:
+    def write(self, smem: Int32, team: Team, scores: list, factor: Float32, scales: list, tiles: range) -> tuple:
         """Write P^T as B operands, one per V group -> [n] half2 sums of P over the lane's rows, the largest of them."""
         parts = []
         largest = Float32(0.0)
         k_step = wg.CORE_BYTES * self.column_tiles
+        tops = self.top(smem, team)
         pairs = [list(range(n, min(n + 2, self.column_tiles))) for n in range(0, self.column_tiles, 2)]
         for pair in pairs:
             p = {}
             for n in pair:
-                top = ptx.load_shared_floats(team.top, 4 * COLUMNS * n, 2)
+                top = ptx.load_shared_floats(tops, 4 * COLUMNS * n, 2)
                 for s in range(len(scores)):
                     p[n, s] = [ptx.exp2(scores[s][4 * n + i] * factor - top[i % 2]) for i in range(4)]
                 part = [p[n, 0][j] + p[n, 0][j + 2] for j in range(2)]
@@ -715,7 +722,7 @@ class WideAttention:
                         ptx.load_shared_floats(place.exchange + lane * 8, 4 * (w * plan.columns + COLUMNS * n), 2)
                         for w in range(plan.team_warps)
                     ]
-                    top = ptx.load_shared_floats(team.top, 4 * COLUMNS * n, 2)
+                    top = ptx.load_shared_floats(self.top(smem, team), 4 * COLUMNS * n, 2)
                     for j in range_constexpr(2):
                         weight = parts[0][j]
                         for w in range_constexpr(1, plan.team_warps):

@@ -29,7 +29,8 @@ class WideMerge(Merge):
         done = Int32(0)  # CTAs
         while done < piece.ctas:
             state = self.source(p, piece, done + cutlass.min(mine, sources - 1)) + state_at
-            slots = [self.source(p, piece, done + i) + value_at for i in range(sources)]
+            slots = [self.source(p, piece, done) + value_at]
+            slots += [self.later_source(p, piece, done + i) + value_at for i in range(1, sources)]
             found = [Int32(0)] * 2
             words = [zeros for _ in range(sources)]
             waits = Int32(1)
@@ -64,5 +65,8 @@ class WideMerge(Merge):
 
     def source(self, p: Params, piece: Piece, index: Int32) -> Int64:
         """The slot of a piece's CTA; of the last one beyond."""
-        later = 2 * (piece.first_cta + cutlass.min(index, piece.ctas - 1))
-        return self.partial(p, cutlass.select_(index > 0, later, piece.first_slot))
+        return cutlass.select_(index > 0, self.later_source(p, piece, index), self.partial(p, piece.first_slot))
+
+    def later_source(self, p: Params, piece: Piece, index: Int32) -> Int64:
+        """The same, of a CTA that is not the first."""
+        return self.partial(p, 2 * (piece.first_cta + cutlass.min(index, piece.ctas - 1)))
