@@ -112,6 +112,14 @@ def from_bits(x: Int32) -> Float32:
     return asm("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
 
 
+def floating(x: Int32) -> Float32:
+    return asm("cvt.rn.f32.s32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
+
+
+def truncated(x: Float32) -> Int32:
+    return asm("cvt.rzi.s32.f32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
+
+
 def unsigned_min(a: Int32, b: Int32) -> Int32:
     return asm("min.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[a, b])
 

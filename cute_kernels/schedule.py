@@ -16,6 +16,7 @@ from .plan import Plan
 
 BLOCK_SHIFT = BLOCK_TOKENS.bit_length() - 1
 LATE_CTAS = 4  # the last to be launched
+SHORT_UNITS = 16  # of a share: where it is less, shares begin and end where pieces do, though some CTAs get nothing
 HELD = 2  # sequences whose lengths a lane holds: work for 64 is dealt before they are known for certain
 
 
@@ -69,26 +70,35 @@ class Sequence(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """The flat list dealt to the CTAs: each gets ``base`` units, the first ``extra`` CTAs one more.
+    """The flat list dealt to the CTAs: each gets ``base`` units, the first ``extra`` ones one more.
 
     The last CTAs to be launched get less, by ``late`` units, the very last one by thrice that: they wait for an SM on
     which the previous kernel still merges, and for their first blocks behind those of all the others.
+
+    Pieces that are short and alike are divided each for itself: among ``group_ctas`` CTAs, ``base`` units for each but
+    the last one. ``group`` is the first of those that share the CTA's piece; else -1.
     """
 
     base: Int32
     extra: Int32
     late: Int32  # at most an eighth of base
+    group: Int32
+    group_ctas: Int32
 
     def start(self, cta: Int32) -> Int32:
+        """Of a CTA's share, if there are no groups."""
         late = cutlass.max(cta - (cute.arch.grid_dim()[0] - LATE_CTAS), 0)
         late += cutlass.select_(cta == cute.arch.grid_dim()[0], Int32(2), Int32(0))
         return cta * self.base + cutlass.min(cta, self.extra) - late * self.late
 
     def holder(self, x: Int32) -> Int32:
-        """The CTA that has unit x."""
+        """The CTA that has unit x, if there are no groups."""
         longer = self.extra * (self.base + 1)
-        behind = self.extra + (x - longer) // cutlass.max(self.base, 1)
-        cta = cutlass.select_(x < longer, x // (self.base + 1), behind)
+        is_longer = x < longer
+        cta = quotient(
+            cutlass.select_(is_longer, x, x - longer), cutlass.max(cutlass.select_(is_longer, self.base + 1, self.base), 1)
+        )
+        cta += cutlass.select_(is_longer, Int32(0), self.extra)
         # if none were late; the late ones begin less than a share earlier
         return cta + cutlass.select_(x >= self.start(cta + 1), Int32(1), Int32(0))
 
@@ -140,6 +150,13 @@ def load_piece(address: Int32) -> Piece:
     return Piece(*[word for i in range(0, len(Piece._fields), 4) for word in ptx.load_shared(address, 4 * i, 4)])
 
 
+def quotient(x: Int32, divisor: Int32) -> Int32:
+    """x // divisor for positive divisors, x >= 0 and quotients below 2^21: a third of the instructions of ``//``."""
+    guess = ptx.truncated(ptx.floating(x) * ptx.reciprocal(ptx.floating(divisor)))  # off by one at most
+    rest = x - guess * divisor
+    return guess + cutlass.select_(rest >= divisor, Int32(1), Int32(0)) - cutlass.select_(rest < 0, Int32(1), Int32(0))
+
+
 def differ(a: list, b: list) -> Boolean:
     """Whether two lists of integers do."""
     found = a[0] != b[0]
@@ -156,7 +173,7 @@ class Schedule:
         self.q_tile = plan.q_tile
         self.programmatic = plan.programmatic
         self.warm_blocks = plan.warm_blocks
-        self.late_units, self.whole_units = plan.late_units, plan.whole_units
+        self.late_units, self.whole_units, self.round_units = plan.late_units, plan.whole_units, plan.block_groups
         self.block_bytes = plan.fmt.block_bytes
 
     def lengths(self, p: Params, b: Int32) -> tuple:
@@ -204,7 +221,7 @@ class Schedule:
         If these turn out to be others, both are called again, but the work is dealt again only if a number of units
         changed. Before that they only have to be harmless whatever the lengths are.
         """
-        at, end, seq, shares = Place(*[lane] * 5), lane, Sequence(*[lane] * 8), Shares(lane, lane, lane)
+        at, end, seq, shares = Place(*[lane] * 5), lane, Sequence(*[lane] * 8), Shares(*[lane] * 5)
         fetched = Int32(0)
         lengths = self.held(p, lane)
         dealt = [Int32(-1)] * HELD  # units of the held sequences that the work was dealt by
@@ -246,15 +263,13 @@ class Schedule:
 
     def share(self, p: Params, lane: Int32, held: list, units: list) -> tuple:
         """As :meth:`begin`, with the lengths and units of the held sequences."""
-        cta = cute.arch.block_idx()[0]
-        shares, total = self.deal(p, lane, units)
-        x, end = (cutlass.min(shares.start(cta + i), total) for i in range(2))
+        shares, x, end = self.deal(p, lane, units)
         at, seq = self.locate(p, cutlass.min(x, cutlass.max(end - 1, 0)), lane, held, units)
         return at._replace(x=x), end, seq, shares
 
     @cute.jit
     def deal(self, p: Params, lane: Int32, units: list):
-        """The Shares of the CTAs, and how many units there are; ``units``: of the held sequences."""
+        """The Shares, begin and end of the CTA's; ``units``: of the held sequences."""
         total, largest = units[0], units[0]
         for i in range_constexpr(1, HELD):
             total += units[i]
@@ -271,18 +286,29 @@ class Schedule:
         pieces = p.batch * p.num_kv_heads * p.q_tiles
         alike = total == largest * p.batch
         total *= p.num_kv_heads * p.q_tiles
-        ctas = cute.arch.grid_dim()[0]
-        base = total // ctas
+        cta, ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        base = quotient(total, ctas)
         extra = total - base * ctas
-        late = cutlass.select_(ctas > LATE_CTAS, cutlass.min(self.late_units, base // 8), Int32(0))
-        if late > 0:
-            dealt = total + (LATE_CTAS + 2) * late
-            base = dealt // ctas
-            extra = dealt - base * ctas
-        if alike & (largest <= self.whole_units):  # whole pieces: nothing to merge
-            base = largest * ((pieces + ctas - 1) // ctas)
-            extra, late = Int32(0), Int32(0)
-        return Shares(base, extra, late), total
+        late = cutlass.min(self.late_units, cutlass.min(base, ctas) // 8)
+        late = cutlass.select_(ctas > LATE_CTAS, late, Int32(0))
+        extra += (LATE_CTAS + 2) * late  # less than twice the CTAs
+        rounds = cutlass.select_(extra >= ctas, Int32(1), Int32(0))
+        shares = Shares(base + rounds, extra - rounds * ctas, late, Int32(-1), Int32(0))
+        x, end = shares.start(cta), shares.start(cta + 1)
+        if alike:
+            of_piece = cutlass.max(quotient(ctas, pieces), 1)  # CTAs
+            if largest <= self.whole_units:
+                base = largest * quotient(pieces + ctas - 1, ctas)
+                shares = Shares(base, Int32(0), Int32(0), Int32(-1), Int32(0))
+                x, end = cutlass.min(shares.start(cta), total), cutlass.min(shares.start(cta + 1), total)
+            elif (pieces <= ctas) & (largest <= SHORT_UNITS * of_piece):
+                base = cutlass.max(quotient(largest + of_piece - 1, of_piece), self.round_units)
+                of_piece = quotient(largest + base - 1, base)
+                piece = quotient(cta, of_piece)
+                shares = Shares(base, Int32(0), Int32(0), piece * of_piece, of_piece)
+                first, last = (cutlass.min((cta + i - piece * of_piece) * base, largest) for i in range(2))
+                x, end = cutlass.min(piece * largest + first, total), cutlass.min(piece * largest + last, total)
+        return shares, x, end
 
     @cute.jit
     def locate(self, p: Params, x: Int32, lane: Int32, held: list, units: list):
@@ -313,7 +339,7 @@ class Schedule:
                     mine = list(self.lengths(p, base + lane))
                     mine_units = self.units_of(p, base + lane, tuple(mine)).units
         seq = self.units_of(p, found, tuple(mine))
-        piece = (x - start) // cutlass.max(seq.units, 1)
+        piece = quotient(x - start, cutlass.max(seq.units, 1))
         return Place(x, found, start, piece, x - start - piece * seq.units), seq
 
     @cute.jit
@@ -357,18 +383,30 @@ class Schedule:
 
     def tile(self, p: Params, at: Place) -> tuple:
         """KV head of a piece, and the first row of its query tile."""
-        head = at.piece // p.q_tiles
+        head = quotient(at.piece, p.q_tiles)
         return head, (at.piece - head * p.q_tiles) * self.q_tile
 
-    def piece(self, p: Params, at: Place, end: Int32, seq: Sequence, shares: Shares) -> Piece:
+    @cute.jit
+    def piece(self, p: Params, at: Place, end: Int32, seq: Sequence, shares: Shares):
         """The part of a piece from Place ``at`` on, within the CTA's ``end``."""
         head, first_row = self.tile(p, at)
         count = self.count(at, end, seq)
         packed_end = seq.sinks + seq.packed
         cta = cute.arch.block_idx()[0]
         first_unit = at.x - at.unit
-        first_cta = shares.holder(first_unit)
-        ctas = shares.holder(first_unit + seq.units - 1) - first_cta + 1
+        last_unit = first_unit + seq.units - 1
+        begin = shares.start(cta)
+        first_cta, last_cta, first_slot = cta, cta, 2 * cta
+        if shares.group >= 0:
+            first_cta, last_cta = shares.group, shares.group + shares.group_ctas - 1
+            begin, first_slot = at.x, 2 * first_cta
+        else:
+            if first_unit < begin:
+                first_cta = shares.holder(first_unit)
+            if last_unit >= end:
+                last_cta = shares.holder(last_unit)
+            first_slot = 2 * first_cta + cutlass.select_(shares.start(first_cta) == first_unit, Int32(0), Int32(1))
+        is_shared = first_cta != last_cta
         return Piece(
             blocks=cutlass.max(self.blocks(at, count, seq), 0),
             first_position=seq.sinks + (seq.first_block + at.unit) * BLOCK_TOKENS,
@@ -384,13 +422,13 @@ class Schedule:
             sinks=seq.sinks,
             tail=seq.tail,
             is_last=cutlass.select_(at.x + count == end, Int32(1), Int32(0)),
-            collects=cutlass.select_((ctas > 1) & (cta == first_cta + ctas - 1), Int32(1), Int32(0)),
+            collects=cutlass.select_((count > 0) & is_shared & (cta == last_cta), Int32(1), Int32(0)),
             columns=cutlass.select_(count > 0, cutlass.min(p.group * p.q_len - first_row, self.q_tile), Int32(0)),
             # a CTA has two slots, for the piece that its share begins with and for the one that it ends with
-            slot=2 * cta + cutlass.select_(at.x == shares.start(cta), Int32(0), Int32(1)),
+            slot=2 * cta + cutlass.select_(at.x == begin, Int32(0), Int32(1)),
             first_cta=first_cta,
-            first_slot=2 * first_cta + cutlass.select_(shares.start(first_cta) == first_unit, Int32(0), Int32(1)),
-            ctas=ctas,
+            first_slot=first_slot,
+            ctas=last_cta - first_cta + 1,
         )
 
     def count(self, at: Place, end: Int32, seq: Sequence) -> Int32:

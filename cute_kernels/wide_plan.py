@@ -17,8 +17,8 @@ MAX_COLUMNS_WHOLE = 32  # for which a warpgroup attends to a whole block at once
 AUXILIARY_WARPS = 4  # a producer and up to three folders; a warpgroup, for setmaxnreg
 REGISTER_STEP = 8
 SM_REGISTERS = 65536
-AUXILIARY_REGISTERS = 56  # what they need at least; with accumulators that leave no choice, 32
-TIGHT_REGISTERS = 32
+AUXILIARY_REGISTERS = 72  # what they need, and what they get where the consumers have not enough
+TIGHT_REGISTERS = {3: 56, 4: 32}  # by warpgroups of consumers
 ALIGN = 16
 PIECE_BYTES = 4 * PIECE_WORDS
 PIECES = 2  # that follow each other are kept, besides the first one
@@ -65,7 +65,7 @@ class WidePlan(Plan):
     @cached_property
     def consumer_registers(self) -> int:
         groups = self.warps // GROUP_WARPS
-        others = TIGHT_REGISTERS if groups > 3 and self.columns > 16 else AUXILIARY_REGISTERS
+        others = TIGHT_REGISTERS.get(groups, AUXILIARY_REGISTERS)
         return min((self.start_registers * (groups + 1) - others) // groups // REGISTER_STEP * REGISTER_STEP, 240)
 
     @cached_property

@@ -13,7 +13,7 @@ from . import warpgroup as wg
 from .attention import saturated
 from .layouts import LANES
 from .queries import EXPONENT, floats, hadamard_lanes, hadamard_registers
-from .schedule import Params, Piece
+from .schedule import Params, Piece, quotient
 from .wide_plan import WidePlan
 
 ROTATED_ROOM = 16.0  # rotated channels are larger than any one of q
@@ -49,7 +49,7 @@ class WideQueries:
         at = (folder * LANES + lane) * COPY_BYTES
         while at < columns * row_bytes:
             row = first_row + at // row_bytes
-            token = row // p.group
+            token = quotient(row, p.group)
             source = Int64(cutlass.max(b, 0) * p.q_len + token) * p.num_q_heads + head * p.group + row - token * p.group
             source = p.q.toint() + source * row_bytes + Int64(at % row_bytes)
             ptx.copy16(smem + (plan.slots_at + plan.fetched_offset) + at, source, 0)
@@ -75,7 +75,7 @@ class WideQueries:
                 halves = [ptx.to_half2(values[j], values[j + 1]) for j in range(0, len(values), 2)]
             ptx.store_shared(self.place(slot, column, lane), 0, halves)
             if lane == 0:
-                token = (piece.first_row + column) // p.group
+                token = quotient(piece.first_row + column, p.group)
                 ptx.store_shared(slot + column * 4, plan.highs_offset, [first_seen + token])
             column += plan.warps
         wg.fence_async()
