@@ -24,7 +24,7 @@ from .fold import Fold
 from .layouts import BLOCK_TOKENS, LANES
 from .merge import CONSUMER_BARRIER
 from .plan import BARRIER_BYTES
-from .schedule import BLOCK_SHIFT, Params, Piece, Schedule, load_piece, store_piece
+from .schedule import BLOCK_SHIFT, Params, Schedule, Shares, load_piece, store_piece
 from .wide_attention import WideAttention
 from .wide_merge import WideMerge
 from .wide_plan import PIECE_BYTES, WidePlan
@@ -82,6 +82,10 @@ class WideKernel(DecodeKernel):
             fetch=lambda at, end, seq: self.queries.fetch(p, smem, folder, lane, at.b, self.schedule.tile(p, at)),
         )
         self.announced(smem, lane)
+        if (folder == 0) & (lane == 0):  # rather than in registers
+            for i in range_constexpr(len(shares)):
+                ptx.store_shared(smem + plan.shares_at, 4 * i, [shares[i]])
+        cute.arch.sync_warp()
         number = Int32(0)  # of the piece in the share
         power = self.queries.power(p)
         stage = folder
@@ -110,7 +114,9 @@ class WideKernel(DecodeKernel):
             if at.x < end:
                 # the consumers have taken the queries before, so they are done with the Piece before those, too
                 ptx.mbarrier_wait(smem + plan.slot_empty_at, number - 1 & 1, plan.wait)
-                self.tell(p, smem, folder, lane, number, (at, end, seq, shares))
+                if folder == 0:
+                    words = [ptx.load_shared(smem + plan.shares_at, 4 * i, 1)[0] for i in range(len(Shares._fields))]
+                    self.tell(p, smem, folder, lane, number, (at, end, seq, Shares(*words)))
                 self.queries.fetch(p, smem, folder, lane, at.b, self.schedule.tile(p, at))
                 self.announced(smem, lane)
 

@@ -21,6 +21,7 @@ AUXILIARY_REGISTERS = 72  # what they need, and what they get where the consumer
 TIGHT_REGISTERS = {3: 56, 4: 32}  # by warpgroups of consumers
 ALIGN = 16
 PIECE_BYTES = 4 * PIECE_WORDS
+SHARES_BYTES = 32  # the Shares (schedule.py), which the folders leave here
 PIECES = 2  # that follow each other are kept, besides the first one
 
 
@@ -76,7 +77,7 @@ class WidePlan(Plan):
     # shared memory: as in Plan, with the folded parameters of the stages behind the ring, one slot (wide_queries.py,
     # then the Pieces) with barriers for ``full`` and ``empty`` and, behind the barriers, those that say ``ready`` (per
     # stage) and ``free`` (per team); ``exchange``: of each team a float per warp and column, then per column ``top`` and
-    # its last change. The merge scratch also holds P while a piece is worked on: a row per query column has room for
+    # its last change; Shares. The merge scratch also holds P while a piece is worked on: a row per query column has room for
     # its P.
 
     @cached_property
@@ -125,12 +126,16 @@ class WidePlan(Plan):
         return -(-(self.free_at + self.teams * BARRIER_BYTES) // ALIGN) * ALIGN
 
     @cached_property
+    def shares_at(self) -> int:
+        return self.exchange_at + self.teams * self.exchange_bytes
+
+    @cached_property
     def exchange_bytes(self) -> int:
         return (self.team_warps + 2) * self.columns * 4
 
     @cached_property
     def smem_bytes(self) -> int:
-        end = self.exchange_at + self.teams * self.exchange_bytes
+        end = self.shares_at + SHARES_BYTES
         return -(-end // SMEM_ALIGN) * SMEM_ALIGN
 
     # a stage's folded parameters, fp16 where not said otherwise:

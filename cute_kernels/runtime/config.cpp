@@ -284,10 +284,11 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   const std::int64_t slots = wide ? q_tile * (4 * head_dim + 4) + 2 * kPieceBytes
                                   : 2 * (q_tile * (2 * head_dim + 8) + kPieceBytes);
   std::int64_t bytes = ring + scratch + slots + kPieceBytes + kBarrierBytes * (stages + 2);
-  if (wide) {  // more barriers: per stage, per team; floats per warp and column, two per team and column
+  if (wide) {  // more barriers: per stage, per team; floats per warp and column, two per team and column; the shares
+    constexpr std::int64_t kSharesBytes = 32;
     const WideTiling tiling(*this);
     bytes = round_up(bytes + kBarrierBytes / 2 * (stages + tiling.teams), 16);
-    bytes += (num_warps + 2 * tiling.teams) * tiling.columns * static_cast<std::int64_t>(sizeof(float));
+    bytes += (num_warps + 2 * tiling.teams) * tiling.columns * static_cast<std::int64_t>(sizeof(float)) + kSharesBytes;
   }
   return round_up(bytes, kSmemAlign);
 }
