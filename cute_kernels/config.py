@@ -24,10 +24,12 @@ TILINGS = (
     (8, 2, 8), (8, 4, 8), (8, 2, 4), (8, 4, 4),
     (4, 2, 8), (4, 4, 8), (4, 2, 4), (4, 4, 4), (4, 2, 2), (4, 4, 2), (4, 4, 1), (2, 2, 1), (1, 1, 1),
 )  # fmt: skip
+# where a block has more arithmetic than bytes: three warps that compute on a scheduler instead of two
+TILING_OF_TWO_BITS = (12, 2, 12)
 # copy -> num_warps -> estimated registers of a lane (see _registers) that ptxas can hold without spilling. With the
 # producer and three merge warps, 12 warps put three on a scheduler (168 registers each), 8 warps two (255); cp.async
 # takes more of them.
-MAX_REGISTERS = {"bulk": {8: 102, 4: 190, 2: 190, 1: 190}, "cp_async": {8: 0, 4: 190, 2: 190, 1: 190}}
+MAX_REGISTERS = {"bulk": {12: 100, 8: 102, 4: 190, 2: 190, 1: 190}, "cp_async": {8: 0, 4: 190, 2: 190, 1: 190}}
 # wgmma kernels, as measured on an H100: head_dim -> query columns of a tile -> (num_warps, warps_per_block); of the
 # rings the deepest that fits is taken. They beat mma.sync from 16 columns on.
 WGMMA_TILINGS = {
@@ -221,8 +223,11 @@ class KernelConfig(Object):
         if columns > MMA_COLUMNS and (wide := _wgmma_config(arch, head_dim, quant.for_kernel(), columns)):
             return wide
         q_tile = min(-(-columns // MMA_COLUMNS) * MMA_COLUMNS, MAX_Q_TILE)
+        tilings = TILINGS
+        if arch == "sm90a" and quant.k_bits == quant.v_bits == 2 and (quant.k_axis == "channel" or head_dim <= 64):
+            tilings = (TILING_OF_TWO_BITS, *TILINGS)
         for columns in (q_tile, MMA_COLUMNS):
-            for num_warps, warps_per_block, stages in TILINGS:
+            for num_warps, warps_per_block, stages in tilings:
                 config = cls(
                     arch=arch,
                     head_dim=head_dim,

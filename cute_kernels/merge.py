@@ -95,8 +95,8 @@ class Merge:
             if piece.ctas == 1:
                 self.store_output(p, piece, lane, column, item, inside, peak, weight, value)
             else:
+                slot = self.partial(p, piece.slot)
                 if inside:
-                    slot = self.partial(p, piece.slot)
                     self.store_partial(slot + self.value_at(column, item), 0, [marked(x) for x in value])
                     if item == 0:
                         ptx.store_relaxed(slot + self.state_at(column), [marked(peak), marked(weight)])
@@ -156,7 +156,7 @@ class Merge:
 
         Each of a row's lanes has its item's values from every CTA, and maximum and sum from one of them.
         """
-        sources = self.plan.merge_floats // self.plan.width
+        sources = min(self.plan.merge_floats // self.plan.width, self.plan.items)
         stride = 2 * self.plan.partial_bytes  # between first slots
         mine = lane % self.plan.items  # the lane's CTA of the next ones
         row = lane - mine

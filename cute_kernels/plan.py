@@ -13,7 +13,6 @@ QUERY_VECTOR = 16  # bytes
 QUAD = 4  # floats of a 16-byte vector
 WARM_BYTES = 128 << 10  # per SM, a third of L2 in all: what memory delivers between two kernels
 LATE_BYTES = 80 << 10  # what an SM reads in the two microseconds that some CTAs begin later than the others
-WHOLE_UNITS = 8  # of pieces that are not divided if all are alike: computing them takes as long as merging their parts
 SLOTS = 2  # the next piece is prepared while the consumers are at a piece
 PIECE_WORDS = 20  # of a Piece (schedule.py)
 # warps that merge: with producer and up to 8 consumers a scheduler holds three warps, as without them, so they cost no
@@ -49,14 +48,13 @@ class Plan:
         self.chunk = TILE * self.warps_per_block  # tokens of a 16-bit unit
         self.states = self.warps  # results of a piece that the CTA merges
         self.merge_floats = MERGE_FLOATS
-        self.whole_units = WHOLE_UNITS
         self.threads = LANES * (self.warps + 1 + MERGE_WARPS)  # consumers, producer, mergers
 
     # registers of a thread, where twelve warps compute: more than they would get by even shares (setmaxnreg)
 
     @cached_property
     def moves_registers(self) -> bool:
-        return self.warps == 12
+        return self.warps == 12 and self.config.arch == "sm90a"
 
     @cached_property
     def consumer_registers(self) -> int:

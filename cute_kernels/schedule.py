@@ -15,6 +15,7 @@ from .layouts import BLOCK_TOKENS, LANES
 from .plan import Plan
 
 BLOCK_SHIFT = BLOCK_TOKENS.bit_length() - 1
+FEW_CTAS = 4  # to a piece: then a piece of two rounds of the consumers stays whole; else of one
 LATE_CTAS = 4  # the last to be launched
 SHORT_UNITS = 16  # of a share: where it is less, shares begin and end where pieces do, though some CTAs get nothing
 HELD = 2  # sequences whose lengths a lane holds: work for 64 is dealt before they are known for certain
@@ -173,7 +174,7 @@ class Schedule:
         self.q_tile = plan.q_tile
         self.programmatic = plan.programmatic
         self.warm_blocks = plan.warm_blocks
-        self.late_units, self.whole_units, self.round_units = plan.late_units, plan.whole_units, plan.block_groups
+        self.late_units, self.round_units = plan.late_units, plan.block_groups
         self.block_bytes = plan.fmt.block_bytes
 
     def lengths(self, p: Params, b: Int32) -> tuple:
@@ -297,11 +298,11 @@ class Schedule:
         x, end = shares.start(cta), shares.start(cta + 1)
         if alike:
             of_piece = cutlass.max(quotient(ctas, pieces), 1)  # CTAs
-            if largest <= self.whole_units:
+            if largest <= self.round_units * cutlass.select_(of_piece <= FEW_CTAS, Int32(2), Int32(1)):
                 base = largest * quotient(pieces + ctas - 1, ctas)
                 shares = Shares(base, Int32(0), Int32(0), Int32(-1), Int32(0))
                 x, end = cutlass.min(shares.start(cta), total), cutlass.min(shares.start(cta + 1), total)
-            elif (pieces <= ctas) & (largest <= SHORT_UNITS * of_piece):
+            elif (pieces <= ctas) & ((largest <= SHORT_UNITS * of_piece) | (16 * pieces * of_piece >= 15 * ctas)):
                 base = cutlass.max(quotient(largest + of_piece - 1, of_piece), self.round_units)
                 of_piece = quotient(largest + base - 1, base)
                 piece = quotient(cta, of_piece)

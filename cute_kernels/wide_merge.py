@@ -18,7 +18,7 @@ class WideMerge(Merge):
     def combine_slots(self, p: Params, piece: Piece, lane: Int32, column: Int32, item: Int32, inside: Boolean):
         """As in merge.py."""
         plan = self.plan
-        sources = plan.merge_floats // plan.width
+        sources = min(plan.merge_floats // plan.width, plan.items)
         steps = range(plan.items.bit_length() - 1)
         zeros = [Int32(0)] * plan.width
         value_at, state_at = self.value_at(column, item), self.state_at(column)

@@ -48,8 +48,7 @@ class WidePlan(Plan):
         # warps that fold parameters, in turn (one would be the slowest of all); a stage is always the same one's, or
         # one could be a phase of its barrier ahead
         self.folders = next(n for n in (3, 2, 1) if self.block_groups % n == 0)
-        self.merge_floats = 72
-        self.whole_units = 0
+        self.merge_floats = 72  # a round trip for 18 CTAs
         self.threads = LANES * (self.warps + AUXILIARY_WARPS)
         self.batch = 2  # k steps whose A registers are made before their wgmma are issued
         # codes of the next k steps are loaded before the registers of these are made, where registers allow

@@ -274,6 +274,22 @@ def test_any_grid_gives_the_same_attention(grid: int) -> None:
     check(config, made, case, random_q(4, 1, 8, 64), grid=grid)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "heads", "grid"),
+    [
+        ([900, 900], 1, 9),  # alike: each divided among some CTAs, one of which gets nothing
+        ([500, 500], 2, 5),  # alike and short: whole
+        ([5000, 1300], 1, 6),  # the last CTAs get less
+        ([2600], 1, 24),  # more partial results than a row of 64 has lanes
+    ],
+)
+def test_shares(tokens: list[int], heads: int, grid: int) -> None:
+    spec = bd.QuantSpec(v_group=64)
+    config, made = kernel("sm90a", spec, 64, 4)
+    case = problem([(n, 0) for n in tokens], spec, heads=heads, head_dim=64)
+    check(config, made, case, random_q(len(tokens), 1, 4 * heads, 64), grid=grid)
+
+
 def test_a_kernel_that_no_pack_holds_is_compiled_once(tmp_path, monkeypatch) -> None:
     """What decode does on a GPU for an unusual format: compile, keep, register. Loading needs no GPU."""
     from bitdecoding import cuda
