@@ -130,6 +130,11 @@ def unsigned_min(a: Int32, b: Int32) -> Int32:
     return asm("min.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[a, b])
 
 
+def sign_mask(x: Int32) -> Int32:
+    """-1 where x is negative, else 0; not to be taken for a select."""
+    return asm("shr.s32 {$w0}, {$r0}, 31;", write_only_types=[Int32], read_only_args=[x])
+
+
 def mul_half2(a: Int32, b: Int32) -> Int32:
     return asm("mul.rn.f16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[a, b])
 

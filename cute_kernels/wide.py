@@ -9,8 +9,9 @@ consumers      warpgroups in teams (wide_plan.py); a team takes every n-th block
                            anyway tells whether ``top`` was too low
     O^T += V^T P^T         A = V from registers, (code + zero); B = P^T; the tokens of a block are k
 16-bit tokens  sinks and tail, 128 at a time: the same, with K and V from global memory
-pieces         the consumers themselves find out a piece, prepare its queries as B operand (wide_queries.py) and merge
-               results (merge.py): pieces are long here, and registers for merge warps dear
+pieces         the folders announce them: they find out the next piece and fetch its queries while the consumers
+               are at the last blocks of the one before; the consumers make these their B operand (wide_queries.py) and
+               merge results (merge.py)
 """
 
 import cutlass
@@ -21,11 +22,12 @@ from . import warpgroup as wg
 from .decode import MAX_WINDOW, DecodeKernel
 from .fold import Fold
 from .layouts import BLOCK_TOKENS, LANES
-from .merge import CONSUMER_BARRIER, Merge
+from .merge import CONSUMER_BARRIER
 from .plan import BARRIER_BYTES
-from .schedule import BLOCK_SHIFT, Params, Place, Schedule, Sequence, Shares, load_piece, store_piece
+from .schedule import BLOCK_SHIFT, Params, Schedule, Shares, load_piece, store_piece
 from .wide_attention import WideAttention
-from .wide_plan import WidePlan
+from .wide_merge import WideMerge
+from .wide_plan import PIECE_BYTES, WidePlan
 from .wide_queries import WideQueries
 
 
@@ -38,7 +40,7 @@ class WideKernel(DecodeKernel):
         self.attention = WideAttention(self.plan)
         self.queries = WideQueries(self.plan)
         self.fold = Fold(self.plan)
-        self.merge = Merge(self.plan, self.schedule)
+        self.merge = WideMerge(self.plan, self.schedule)
 
     @cute.kernel
     def kernel(self, p: Params):
@@ -52,6 +54,8 @@ class WideKernel(DecodeKernel):
                 ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1)
                 ptx.mbarrier_init(smem + (plan.ready_at + BARRIER_BYTES * stage), 1)
                 ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), plan.warps_per_block)
+            ptx.mbarrier_init(smem + plan.slot_full_at, 2 * LANES * plan.folders)
+            ptx.mbarrier_init(smem + plan.slot_empty_at, plan.warps)
             for team in range_constexpr(plan.teams):
                 ptx.mbarrier_init(smem + (plan.free_at + BARRIER_BYTES * team), plan.team_warps)
             ptx.fence_mbarrier_init()
@@ -69,9 +73,20 @@ class WideKernel(DecodeKernel):
 
     @cute.jit
     def fold_blocks(self, p: Params, smem: Int32, folder: Int32, lane: Int32):
-        """Fold the parameters of every n-th block of the CTA's share, as they land."""
+        """Fold the parameters of every n-th block of the CTA's share, as they land; announce its pieces."""
         plan = self.plan
-        at, end, seq, _, _ = self.schedule.begin(p, lane, lambda *share: None, lambda *place: Int32(0))
+        at, end, seq, shares, _ = self.schedule.begin(
+            p,
+            lane,
+            announce=lambda *share: self.tell(p, smem, folder, lane, Int32(0), share),
+            fetch=lambda at, end, seq: self.queries.fetch(p, smem, folder, lane, at.b, self.schedule.tile(p, at)),
+        )
+        self.announced(smem, lane)
+        if (folder == 0) & (lane == 0):  # rather than in registers
+            for i in range_constexpr(len(shares)):
+                ptx.store_shared(smem + plan.shares_at, 4 * i, [shares[i]])
+        cute.arch.sync_warp()
+        number = Int32(0)  # of the piece in the share
         power = self.queries.power(p)
         stage = folder
         parity = Int32(0)
@@ -95,108 +110,101 @@ class WideKernel(DecodeKernel):
                     parity = parity ^ 1
             at = self.schedule.next_piece(p, at, seq.units, count)
             seq = self.schedule.sequence(p, at.b)
+            number += 1
+            if at.x < end:
+                # the consumers have taken the queries before, so they are done with the Piece before those, too
+                ptx.mbarrier_wait(smem + plan.slot_empty_at, number - 1 & 1, plan.wait)
+                if folder == 0:
+                    words = [ptx.load_shared(smem + plan.shares_at, 4 * i, 1)[0] for i in range(len(Shares._fields))]
+                    self.tell(p, smem, folder, lane, number, (at, end, seq, Shares(*words)))
+                self.queries.fetch(p, smem, folder, lane, at.b, self.schedule.tile(p, at))
+                self.announced(smem, lane)
+
+    @cute.jit
+    def tell(self, p: Params, smem: Int32, folder: Int32, lane: Int32, number: Int32, share: tuple):
+        """The first folder writes down the share's next Piece, at (Place, end, Sequence, Shares)."""
+        if (folder == 0) & (lane == 0):
+            store_piece(self.piece_at(smem, number), self.schedule.piece(p, *share))
+
+    def announced(self, smem: Int32, lane: Int32) -> None:
+        """The consumers may go on, once the queries of all folders have landed."""
+        ptx.mbarrier_arrive_after_copies(smem + self.plan.slot_full_at)
+        ptx.mbarrier_arrive(smem + self.plan.slot_full_at)
+
+    def piece_at(self, smem: Int32, number: Int32) -> Int32:
+        """Where the share's n-th Piece lies."""
+        later = self.plan.slots_at + self.plan.piece_offset + (number & 1) * PIECE_BYTES
+        return smem + cutlass.select_(number > 0, later, Int32(self.plan.first_piece_at))
 
     # -- consumers ---------------------------------------------------------------------------------------------------
-
-    @cute.jit
-    def first_piece(self, p: Params, smem: Int32, lane: Int32):
-        """Find out where the share begins, and write its first Piece."""
-        at, end, seq, shares, _ = self.schedule.begin(p, lane, lambda *share: None, lambda *place: Int32(0))
-        self.write_piece(p, smem, lane, at, end, seq, shares)
-        if lane == 0:
-            store_piece(
-                smem + self.plan.first_piece_at, load_piece(smem + (self.plan.slots_at + self.plan.piece_offset))
-            )
-
-    @cute.jit
-    def next_piece(self, p: Params, smem: Int32, lane: Int32):
-        """Overwrite the Piece by the one that follows it."""
-        words = [ptx.load_shared(smem + self.plan.walk_at, 16 * i, 4) for i in range(3)]
-        at, end, shares = Place(*words[0], words[1][0]), words[1][1], Shares(*words[1][2:], *words[2][:3])
-        seq = self.schedule.sequence(p, at.b)
-        at = self.schedule.next_piece(p, at, seq.units, self.schedule.count(at, end, seq))
-        cute.arch.sync_warp()  # all lanes have read the walk
-        self.write_piece(p, smem, lane, at, end, self.schedule.sequence(p, at.b), shares)
-
-    @cute.jit
-    def write_piece(self, p: Params, smem: Int32, lane: Int32, at: Place, end: Int32, seq: Sequence, shares: Shares):
-        if lane == 0:
-            store_piece(
-                smem + (self.plan.slots_at + self.plan.piece_offset), self.schedule.piece(p, at, end, seq, shares)
-            )
-            ptx.store_shared(smem + self.plan.walk_at, 0, list(at[:4]))
-            ptx.store_shared(smem + self.plan.walk_at, 16, [at[4], end, *shares[:2]])
-            ptx.store_shared(smem + self.plan.walk_at, 32, [*shares[2:], Int32(0)])
-        cute.arch.sync_warp()
 
     @cute.jit
     def consume(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
         """Attend over the CTA's share: blocks from the ring, 16-bit units from global memory."""
         plan = self.plan
         group = warp // plan.warps_per_block
-        team = self.attention.team(smem, warp, lane)
         slot = smem + plan.slots_at
         query = self.queries.operand(slot, warp // plan.team_warps % plan.splits)
-        block = group  # the group's next block, counted over the share; its stage and the parity of its round
+        block = group  # the group's next block of the piece; its stage and the parity of its round
         stage = group
         parity = Int32(0)
         free_parity = Int32(1)  # the first finds P free
-        ring = Int32(0)  # blocks of the share before this piece
-        if warp == 0:
-            self.first_piece(p, smem, lane)
-        else:
-            if warp == plan.warps - 1:
-                self.schedule.warm(p, lane)
-            ptx.wait_for_previous_kernel()
+        number = Int32(0)  # of the piece in the share
+        if warp == plan.warps - 1:
+            self.schedule.warm(p, lane)
+        ptx.wait_for_previous_kernel()
         is_last = Int32(0)
         while is_last == 0:
-            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # the piece is written, the one before merged
-            piece = load_piece(slot + plan.piece_offset)
+            lane = wg.thread_again() % LANES
+            team = self.attention.team(smem, warp, lane)
+            piece_at = self.piece_at(smem, number)
+            ptx.mbarrier_wait(smem + plan.slot_full_at, number & 1, plan.wait)
+            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # also for the compiler: no warp has parted
+            piece = load_piece(piece_at)
             self.queries.prepare(p, slot, warp, lane, piece)
+            cute.arch.sync_warp()
+            wg.mbarrier_arrive_once(smem + plan.slot_empty_at)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
             state = self.attention.first_state(smem, free_parity)
 
             # blocks plain_from .. plain_to - 1 are visible to every query, as a whole
-            plain_from = ring + (piece.window_start - piece.first_position + BLOCK_TOKENS - 1 >> BLOCK_SHIFT)
-            plain_to = ring + (piece.seen_by_all - piece.first_position >> BLOCK_SHIFT)
+            plain_from = piece.window_start - piece.first_position + BLOCK_TOKENS - 1 >> BLOCK_SHIFT
+            plain_to = piece.seen_by_all - piece.first_position >> BLOCK_SHIFT
             if p.softcap > 0.0:
                 plain_to = Int32(0)
-            first_block = ring
-            ring += piece.blocks
-            while block < ring:
+            blocks = piece.blocks
+            while block < blocks:
                 at = smem + stage * plan.fmt.block_bytes
                 folded = smem + plan.folded_at + stage * plan.folded_bytes
                 empty = smem + plan.empty_at + stage * BARRIER_BYTES
                 ptx.mbarrier_wait(smem + plan.ready_at + stage * BARRIER_BYTES, parity, plan.wait)
-                if (block >= plain_from) & (block < plain_to):
-                    state = self.attention.attend_block(
-                        p, smem, team, at, folded, empty, query, slot, block - first_block, state, False
-                    )
-                else:
-                    state = self.attention.attend_block(
-                        p, smem, team, at, folded, empty, query, slot, block - first_block, state, True
-                    )
+                state = self.attention.attend_block(
+                    p, smem, team, at, folded, empty, query, piece_at, block, (plain_from, plain_to), state
+                )
                 block += plan.block_groups
                 stage += plan.block_groups
                 if stage >= plan.stages:
                     stage -= plan.stages
                     parity = parity ^ 1
             state = self.attention.finished(state)
-            piece = load_piece(slot + plan.piece_offset)  # again, rather than in registers all the while
+            block -= blocks
+            piece_at = self.piece_at(smem, number)  # again, as the Piece, rather than in registers all the while
+            piece = load_piece(piece_at)
             chunk = piece.first_chunk + group
-            power = self.queries.power(p)
-            while chunk < piece.end_chunk:
-                state = self.attention.attend_chunk(p, smem, team, piece, chunk, query, power, slot, state)
+            end_chunk = piece.end_chunk
+            while chunk < end_chunk:
+                power = self.queries.power(p)
+                state = self.attention.attend_chunk(p, smem, team, piece_at, chunk, query, power, state)
                 chunk += plan.block_groups
             free_parity = state.parity
             self.attention.store_state(smem, team, state)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # all results are in the scratch
+            lane = wg.thread_again() % LANES
+            piece = load_piece(piece_at)
             self.merge.merge(p, smem, warp, Int32(plan.warps), lane, piece)
             is_last = piece.is_last
-            if is_last == 0:
-                ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
-                if warp == 0:
-                    self.next_piece(p, smem, lane)
-        first = load_piece(smem + plan.first_piece_at)
-        if first.collects == 1:
-            self.merge.collect(p, warp, Int32(plan.warps), lane, first)
+            if is_last == 1:  # within the loop: behind it the compiler would expect warps to leave it one by one
+                first = load_piece(smem + plan.first_piece_at)
+                if first.collects == 1:
+                    self.merge.collect(p, warp, Int32(plan.warps), lane, first)
+            number += 1

@@ -8,18 +8,21 @@ Teams differ in their blocks, or, where ``warps_per_block`` is more than a team,
 from functools import cached_property
 
 from .layouts import BLOCK_TOKENS, LANES
-from .plan import BARRIER_BYTES, SLOTS, SMEM_ALIGN, Plan
+from .plan import BARRIER_BYTES, PIECE_WORDS, SLOTS, SMEM_ALIGN, Plan
 
 GROUP_WARPS = 4  # of a warpgroup
 M_TILE = 64  # rows of one wgmma
 MAX_TEAM = 2  # warpgroups
+MAX_COLUMNS_WHOLE = 32  # for which a warpgroup attends to a whole block at once
 AUXILIARY_WARPS = 4  # a producer and up to three folders; a warpgroup, for setmaxnreg
 REGISTER_STEP = 8
 SM_REGISTERS = 65536
-AUXILIARY_REGISTERS = 56  # what they need at least; with accumulators that leave no choice, 32
-TIGHT_REGISTERS = 32
+AUXILIARY_REGISTERS = 72  # what they need, and what they get where the consumers have not enough
+TIGHT_REGISTERS = {3: 56, 4: 32}  # by warpgroups of consumers
 ALIGN = 16
-WALK_BYTES = 48  # the Place in the list of units, its end, the Shares (schedule.py)
+PIECE_BYTES = 4 * PIECE_WORDS
+SHARES_BYTES = 32  # the Shares (schedule.py), which the folders leave here
+PIECES = 2  # that follow each other are kept, besides the first one
 
 
 class WidePlan(Plan):
@@ -35,18 +38,21 @@ class WidePlan(Plan):
         self.teams = config.num_warps // self.team_warps
         self.columns = config.q_tile // self.splits  # of a team
         self.column_tiles = self.columns // 8
-        self.score_tiles_per_group = BLOCK_TOKENS // M_TILE // self.team_groups
+        # a warp's score tiles, in passes: with many columns a warpgroup has the registers for one at a time
+        tiles = BLOCK_TOKENS // M_TILE // self.team_groups
+        at_once = 1 if self.columns > MAX_COLUMNS_WHOLE else tiles
+        self.passes = [range(first, first + at_once) for first in range(0, tiles, at_once)]
         self.value_tiles_per_group = self.value_tiles // self.team_groups
         self.chunk = BLOCK_TOKENS  # tokens of a 16-bit unit
         self.states = self.block_groups
         # warps that fold parameters, in turn (one would be the slowest of all); a stage is always the same one's, or
         # one could be a phase of its barrier ahead
         self.folders = next(n for n in (3, 2, 1) if self.block_groups % n == 0)
-        self.merge_floats = 40
+        self.merge_floats = 72  # a round trip for 18 CTAs
         self.threads = LANES * (self.warps + AUXILIARY_WARPS)
         self.batch = 2  # k steps whose A registers are made before their wgmma are issued
         # codes of the next k steps are loaded before the registers of these are made, where registers allow
-        self.ahead = self.columns * (3 - self.team_groups) <= (64 if self.warps <= 8 else 32)
+        self.ahead = self.columns * (3 - self.team_groups) <= (64 if self.warps <= 8 else 16)
         # P is scaled per group of V; a group of less than an M tile's rows would need an operand per warp
         self.p_groups = self.v_groups
 
@@ -59,7 +65,7 @@ class WidePlan(Plan):
     @cached_property
     def consumer_registers(self) -> int:
         groups = self.warps // GROUP_WARPS
-        others = TIGHT_REGISTERS if groups > 3 and self.columns > 16 else AUXILIARY_REGISTERS
+        others = TIGHT_REGISTERS.get(groups, AUXILIARY_REGISTERS)
         return min((self.start_registers * (groups + 1) - others) // groups // REGISTER_STEP * REGISTER_STEP, 240)
 
     @cached_property
@@ -67,10 +73,11 @@ class WidePlan(Plan):
         groups = self.warps // GROUP_WARPS
         return self.start_registers * (groups + 1) - groups * self.consumer_registers
 
-    # shared memory: as in Plan, with the folded parameters of the stages behind the ring, one slot and, behind the
-    # barriers, those that say ``ready`` (per stage) and ``free`` (per team); ``exchange``: of each team a float per
-    # warp and column, then per column ``top`` and its last change; ``walk``. The merge scratch also holds P while a
-    # piece is worked on: a row per query column has room for its P.
+    # shared memory: as in Plan, with the folded parameters of the stages behind the ring, one slot (wide_queries.py,
+    # then the Pieces) with barriers for ``full`` and ``empty`` and, behind the barriers, those that say ``ready`` (per
+    # stage) and ``free`` (per team); ``exchange``: of each team a float per warp and column, then per column ``top`` and
+    # its last change; Shares. The merge scratch also holds P while a piece is worked on: a row per query column has room for
+    # its P.
 
     @cached_property
     def folded_at(self) -> int:
@@ -85,8 +92,25 @@ class WidePlan(Plan):
         return self.scratch_at + self.states * self.q_tile * self.row_bytes
 
     @cached_property
+    def fetched_offset(self) -> int:
+        """In the slot, behind the B operands."""
+        return self.q_tile * self.head_dim * 2
+
+    @cached_property
+    def highs_offset(self) -> int:
+        return self.fetched_offset + self.q_tile * self.head_dim * 2
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        return self.piece_offset + PIECES * PIECE_BYTES
+
+    @cached_property
     def first_piece_at(self) -> int:
         return self.slots_at + self.slot_bytes
+
+    @cached_property
+    def slot_empty_at(self) -> int:
+        return self.slot_full_at + BARRIER_BYTES
 
     @cached_property
     def ready_at(self) -> int:
@@ -101,7 +125,7 @@ class WidePlan(Plan):
         return -(-(self.free_at + self.teams * BARRIER_BYTES) // ALIGN) * ALIGN
 
     @cached_property
-    def walk_at(self) -> int:
+    def shares_at(self) -> int:
         return self.exchange_at + self.teams * self.exchange_bytes
 
     @cached_property
@@ -110,7 +134,7 @@ class WidePlan(Plan):
 
     @cached_property
     def smem_bytes(self) -> int:
-        end = self.walk_at + WALK_BYTES
+        end = self.shares_at + SHARES_BYTES
         return -(-end // SMEM_ALIGN) * SMEM_ALIGN
 
     # a stage's folded parameters, fp16 where not said otherwise:

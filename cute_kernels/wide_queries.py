@@ -1,22 +1,23 @@
-"""Query tiles as wgmma's B operand, prepared by the consumers when a piece begins.
+"""Query tiles on their way into wgmma: fetched ahead of their piece, made its B operand when it begins.
 
-The slot holds, per split of the columns, Q^T in core matrices (warpgroup.py), then of each column the position behind
-the last key that it sees. Q * softmax scale * log2 e is divided by one power of two, so that fp16 loses no range of q.
+The slot holds, per split of the columns, Q^T in core matrices (warpgroup.py), then the next piece's queries as they lie
+in memory, then of each column the position behind the last key that it sees.
+Q * softmax scale * log2 e is divided by one power of two, so that fp16 loses no range of q.
 """
 
 import cutlass
-from cutlass import Float32, Int32, Int64, cute, range_constexpr
+from cutlass import Float32, Int32, Int64, cute
 
 from . import ptx
 from . import warpgroup as wg
 from .attention import saturated
 from .layouts import LANES
 from .queries import EXPONENT, floats, hadamard_lanes, hadamard_registers
-from .schedule import Params, Piece
+from .schedule import Params, Piece, quotient
 from .wide_plan import WidePlan
 
-MAX_AT_ONCE = 4  # rows of a warp whose loads are in flight together
 ROTATED_ROOM = 16.0  # rotated channels are larger than any one of q
+COPY_BYTES = 16  # of one cp.async
 
 
 class WideQueries:
@@ -25,7 +26,6 @@ class WideQueries:
     def __init__(self, plan: WidePlan):
         self.plan = plan
         self.words = plan.head_dim // LANES // 2  # half2 of a lane when a warp holds a row
-        self.at_once = max(1, min(MAX_AT_ONCE, plan.q_tile // plan.warps))
 
     def scale(self, p: Params) -> Float32:
         """What q is multiplied with, all in all."""
@@ -38,38 +38,46 @@ class WideQueries:
         return exponent * cutlass.select_(p.rotate_q == 1, Float32(2.0 * ROTATED_ROOM), Float32(2.0))
 
     @cute.jit
-    def prepare(self, p: Params, slot: Int32, warp: Int32, lane: Int32, piece: Piece):
-        """Write a piece's queries into the slot; row = query token * group + head of the group."""
+    def fetch(self, p: Params, smem: Int32, folder: Int32, lane: Int32, b: Int32, tile: tuple):
+        """Let the folders copy the queries of a tile (KV head, first row) into the slot, each its share of the rows;
+        row = query token * group + head of the group.
+        """
         plan = self.plan
-        length = piece.window_start + p.window
+        head, first_row = tile
+        row_bytes = 2 * plan.head_dim
+        columns = cutlass.min(p.group * p.q_len - first_row, plan.q_tile)
+        at = (folder * LANES + lane) * COPY_BYTES
+        while at < columns * row_bytes:
+            row = first_row + at // row_bytes
+            token = quotient(row, p.group)
+            source = Int64(cutlass.max(b, 0) * p.q_len + token) * p.num_q_heads + head * p.group + row - token * p.group
+            source = p.q.toint() + source * row_bytes + Int64(at % row_bytes)
+            ptx.copy16(smem + (plan.slots_at + plan.fetched_offset) + at, source, 0)
+            at += plan.folders * LANES * COPY_BYTES
+        return Int32(0)
+
+    @cute.jit
+    def prepare(self, p: Params, slot: Int32, warp: Int32, lane: Int32, piece: Piece):
+        """Make the fetched queries the B operand; columns beyond the piece's are zero."""
+        plan = self.plan
+        first_seen = piece.window_start + p.window - p.q_len + 1
         scale = self.scale(p) / self.power(p)
-        first = warp
-        while first < plan.q_tile:
-            loaded, inside, tokens = [], [], []
-            for i in range_constexpr(self.at_once):
-                row = piece.first_row + first + i * plan.warps
-                token = row // p.group
-                held = token < p.q_len
-                at = Int64(piece.b * p.q_len + token) * p.num_q_heads + piece.head * p.group + row - token * p.group
-                at = cutlass.select_(held, at, Int64(0))  # any row; it counts as zero
-                at = p.q.toint() + at * (2 * plan.head_dim) + Int64(lane) * (4 * self.words)
-                loaded.append(ptx.load_global(at, self.words))
-                inside.append(held)
-                tokens.append(token)
-            for i in range_constexpr(self.at_once):
-                column = first + i * plan.warps
-                values = floats(p, loaded[i])
+        column = warp
+        while column < plan.q_tile:
+            halves = [Int32(0)] * self.words
+            if column < piece.columns:
+                fetched = slot + column * (2 * plan.head_dim) + lane * (4 * self.words)
+                values = floats(p, ptx.load_shared(fetched, plan.fetched_offset, self.words))
                 if p.rotate_q == 1:
                     values = hadamard_registers(values, 2 * self.words)
                     values = hadamard_lanes(values, [1 << b for b in range(5)], lane)
-                factor = cutlass.select_(inside[i], scale, Float32(0.0))
-                values = [saturated(x * factor) for x in values]
+                values = [saturated(x * scale) for x in values]
                 halves = [ptx.to_half2(values[j], values[j + 1]) for j in range(0, len(values), 2)]
-                if column < plan.q_tile:
-                    ptx.store_shared(self.place(slot, column, lane), 0, halves)
-                if (column < plan.q_tile) & (lane == 0):
-                    ptx.store_shared(slot + column * 4, plan.highs_offset, [length - p.q_len + tokens[i] + 1])
-            first += self.at_once * plan.warps
+            ptx.store_shared(self.place(slot, column, lane), 0, halves)
+            if lane == 0:
+                token = quotient(piece.first_row + column, p.group)
+                ptx.store_shared(slot + column * 4, plan.highs_offset, [first_seen + token])
+            column += plan.warps
         wg.fence_async()
 
     def place(self, slot: Int32, column: Int32, lane: Int32) -> Int32:
