@@ -30,12 +30,12 @@ TILING_OF_TWO_BITS = (12, 2, 12)
 # producer and three merge warps, 12 warps put three on a scheduler (168 registers each), 8 warps two (255); cp.async
 # takes more of them.
 MAX_REGISTERS = {"bulk": {12: 100, 8: 102, 4: 190, 2: 190, 1: 190}, "cp_async": {8: 0, 4: 190, 2: 190, 1: 190}}
-# wgmma kernels, as measured on an H100: head_dim -> query columns of a tile -> (num_warps, warps_per_block); of the
-# rings the deepest that fits is taken. They beat mma.sync from 16 columns on.
+# wgmma kernels, as measured on an H100: head_dim -> query columns of a tile -> (num_warps, warps_per_block), the best
+# first; of the rings the deepest that fits is taken. They beat mma.sync from 16 columns on.
 WGMMA_TILINGS = {
-    64: {16: (8, 4), 32: (8, 4)},
-    128: {16: (8, 4), 32: (12, 4), 64: (8, 4)},
-    256: {16: (8, 8), 32: (8, 8)},
+    64: {16: ((8, 4),), 32: ((8, 4),)},
+    128: {16: ((8, 4),), 32: ((12, 4), (8, 4)), 64: ((8, 4), (8, 8))},
+    256: {16: ((8, 8),), 32: ((8, 8),)},
 }
 WGMMA_STAGES = (9, 8, 6, 4, 3, 2, 1)
 HOPPER_ARCHS = ("sm90a", "sm100", "sm120")  # and later: bulk copies, mbarrier.try_wait
@@ -249,14 +249,17 @@ def _wgmma_config(arch: str, head_dim: int, quant: QuantSpec, columns: int) -> K
     tilings = WGMMA_TILINGS.get(head_dim, {}) if arch == "sm90a" else {}
     fitting = [q_tile for q_tile in tilings if q_tile >= columns] or sorted(tilings)[-1:]
     for q_tile in fitting[:1]:
-        num_warps, warps_per_block = tilings[q_tile]
-        for stages in WGMMA_STAGES:
-            config = KernelConfig(
-                arch=arch, head_dim=head_dim, quant=quant, q_tile=q_tile, mma="wgmma", num_warps=num_warps,
-                warps_per_block=warps_per_block, stages=stages,
-            )  # fmt: skip
-            if stages % (num_warps // warps_per_block) == 0 and _fits(config):
-                return config
+        for num_warps, warps_per_block in tilings[q_tile]:
+            if num_warps == 12 and (quant.k_axis == "token" or 8 in (quant.k_bits, quant.v_bits)):
+                continue  # they need more registers than a thread has there
+            groups = num_warps // warps_per_block
+            for stages in WGMMA_STAGES:
+                config = KernelConfig(
+                    arch=arch, head_dim=head_dim, quant=quant, q_tile=q_tile, mma="wgmma", num_warps=num_warps,
+                    warps_per_block=warps_per_block, stages=stages,
+                )  # fmt: skip
+                if stages % groups == 0 and stages > groups and _fits(config):  # a block is loaded meanwhile
+                    return config
     return None
 
 
