@@ -4,13 +4,14 @@ pages; all is decided on the device from the lengths.
 An *item* is K or V of one KV head of a sequence, and a share of its blocks: item 0 of several copies the 16-bit tokens
 and packs the blocks that begin in the old tail, the others pack one block of new tokens each. Quantising, an item is a
 block. A CTA takes up to four items:
-    warp w      finds out what there is to do for item w (Job), from the lengths and the table
-    then        items count as arrived: the last of a sequence to do so advances its lengths, as all have read them
-    all warps   pack the blocks of the items, one after another: rows of 128 tokens to shared memory (cp.async, 16
-                bytes), rotate, encode (encode.py); then copy the 16-bit tokens that stay to sinks and tail
-A row is four lanes', which hold every fourth 16 bytes: strides of the Hadamard butterflies are within a vector, across
-the four lanes, then between a lane's vectors. Which thread copies a row depends on its index modulo 32 only, and tokens
-move by multiples of 128, so a thread has read a row before it overwrites it.
+    warp w      loads the first new rows of item w
+    warp 0      meanwhile finds out what is to be done for the items (Job), a lane each, from the lengths and the table;
+                items count as arrived: the last of a sequence to do so advances its lengths, as all have read them
+    warp w      stores the rows, if item w has no block to pack and no more than these
+    all warps   pack the blocks of the other items, one after another: rows of 128 tokens to shared memory (cp.async, 16
+                bytes), rotate (rows.py), encode (encode.py); then copy the 16-bit tokens that stay to sinks and tail
+Which thread copies a row depends on its index modulo 32 only, and tokens move by multiples of 128, so a thread has read
+a row before it overwrites it.
 """
 
 from typing import NamedTuple
@@ -20,19 +21,13 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 from cutlass.cute.runtime import make_ptr
 
 from . import ptx
-from .append_plan import JOB_BYTES, ROW_LANES, SMEM_ALIGN, VECTOR, AppendPlan
+from .append_plan import COUNTER_BYTES, JOB_BYTES, ROW_LANES, SMEM_ALIGN, VECTOR, WARP_ROWS, AppendPlan
 from .encode import Encoder
-from .layouts import BLOCK_TOKENS, HALF_BITS, LANES
-from .queries import hadamard_lanes, hadamard_registers
+from .layouts import BLOCK_TOKENS, LANES
+from .rows import LIMIT, SMALL, Rows
 
-WARP_ROWS = LANES // ROW_LANES
-# 16-bit patterns: the limit of values (32768, as in quantization.py), infinity, and 1024, so small that rotating up to
-# 256 channels reaches no limit
-HALF_LIMIT, HALF_INFINITY, HALF_SMALL = 0x7800, 0x7C00, 0x6400
-BFLOAT_LIMIT, BFLOAT_INFINITY, BFLOAT_SMALL = 0x4700, 0x7F80, 0x4480
-HALF2_ABS = 0x7FFF7FFF
-HALF2_SIGNS = -0x7FFF8000  # 0x80008000
 OPERANDS = 2  # K and V
+BLOCK_SHIFT = BLOCK_TOKENS.bit_length() - 1
 
 
 class Params(NamedTuple):
@@ -74,12 +69,21 @@ class Params(NamedTuple):
     pack_all: Int32  # 1: quantise
 
 
+class Item(NamedTuple):
+    """Which part of the work an item is."""
+
+    b: Int32
+    head: Int32
+    operand: Int32  # 0: K, 1: V
+    share: Int32
+
+
 class Job(NamedTuple):
     """What there is to do for an item. The old tail, then the new tokens that do not go to sinks, are the *stream*."""
 
     b: Int32
     head: Int32
-    operand: Int32  # 0: K, 1: V
+    operand: Int32
     start: Int32  # row of the sequence's first new token, with cu_seqlens
     sinks: Int32  # tokens in the sinks before
     to_sink: Int32  # new tokens that go there
@@ -90,9 +94,12 @@ class Job(NamedTuple):
     first: Int32  # blocks of this item: first .. end - 1
     end: Int32
     copies: Int32  # 16-bit tokens that this item copies
-    length: Int32  # of the sequence, afterwards
-    failed: Int32  # 1: there is no page for one of the blocks, so nothing is done
+    length: Int32  # of the sequence, afterwards; -1: there is no page for one of the blocks, so nothing is done
+    todo: Int32  # 1: for all warps; 0: no block, and no more copies than a warp makes at once
     unused: Int32
+
+
+TODO_AT = 4 * Job._fields.index("todo")
 
 
 class AppendKernel:
@@ -100,6 +107,7 @@ class AppendKernel:
 
     def __init__(self, config):
         self.plan = AppendPlan(config)
+        self.rows = Rows(self.plan)
         self.encoders = {name: Encoder(self.plan, name) for name in ("k", "v")}
 
     @cute.jit
@@ -118,122 +126,208 @@ class AppendKernel:
         warp = cute.arch.make_warp_uniform(thread // LANES)
         lane = thread % LANES
         smem = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=SMEM_ALIGN).toint()
+        jobs = smem + self.plan.jobs_at
         if cutlass.const_expr(self.plan.programmatic):
             ptx.start_next_kernel()
-            ptx.wait_for_previous_kernel()
+        # lane w knows item w of the CTA, and its warp w the same
         items = p.batch * p.num_kv_heads * p.items * OPERANDS
-        grid = cute.arch.grid_dim()[0]
-        x = cute.arch.block_idx()[0] + warp * grid
-        jobs = smem + self.plan.jobs_at
-        if x < items:
-            self.begin(p, jobs + warp * JOB_BYTES, x, lane)
-        cute.arch.sync_threads()
-        w = Int32(0)
-        x = cute.arch.block_idx()[0]
-        while (w < self.plan.warps) & (x < items):
+        x = cute.arch.block_idx()[0] + lane % self.plan.warps * cute.arch.grid_dim()[0]
+        exists = (lane < self.plan.warps) & (x < items)
+        item = self.item(p, cutlass.min(x, items - 1))
+        own = Item(*[ptx.shuffle(value, warp) for value in item])
+        row_at = self.new_row(p, own, lane // ROW_LANES) + Int64(lane % ROW_LANES * VECTOR)
+        lengths_at = self.lengths_at(p, item.b)
+        # where the lane has its vectors of a row, those of a staged block and others
+        place = smem + (warp * WARP_ROWS + lane // ROW_LANES) * self.plan.row_bytes + lane % ROW_LANES * VECTOR
+
+        # What a step of decoding does nearly always is rehearsed while the previous kernel ends, so that its code is in
+        # the caches then. Lengths may be anything at that time, and nothing is stored.
+        before = Int32(-1)
+        rehearsals = Int32(0)
+        if cutlass.const_expr(self.plan.programmatic):
+            step = (p.pack_all == 0) & (p.items == 1) & (p.cu_seqlens.toint() == 0)
+            rehearsals = cutlass.select_(step, Int32(1), Int32(0))
+        while rehearsals >= 0:
+            real = rehearsals == 0
+            if cutlass.const_expr(self.plan.programmatic):
+                if real:
+                    ptx.wait_for_previous_kernel()
+            row = self.first_row(p, own, row_at, lane)
+            if warp == 0:
+                before = self.begin(p, jobs, item, exists, lengths_at, real, lane)
+            cute.arch.sync_threads()
+            job = load_job(jobs + warp * JOB_BYTES)
+            if (job.todo == 0) & (job.copies > 0):
+                self.keep(p, place, job, lane // ROW_LANES, (lane // ROW_LANES < job.copies) & real, row, lane)
+            if rehearsals == 1:
+                cute.arch.sync_threads()  # as the jobs will be written again
+            rehearsals -= 1
+        if (warp == 0) & (before >= 0):
+            self.advance(p, jobs, before, lane)
+
+        its_todo = ptx.load_shared(jobs + lane % self.plan.warps * JOB_BYTES, TODO_AT, 1)[0]
+        todo = (lane < self.plan.warps) & (its_todo == 1)
+        w = ptx.first_lane(todo)
+        while w >= 0:
             at = jobs + w * JOB_BYTES
             job = load_job(at)
-            if (p.pack_all == 0) & (warp == self.plan.warps - 1 - w):  # a warp that has less to do than warp w
-                self.arrive(p, job, lane)
             block, end = job.first, job.end
             while block < end:
-                self.pack(p, smem, warp, lane, load_job(at), block)
+                self.pack(p, smem, place, warp, lane, at, block)
                 block += 1
-            job = load_job(at)  # again, rather than in registers all the while
-            # the tokens of an item without blocks are one warp's: they may be few, and other warps have their items
-            share, shares = warp, Int32(self.plan.warps)
-            if job.blocks == 0:
-                share, shares = cutlass.select_(warp == w, Int32(0), job.copies), Int32(1)
-            self.copy(p, share, shares, lane, job)
+            self.copy(p, place, warp, lane, load_job(at))  # again, rather than in registers all the while
             cute.arch.sync_warp()
-            w += 1
-            x += grid
+            w = ptx.first_lane(todo & (lane > w))
 
     # -- what there is to do -----------------------------------------------------------------------------------
 
-    @cute.jit
-    def begin(self, p: Params, address: Int32, x: Int32, lane: Int32):
-        """Find out the Job of item x and leave it in shared memory."""
-        head = x % p.num_kv_heads
-        operand = x // p.num_kv_heads % OPERANDS
-        item = x // (p.num_kv_heads * OPERANDS) % p.items
-        b = x // (p.num_kv_heads * OPERANDS * p.items)
+    def item(self, p: Params, x: Int32) -> Item:
+        """Item x. Those of a CTA that appends are half K and half V, and of different sequences."""
+        heads = p.num_kv_heads * p.items
+        turn = cutlass.select_(p.pack_all == 1, p.num_kv_heads, p.batch * heads)  # items of K, then as many of V
+        round = x // turn
+        operand = round % OPERANDS
+        y = round // OPERANDS * turn + x - round * turn
+        share = y // p.num_kv_heads
+        b = share // p.items
+        head, share = y - share * p.num_kv_heads, share - b * p.items
+        b += operand
+        return Item(cutlass.select_(b < p.batch, b, Int32(0)), head, operand, share)
 
-        start = Int32(0)
-        new = p.new_tokens
+    @cute.jit
+    def new_tokens(self, p: Params, b: Int32):
+        """Row of the first new token of a sequence, with cu_seqlens, and how many there are."""
+        start, count = Int32(0), p.new_tokens
         if p.cu_seqlens.toint() != 0:
             at = p.cu_seqlens.toint() + Int64(b) * 4
             start = ptx.load_global(at)[0]
-            new = ptx.load_global(at, offset=4)[0] - start
-        if p.lengths.toint() != 0:
-            new = ptx.load_global(p.lengths.toint() + Int64(b) * 4)[0]
-        new = cutlass.max(cutlass.min(new, p.new_tokens), 0)
+            count = cutlass.min(ptx.load_global(at, offset=4)[0] - start, count)
+        return start, count
+
+    def lengths_at(self, p: Params, b: Int32) -> list:
+        """Addresses of seqlens, packed_lens and lengths (if there are none, of seqlens) of a sequence."""
+        counts = cutlass.select_(p.lengths.toint() != 0, p.lengths.toint(), p.seqlens.toint())
+        return [x + Int64(b) * 4 for x in (p.seqlens.toint(), p.packed_lens.toint(), counts)]
+
+    @cute.jit
+    def first_row(self, p: Params, item: Item, row_at: Int64, lane: Int32):
+        """The lane's vectors of the first rows of new tokens, which nearly always are what there is to copy: loaded
+        before the lengths are known. row_at: where they are, but for cu_seqlens.
+        """
+        row = [[Int32(0)] * 4 for _ in range(self.plan.vectors)]
+        if (p.pack_all == 0) & (item.share == 0):
+            start, count = self.new_tokens(p, item.b)
+            if lane // ROW_LANES < count:
+                row_at += Int64(start) * p.new_token_stride
+                row = [ptx.load_global(row_at, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)]
+        return row
+
+    @cute.jit
+    def begin(
+        self, p: Params, jobs: Int32, item: Item, exists: Boolean, lengths_at: list, real: Boolean, lane: Int32
+    ):  # fmt: skip
+        """Find out the Jobs of the CTA's items, lane w that of item w, and leave them in shared memory. Appending, and
+        for real, count the items as arrived -> the count before; -1: no item.
+        """
+        b, head, operand, share = item
+        zero = Int32(0)
+        before = Int32(-1)
         if p.pack_all == 1:
-            blocks = (new + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-            end = cutlass.min(item + 1, blocks)
-            if item < blocks:
-                if self.page(p, b, item) < 0:
-                    end = item
-            zero = Int32(0)
-            job = Job(b, head, operand, start, zero, zero, zero, new, blocks, zero, item, end, zero, zero, zero, zero)
-            if lane == 0:
-                store_job(address, job)
+            start, new = self.new_tokens(p, b)
+            blocks = (new + BLOCK_TOKENS - 1) >> BLOCK_SHIFT
+            end = cutlass.min(share + 1, blocks)
+            if share < blocks:
+                if self.page(p, b, share) < 0:
+                    end = share
+            todo = cutlass.select_(exists & (share < end), Int32(1), zero)
+            job = Job(b, head, operand, start, zero, zero, zero, new, blocks, zero, share, end, zero, zero, todo, zero)
+            if lane < self.plan.warps:
+                store_job(jobs + lane * JOB_BYTES, job)
         else:
-            self.begin_append(p, address, b, head, operand, item, start, new, lane)
+            before = self.begin_append(p, jobs, item, exists, lengths_at, real, lane)
+        return before
 
     @cute.jit
     def begin_append(
-        self, p: Params, address: Int32, b: Int32, head: Int32, operand: Int32, item: Int32, start: Int32, new: Int32,
-        lane: Int32,
+        self, p: Params, jobs: Int32, item: Item, exists: Boolean, lengths_at: list, real: Boolean, lane: Int32
     ):  # fmt: skip
-        """:meth:`begin` of an append of ``new`` tokens."""
-        length, packed = (ptx.load_global(x.toint() + Int64(b) * 4, cache="cg")[0] for x in (p.seqlens, p.packed_lens))
+        """:meth:`begin` of an append."""
+        b, head, operand, share = item
+        length, packed, count = (ptx.load_word_relaxed(x) for x in lengths_at)
+        start, new = self.new_tokens(p, b)
+        new = cutlass.select_(p.lengths.toint() != 0, cutlass.min(count, new), new)
+        new = cutlass.max(new, 0)
         sinks = cutlass.min(length, p.num_sink)
         old = length - sinks - packed
         to_sink = cutlass.min(new, p.num_sink - sinks)
         total = old + new - to_sink
-        blocks = cutlass.max(total - p.recent, 0) // BLOCK_TOKENS
-        column = packed // BLOCK_TOKENS
-        failed = Boolean(False)
-        i = lane
-        while i - lane < blocks:
-            missing = Int32(0)
-            if i < blocks:
-                missing = cutlass.select_(self.page(p, b, column + i) < 0, Int32(1), Int32(0))
-            failed = failed | ptx.any_lane(missing == 1)
-            i += LANES
-        if failed:
+        blocks = cutlass.max(total - p.recent, 0) >> BLOCK_SHIFT
+        column = packed >> BLOCK_SHIFT
+        failed = Int32(0)
+        if real:
+            failed = self.failed(p, b, column, blocks, lane)
+        if failed == 1:
             new, blocks, to_sink, total = Int32(0), Int32(0), Int32(0), old
 
-        in_tail = (old + BLOCK_TOKENS - 1) // BLOCK_TOKENS  # blocks that begin in the tail
+        # The value added depends on what was read, so an item does not count before it has read.
+        before = Int32(-1)
+        if exists & real:
+            before = ptx.atomic_add(self.counter(p, b), failed + 1, "relaxed")
+
+        in_tail = (old + BLOCK_TOKENS - 1) >> BLOCK_SHIFT  # blocks that begin in the tail
         first, end = Int32(0), cutlass.min(in_tail, blocks)
         copies = to_sink + total - cutlass.select_(blocks > 0, blocks * BLOCK_TOKENS, old)
-        if item > 0:
-            first = in_tail + item - 1
+        if share > 0:
+            first = in_tail + share - 1
             end = cutlass.min(first + 1, blocks)
             copies = Int32(0)
+        copies = cutlass.select_(exists, copies, Int32(0))
+        todo = exists & ((first < end) | ((blocks > 0) & (copies > 0)) | (copies > WARP_ROWS))
         job = Job(
-            b, head, operand, start, sinks, to_sink, old, total, blocks, column, first, end, copies, length + new,
-            cutlass.select_(failed, Int32(1), Int32(0)), Int32(0),
+            b, head, operand, start, sinks, to_sink, old, total, blocks, column, first, end, copies,
+            cutlass.select_(failed == 1, Int32(-1), length + new), cutlass.select_(todo, Int32(1), Int32(0)), Int32(0),
         )  # fmt: skip
-        if lane == 0:
-            store_job(address, job)
+        if lane < self.plan.warps:
+            store_job(jobs + lane * JOB_BYTES, job)
+        return before
 
     @cute.jit
-    def arrive(self, p: Params, job: Job, lane: Int32):
-        """Count an item whose warp has read the lengths; the last of a sequence advances them."""
-        if lane == 0:
-            counter = p.workspace.toint() + Int64(job.b) * 4
-            if ptx.atomic_add(counter, Int32(1)) == p.num_kv_heads * p.items * OPERANDS - 1:
-                ptx.store_global(counter, [Int32(0)])  # ready for the next launch
-                if job.failed == 1:
-                    if p.status.toint() != 0:
-                        ptx.atomic_max(p.status.toint(), job.b + 1)
-                else:
-                    ptx.store_global(p.seqlens.toint() + Int64(job.b) * 4, [job.length])
-                    ptx.store_global(
-                        p.packed_lens.toint() + Int64(job.b) * 4, [(job.column + job.blocks) * BLOCK_TOKENS]
-                    )
+    def failed(self, p: Params, b: Int32, column: Int32, blocks: Int32, lane: Int32):
+        """1: one of the blocks of the lane's item has no page."""
+        failed = Int32(0)
+        if ptx.any_lane(blocks > 0):  # all lanes look at one item's after another
+            for w in cutlass.range(self.plan.warps, unroll=1):
+                its_b, its_column, its_blocks = (ptx.shuffle(x, w) for x in (b, column, blocks))
+                i = lane
+                while i - lane < its_blocks:
+                    missing = Int32(0)
+                    if i < its_blocks:
+                        missing = cutlass.select_(self.page(p, its_b, its_column + i) < 0, Int32(1), Int32(0))
+                    if ptx.any_lane(missing == 1):
+                        failed = cutlass.select_(lane == w, Int32(1), failed)
+                    i += LANES
+        return failed
+
+    def counter(self, p: Params, b: Int32) -> Int64:
+        """Where the items of a sequence are counted."""
+        return p.workspace.toint() + Int64(b) * COUNTER_BYTES
+
+    @cute.jit
+    def advance(self, p: Params, jobs: Int32, before: Int32, lane: Int32):
+        """The last item of a sequence to count advances its lengths: all have read them."""
+        job = load_job(jobs + lane * JOB_BYTES)
+        others = p.num_kv_heads * p.items * OPERANDS - 1
+        if job.length < 0:
+            others = 2 * others
+        if before == others:
+            ptx.store_relaxed(self.counter(p, job.b), [Int32(0)])  # ready for the next launch
+            if job.length < 0:
+                if p.status.toint() != 0:
+                    ptx.atomic_max(p.status.toint(), job.b + 1)
+            else:
+                at = Int64(job.b) * 4
+                ptx.store_relaxed(p.seqlens.toint() + at, [job.length])
+                ptx.store_relaxed(p.packed_lens.toint() + at, [(job.column + job.blocks) * BLOCK_TOKENS])
 
     @cute.jit
     def page(self, p: Params, b: Int32, column: Int32):
@@ -247,181 +341,139 @@ class AppendKernel:
 
     # -- rows --------------------------------------------------------------------------------------------------
 
-    def of_operand(self, job: Job, k, v):
-        return cutlass.select_(job.operand == 0, k, v)
+    def of_operand(self, operand: Int32, k, v):
+        return cutlass.select_(operand == 0, k, v)
 
-    def rotates(self, p: Params, job: Job):
-        return self.of_operand(job, p.rotate_k, p.rotate_v) == 1
+    def rotates(self, p: Params, operand: Int32):
+        return self.of_operand(operand, p.rotate_k, p.rotate_v) == 1
 
-    def new_row(self, p: Params, job: Job, token: Int32) -> Int64:
-        """Address of a new token's row."""
-        base = self.of_operand(job, p.k_new.toint(), p.v_new.toint()) + Int64(job.head) * p.new_head_stride
+    def new_row(self, p: Params, item, token: Int32) -> Int64:
+        """Address of a new token's row of an Item or Job; token: from cu_seqlens' row on."""
+        base = self.of_operand(item.operand, p.k_new.toint(), p.v_new.toint()) + Int64(item.head) * p.new_head_stride
         batch_stride = cutlass.select_(p.cu_seqlens.toint() != 0, Int64(0), p.new_batch_stride)
-        return base + Int64(job.b) * batch_stride + Int64(job.start + token) * p.new_token_stride
+        return base + Int64(item.b) * batch_stride + Int64(token) * p.new_token_stride
 
     def kept_row(self, p: Params, job: Job, k: cute.Pointer, v: cute.Pointer, capacity: Int32, token: Int32) -> Int64:
         """Address of a row of tail or sinks."""
         row = (Int64(job.b) * capacity + token) * p.num_kv_heads + job.head
-        return self.of_operand(job, k.toint(), v.toint()) + row * (2 * self.plan.head_dim)
+        return self.of_operand(job.operand, k.toint(), v.toint()) + row * (2 * self.plan.head_dim)
 
     def tail_row(self, p: Params, job: Job, token: Int32) -> Int64:
         return self.kept_row(p, job, p.tail_k, p.tail_v, p.tail_capacity, token)
 
     def stream_row(self, p: Params, job: Job, token: Int32) -> Int64:
         """Address of a token of the stream."""
-        new = self.new_row(p, job, job.to_sink + token - job.old)
+        new = self.new_row(p, job, job.start + job.to_sink + token - job.old)
         return cutlass.select_(token < job.old, self.tail_row(p, job, token), new)
 
     @cute.jit
-    def copy(self, p: Params, share: Int32, shares: Int32, lane: Int32, job: Job):
+    def copy(self, p: Params, place: Int32, warp: Int32, lane: Int32, job: Job):
         """Copy the item's 16-bit tokens: to the sinks, then those of the stream that stay to where they belong."""
-        stay = cutlass.select_(job.blocks > 0, job.blocks * BLOCK_TOKENS, job.old)  # the first that stays
-        rotates = self.rotates(p, job)
         part = Int64((lane % ROW_LANES) * VECTOR)
-        first = share * WARP_ROWS
+        first = warp * WARP_ROWS
         while first < job.copies:
             i = first + lane // ROW_LANES
             inside = i < job.copies
             i = cutlass.min(i, job.copies - 1)
-            token = stay + i - job.to_sink
-            is_new = token >= job.old
-            source, target = self.stream_row(p, job, token), self.tail_row(p, job, token - job.blocks * BLOCK_TOKENS)
+            source = self.stream_row(p, job, self.kept_token(job, i))
             if i < job.to_sink:
-                is_new = Boolean(True)
-                source = self.new_row(p, job, i)
-                target = self.kept_row(p, job, p.sink_k, p.sink_v, p.num_sink, job.sinks + i)
-            step = ROW_LANES * VECTOR
-            row = [ptx.load_global(source + part, 4, step * j, cache="cg") for j in range(self.plan.vectors)]
-            if inside:
-                for j in range_constexpr(self.plan.vectors):
-                    ptx.store_global(target + part, row[j], step * j)
-            if rotates:  # new rows are written again, by the same threads
-                row = self.rotated(p, row, lane)
-                if inside & is_new:
-                    for j in range_constexpr(self.plan.vectors):
-                        ptx.store_global(target + part, row[j], step * j)
-            first += shares * WARP_ROWS
+                source = self.new_row(p, job, job.start + i)
+            source += part
+            row = [ptx.load_global(source, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)]
+            self.keep(p, place, job, i, inside, row, lane)
+            first += self.plan.rows_at_once
+
+    def kept_token(self, job: Job, i: Int32) -> Int32:
+        """Of the stream, that copy i is of; negative: to the sinks."""
+        return cutlass.select_(job.blocks > 0, job.blocks * BLOCK_TOKENS, job.old) + i - job.to_sink
 
     @cute.jit
-    def rotated(self, p: Params, row: list, lane: Int32):
-        """A lane's vectors of a row, through the Hadamard transform as in quantization.rotate."""
-        careful = self.any_beyond(p, row, HALF_SMALL, BFLOAT_SMALL)  # else no limit is reached
-        if careful:
-            row = self.conditioned(p, row)
-        rotated = row
-        if p.bfloat16 == 1:
-            rotated = self.transformed(row, lane, bfloat2_values, ptx.to_bfloat2)
-        else:
-            rotated = self.transformed(row, lane, half2_values, ptx.to_half2)
-        if careful:  # rounding beyond the limit, even to infinity, and limiting commute
-            rotated = self.conditioned(p, rotated)
-        return rotated
-
-    def transformed(self, row: list, lane: Int32, values_of, pair_of) -> list:
-        x = values_of([register for vector in row for register in vector])
-        x = hadamard_registers(x, 8)  # strides within a vector
-        x = hadamard_lanes(x, [1, 2], lane)  # strides 8 and 16
-        x = hadamard_registers(x, self.plan.hadamard // ROW_LANES, first=8)
-        x = [ptx.multiply(value, Float32(self.plan.hadamard**-0.5)) for value in x]
-        registers = [pair_of(*x[i : i + 2]) for i in range(0, len(x), 2)]
-        return [registers[i : i + 4] for i in range(0, len(registers), 4)]
-
-    @cute.jit
-    def conditioned(self, p: Params, row: list):
-        """A lane's vectors with NaN as 0, and within the limit.
-
-        A loop, of one round at most: the assembler would execute both sides of a branch.
-        """
-        while self.needs_conditioning(p, row):
-            row = self.limited(p, row)
-        return row
-
-    def needs_conditioning(self, p: Params, row: list) -> Boolean:
-        """Whether one of the values is NaN or beyond the limit: nearly never."""
-        return self.any_beyond(p, row, HALF_LIMIT, BFLOAT_LIMIT)
-
-    def any_beyond(self, p: Params, row: list, half: int, bfloat: int) -> Boolean:
-        """Whether one of the values is NaN or larger than a 16-bit pattern of the model's dtype."""
-        # what carries larger ones of two at once into the sign bits
-        halves, bfloats = ((0x7FFF - pattern) * 0x10001 for pattern in (half, bfloat))
-        excess = cutlass.select_(p.bfloat16 == 1, Int32(bfloats), Int32(halves))
-        beyond = Int32(0)
-        for vector in row:
-            for x in vector:
-                beyond = beyond | ((x & HALF2_ABS) + excess)
-        return (beyond & HALF2_SIGNS) != 0
-
-    def limited(self, p: Params, row: list) -> list:
-        """All of a lane's vectors conditioned."""
-        limit = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_LIMIT), Int32(HALF_LIMIT))
-        infinity = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_INFINITY), Int32(HALF_INFINITY))
-        return [[conditioned_pair(x, limit, infinity) for x in vector] for vector in row]
+    def keep(self, p: Params, place: Int32, job: Job, i: Int32, inside: Boolean, row: list, lane: Int32):
+        """Store the lane's vectors of copy i, if it is one: a new row after rotation."""
+        token = self.kept_token(job, i)
+        target = self.tail_row(p, job, token - job.blocks * BLOCK_TOKENS)
+        is_new = token >= job.old
+        if i < job.to_sink:
+            is_new = Boolean(True)
+            target = self.kept_row(p, job, p.sink_k, p.sink_v, p.num_sink, job.sinks + i)
+        target += Int64(lane % ROW_LANES * VECTOR)
+        if self.rotates(p, job.operand):  # all lanes: they exchange values
+            careful = ptx.any_lane(self.rows.any_beyond_small(p, row))  # else no limit is reached
+            rotated = row
+            if careful:
+                rotated = self.rows.limited(p, place, rotated)
+            rotated = self.rows.rotated(p, rotated, lane, [1, 2])
+            if careful:
+                rotated = self.rows.limited(p, place, rotated)
+            row = [
+                [cutlass.select_(is_new, new, old) for new, old in zip(*both, strict=True)]
+                for both in zip(rotated, row, strict=True)
+            ]
+        if inside:
+            for j in range_constexpr(self.plan.vectors):
+                ptx.store_global(target, row[j], ROW_LANES * VECTOR * j)
 
     # -- packing -----------------------------------------------------------------------------------------------
 
     @cute.jit
-    def pack(self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, block: Int32):
-        """Pack a block of the stream."""
+    def pack(self, p: Params, smem: Int32, place: Int32, warp: Int32, lane: Int32, job_at: Int32, block: Int32):
+        """Pack a block of the stream of the job at this address, which is read more than once to hold few registers.
+
+        Values beyond the limit are so rare that they are looked for among the ranges only: then all is done again, with
+        care.
+        """
+        job = load_job(job_at)
         page = self.page(p, job.b, job.column + block)
-        target = p.pages.toint() + Int64(page) * p.page_stride + Int64(job.head) * p.head_stride
-        first = block * BLOCK_TOKENS
-        self.stage(p, smem, warp, lane, job, first)
-        cute.arch.sync_warp()  # conditioning is a loop of single lanes
-        cute.arch.sync_threads()
-        count = cutlass.min(job.total - first, BLOCK_TOKENS)
-        if job.operand == 0:
-            self.encoders["k"].encode(p, smem, warp, lane, target, count, p.k_clip)
+        count = cutlass.min(job.total - block * BLOCK_TOKENS, BLOCK_TOKENS)
+        operand = job.operand
+        careful = Int32(0)
+        again = Int32(1)
+        while again == 1:
+            self.prepare_rows(p, smem, place, warp, lane, load_job(job_at), block, careful)
+            cute.arch.sync_threads()
+            fits = Boolean(True)
+            limit = cutlass.select_(self.rotates(p, operand), Float32(SMALL), Float32(LIMIT))
+            if operand == 0:
+                fits = self.encoders["k"].find_parameters(p, smem, warp, lane, count, p.k_clip, limit)
+            else:
+                fits = self.encoders["v"].find_parameters(p, smem, warp, lane, count, p.v_clip, limit)
+            again = Int32(0)
+            if ptx.any_thread((careful == 0) & (fits == False)):  # noqa: E712
+                again = Int32(1)
+            careful = Int32(1)
+        target = p.pages.toint() + Int64(page) * p.page_stride + Int64(load_job(job_at).head) * p.head_stride
+        if operand == 0:
+            self.encoders["k"].encode(p, smem, warp, lane, target, count)
         else:
-            self.encoders["v"].encode(p, smem, warp, lane, target, count, p.v_clip)
+            self.encoders["v"].encode(p, smem, warp, lane, target, count)
         cute.arch.sync_threads()
 
     @cute.jit
-    def stage(self, p: Params, smem: Int32, warp: Int32, lane: Int32, job: Job, first: Int32):
-        """128 rows of the stream to shared memory, conditioned, new ones rotated; the last one again beyond the end."""
-        step = ROW_LANES * VECTOR
-        own = warp * WARP_ROWS + lane // ROW_LANES  # row of the thread, and every 32nd from it on
-        rows = smem + own * self.plan.row_bytes + lane % ROW_LANES * VECTOR
+    def prepare_rows(
+        self, p: Params, smem: Int32, place: Int32, warp: Int32, lane: Int32, job: Job, block: Int32, careful: Int32
+    ):  # fmt: skip
+        """Copy the warp's rows of the block to shared memory, rotate new ones, with care condition all."""
+        first = block * BLOCK_TOKENS
+        self.stage(p, place, warp, lane, job, first)
+        if careful == 1:
+            self.rows.limit_block(p, place)
+        cute.arch.sync_warp()
+        if self.rotates(p, job.operand):
+            self.rows.rotate_block(p, smem, warp, lane, job.old - first, job.total - first)
+            cute.arch.sync_warp()
+            if careful == 1:
+                self.rows.limit_block(p, place)
+
+    @cute.jit
+    def stage(self, p: Params, place: Int32, warp: Int32, lane: Int32, job: Job, first: Int32):
+        """Copy 128 rows of the stream to shared memory, every 32nd by the same lanes; beyond the end the last one."""
         part = Int64((lane % ROW_LANES) * VECTOR)
-        rows_at_once = self.plan.warps * WARP_ROWS
-        for i in range_constexpr(BLOCK_TOKENS // rows_at_once):
-            token = cutlass.min(first + own + i * rows_at_once, job.total - 1)
+        for i in range_constexpr(0, BLOCK_TOKENS, self.plan.rows_at_once):
+            token = cutlass.min(first + warp * WARP_ROWS + lane // ROW_LANES + i, job.total - 1)
             source = self.stream_row(p, job, token) + part
             for j in range_constexpr(self.plan.vectors):
-                ptx.copy16(rows + i * rows_at_once * self.plan.row_bytes, source, step * j)
+                ptx.copy16(place + i * self.plan.row_bytes, source, ROW_LANES * VECTOR * j)
         ptx.wait_for_copies()
-        rotates = self.rotates(p, job)
-        for i in cutlass.range(BLOCK_TOKENS // rows_at_once, unroll=1):
-            at = rows + i * (rows_at_once * self.plan.row_bytes)
-            row = [ptx.load_shared(at, step * j, 4) for j in range(self.plan.vectors)]
-            if rotates:  # the old tail's rows are rotated already, and so within the limit
-                rotated = self.rotated(p, row, lane)
-                if cutlass.min(first + own + i * rows_at_once, job.total - 1) >= job.old:
-                    for j in range_constexpr(self.plan.vectors):
-                        ptx.store_shared(at, step * j, rotated[j])
-            else:
-                while self.needs_conditioning(p, row):  # as in conditioned
-                    row = self.limited(p, row)
-                    for j in range_constexpr(self.plan.vectors):
-                        ptx.store_shared(at, step * j, row[j])
-
-
-def half2_values(registers: list) -> list:
-    """Registers of two fp16 as fp32, in order."""
-    return [x for register in registers for x in ptx.half2_floats(register)]
-
-
-def bfloat2_values(registers: list) -> list:
-    return [x for register in registers for x in ptx.bfloat2_floats(register)]
-
-
-def conditioned_pair(x: Int32, limit: Int32, infinity: Int32) -> Int32:
-    """Two 16-bit values with NaN as 0, and within the limit; in integers, so alike for fp16 and bf16."""
-    halves = []
-    for shift in (0, HALF_BITS):
-        size, sign = x >> shift & 0x7FFF, x >> shift & 0x8000
-        kept = cutlass.min(size, limit) | sign
-        halves.append(cutlass.select_(size > infinity, Int32(0), kept) << shift)
-    return halves[0] | halves[1]
 
 
 def store_job(address: Int32, job: Job) -> None:

@@ -7,8 +7,10 @@ from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES, block_format
 
 VECTOR = 16  # bytes of the widest access
 ROW_LANES = 4  # that share a row of 16-bit values
+WARP_ROWS = LANES // ROW_LANES  # of a warp at once
 ROW_PAD = 16  # bytes behind a row in shared memory: its vectors and the next row's are in other banks
 JOB_BYTES = 64
+COUNTER_BYTES = 128  # from a sequence's counter to the next: in other parts of L2, so that they count at the same time
 SMEM_ALIGN = 128
 MAX_CTAS = 5  # that are to fit on an SM by their registers, if they do by their shared memory
 SM_SMEM = 228 * 1024  # of Hopper, and what every CTA takes besides its own
@@ -26,6 +28,7 @@ class AppendPlan:
         self.vectors = 2 * config.head_dim // (VECTOR * ROW_LANES)  # of a row, a lane's
         self.warps = NUM_SLICES
         self.threads = LANES * self.warps
+        self.rows_at_once = WARP_ROWS * self.warps
         self.programmatic = config.arch in HOPPER_ARCHS
         self.row_bytes = 2 * config.head_dim + ROW_PAD
 

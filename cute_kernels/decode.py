@@ -200,9 +200,7 @@ class DecodeKernel:
             is_last = piece.is_last
             done += 1
         team = Int32(plan.warps)
-        self.merge.merge(
-            p, smem, warp, team, lane, load_piece(self.merge.piece_at(smem, (done - 1) % SLOTS))
-        )
+        self.merge.merge(p, smem, warp, team, lane, load_piece(self.merge.piece_at(smem, (done - 1) % SLOTS)))
         first = load_piece(smem + plan.first_piece_at)
         if first.collects == 1:
             self.merge.collect(p, warp, team, lane, first)

@@ -13,7 +13,7 @@ pass through shared memory: an image of their sections, and 1 / scale in the sam
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Float32, Int32, Int64, cute, range_constexpr
+from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from .append_plan import VECTOR
@@ -31,10 +31,7 @@ FP32_MAX = 3.0e38
 
 
 class Lines(NamedTuple):
-    """Coefficients of the lane's columns (8 of two column tiles) or rows (4 of a slice) within a group.
-
-    In units in which 1 is 2^bits, so that saturation is the lower clamp: a code counts 2^-bits.
-    """
+    """Coefficients of the lane's columns (8 of two column tiles) or rows (4 of a slice) within a group."""
 
     inverse: list  # 1 / scale
     zero: list
@@ -84,19 +81,28 @@ class Encoder:
         self.butterfly = (2, 1) if self.by_rows else (16, 8, 4)  # lanes that share a line, in the order of halving sums
 
     @cute.jit
-    def encode(self, p, smem: Int32, warp: Int32, lane: Int32, block: Int64, count: Int32, clip: Float32):
-        """Encode the rows into the block at this address; rows from ``count`` on repeat a row of before."""
-        plan = self.plan
+    def find_parameters(
+        self, p, smem: Int32, warp: Int32, lane: Int32, count: Int32, clip: Float32, limit: Float32
+    ):  # fmt: skip
+        """Find the parameters of the rows, and leave them in shared memory -> whether no value that the lane saw is NaN
+        or beyond the limit. Rows from ``count`` on repeat a row of before.
+        """
         rows = smem + self.fragment_lane(lane)
         self.clear_padding(smem, warp, lane)
+        fits = Boolean(True)
         if cutlass.const_expr(self.mean is not None):
-            self.store_means(p, smem, rows, warp, lane, count)
+            fits = self.store_means(p, smem, rows, warp, lane, count, limit)
             cute.arch.sync_threads()
-        for x in cutlass.range(warp, self.minors * self.groups, plan.warps, unroll=1):
+        for x in cutlass.range(warp, self.minors * self.groups, self.plan.warps, unroll=1):
             minor, group = x % self.minors, x // self.minors
-            self.parameters(p, smem, rows + self.panel_offset(minor, group), minor, group, lane, count, clip)
-        cute.arch.sync_threads()
-        self.store_codes(p, smem, rows, warp, lane, block, count)
+            at = rows + self.panel_offset(minor, group)
+            fits = fits & self.parameters(p, smem, at, minor, group, lane, count, clip, limit)
+        return fits
+
+    @cute.jit
+    def encode(self, p, smem: Int32, warp: Int32, lane: Int32, block: Int64, count: Int32):
+        """Encode the rows into the block at this address; tokens from ``count`` on do not exist."""
+        self.store_codes(p, smem, smem + self.fragment_lane(lane), warp, lane, block, count)
         self.store_parameters(smem, warp * LANES + lane, block)
 
     # -- rows in shared memory ---------------------------------------------------------------------------------
@@ -131,16 +137,16 @@ class Encoder:
     @cute.jit
     def values(self, p, registers: list, means: list):
         """Registers of tiles as fp32; with means (of the same channels) less these."""
-        values = floats(p, registers)
-        if cutlass.const_expr(len(means) > 0):
-            values = [ptx.subtract(x, m) for x, m in zip(values, means, strict=True)]
-        return values
+        return less(floats(p, registers), means)
 
     # -- means -------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def store_means(self, p, smem: Int32, rows: Int32, warp: Int32, lane: Int32, count: Int32):
-        """The mean key over the first ``count`` tokens, two channel tiles at a time."""
+    def store_means(self, p, smem: Int32, rows: Int32, warp: Int32, lane: Int32, count: Int32, limit: Float32):
+        """The mean key over the first ``count`` tokens, two channel tiles at a time -> whether those of the lane are
+        within half the limit: so are then, if they are that far from their mean at most, the keys within the limit.
+        """
+        fits = Boolean(True)
         inverse = ptx.divide(Float32(1.0), Float32(count))
         for pair in cutlass.range(warp, self.plan.head_dim // SLICE_TOKENS, self.plan.warps, unroll=1):
             base = rows + pair * (2 * SLICE_TOKENS)
@@ -153,8 +159,10 @@ class Encoder:
                     sums = [ptx.add(x, ptx.shuffle_xor(x, mask)) for x in sums]
                 own = cutlass.select_(lane >> 4 == j, pick(sums, lane >> 2 & 3), own)
             mean = ptx.add(half_value(ptx.multiply(own, inverse)), Float32(0.0))  # + 0: no negative zero
+            fits = fits & (ptx.fabs(mean) <= limit * 0.5)  # NaN is not
             mean = ptx.to_half2(mean, Float32(0.0))
             ptx.store_shared_half(smem + 2 * (pair * SLICE_TOKENS + self.mean_lane(lane)), self.image(self.mean), mean)
+        return fits
 
     @cute.jit
     def token_sums(self, p, base: Int32, token: Int32, count: Int32, tiles: int, step: int = 1):
@@ -193,17 +201,19 @@ class Encoder:
 
     @cute.jit
     def parameters(
-        self, p, smem: Int32, base: Int32, minor: Int32, group: Int32, lane: Int32, count: Int32, clip: Float32
-    ):
-        """Find and store the parameters of a panel; each lane those of its own line."""
+        self, p, smem: Int32, base: Int32, minor: Int32, group: Int32, lane: Int32, count: Int32, clip: Float32,
+        limit: Float32,
+    ):  # fmt: skip
+        """Find and store the parameters of a panel; each lane those of its own line -> as find_parameters."""
         first = minor * self.minor_stride + group * self.group_stride
         quad, eighth = lane & 3, lane >> 2
         lines_at = first + (eighth if self.by_rows else quad) * self.lane_line
         element = lines_at + (quad if self.by_rows else eighth)
         if cutlass.const_expr(self.by_rows and self.mean is not None):
             low, high = self.row_ranges(p, smem, base, group, lane)
+            fits = (ptx.fabs(low) <= limit * 0.5) & (ptx.fabs(high) <= limit * 0.5)  # see store_means
         else:
-            low, high = self.ranges(p, smem, base, minor, lane)
+            low, high, fits = self.ranges(p, smem, base, minor, lane, limit)
         scale, zero = Float32(1.0), Float32(0.0)
         if clip > 0.0:
             if clip < 1.0:
@@ -214,6 +224,7 @@ class Encoder:
         exists = self.first_token(minor, group, quad, eighth) < count
         scale, zero = (cutlass.select_(exists, x, Float32(0.0)) for x in (scale, zero))
         self.store_line(smem, element, scale, zero)
+        return fits
 
     def first_token(self, minor: Int32, group: Int32, quad: Int32, eighth: Int32) -> Int32:
         """Of the lane's own line."""
@@ -225,14 +236,19 @@ class Encoder:
         return minor * SLICE_TOKENS + in_slice
 
     @cute.jit
-    def ranges(self, p, smem: Int32, base: Int32, minor: Int32, lane: Int32):
-        """Smallest and largest value of the lane's own line: in 16 bit, which loses nothing."""
+    def ranges(self, p, smem: Int32, base: Int32, minor: Int32, lane: Int32, limit: Float32):
+        """Smallest and largest value of the lane's own line: in 16 bit, which loses nothing. And whether these and
+        those of another line are within the limit.
+        """
         packed = [Int32(0), Int32(0)]
         if p.bfloat16 == 1:
             packed = self.packed_ranges(base, lane, True)
         else:
             packed = self.packed_ranges(base, lane, False)
         low, low_odd, high, high_odd = floats(p, packed)
+        fits = Boolean(True)
+        for x in (low, low_odd, high, high_odd):
+            fits = fits & (ptx.fabs(x) <= limit)  # NaN is not
         if cutlass.const_expr(self.by_rows):
             low, high = ptx.fmin(low, low_odd), ptx.fmax(high, high_odd)
         else:
@@ -242,27 +258,30 @@ class Encoder:
             at = smem + 2 * (minor * SLICE_TOKENS + self.mean_lane(lane))
             mean = ptx.load_shared_half(at, self.image(self.mean))
             low, high = ptx.subtract(low, mean), ptx.subtract(high, mean)
-        return low, high
+        return low, high, fits
 
     @cute.jit
     def packed_ranges(self, base: Int32, lane: Int32, bfloat: bool):
         """[minima, maxima], two lines in a register: the register that has the lane's own line."""
-        low, high = self.widened(self.panel_tiles(base), None, bfloat)
-        for i in cutlass.range(1, self.group // TILE, unroll=1):
-            low, high = self.widened(self.panel_tiles(base + i * self.along_bytes), (low, high), bfloat)
+        low, high = self.widened(base, None, bfloat)
+        for i in cutlass.range(2, self.group // TILE, 2, unroll=1):
+            low, high = self.widened(base + i * self.along_bytes, (low, high), bfloat)
         for mask in self.butterfly:
             low = [ptx.min_max(x, ptx.shuffle_xor(x, mask), bfloat, "min") for x in low]
             high = [ptx.min_max(x, ptx.shuffle_xor(x, mask), bfloat, "max") for x in high]
         own = lane & 3 if self.by_rows else lane >> 3
         return [pick(low, own), pick(high, own)]
 
-    def widened(self, tiles: list, so_far, bfloat: bool) -> tuple:
-        """Packed minima and maxima by across, and r1 or (rows) r0."""
+    def widened(self, base: Int32, so_far, bfloat: bool) -> tuple:
+        """Packed minima and maxima by across, and r1 or (rows) r0; of two places along the group, which the assembler
+        joins to an instruction of three operands.
+        """
         low, high = ([*x] for x in so_far) if so_far else ([None] * 4, [None] * 4)
-        for n, x in enumerate(tiles):
-            i = n // 4 * 2 + (n & 1 if self.by_rows else n >> 1 & 1)
-            low[i] = x if low[i] is None else ptx.min_max(low[i], x, bfloat, "min")
-            high[i] = x if high[i] is None else ptx.min_max(high[i], x, bfloat, "max")
+        for tiles in (self.panel_tiles(base), self.panel_tiles(base + self.along_bytes)):
+            for n, x in enumerate(tiles):
+                i = n // 4 * 2 + (n & 1 if self.by_rows else n >> 1 & 1)
+                low[i] = x if low[i] is None else ptx.min_max(low[i], x, bfloat, "min")
+                high[i] = x if high[i] is None else ptx.min_max(high[i], x, bfloat, "max")
         return low, high
 
     @cute.jit
@@ -301,8 +320,7 @@ class Encoder:
 
     def store_line(self, smem: Int32, element: Int32, scale: Float32, zero: Float32) -> None:
         """The parameters of a line, and what encoding needs (anything, if the line does not exist)."""
-        inverse = ptx.multiply(ptx.divide(Float32(1.0), scale), Float32(self.unit))
-        ptx.store_shared(smem + 4 * element, self.plan.inverse_at, [inverse])
+        ptx.store_shared(smem + 4 * element, self.plan.inverse_at, [ptx.divide(Float32(1.0), scale)])
         for name, x in (("scale", scale), ("zero", zero)):
             if self.section[name] is not None:
                 ptx.store_shared_half(smem + 2 * element, self.image(self.section[name]), ptx.to_half2(x, Float32(0.0)))
@@ -315,14 +333,19 @@ class Encoder:
         places = [self.plan.inverse_at + 4 * i for i in range(first, first + count, width)]
         inverse = [x for place in places for x in ptx.load_shared_floats(at, place, width)]
 
-        def halves(section, factor: float) -> list:
+        def halves(section) -> list:
             got = ptx.load_shared(smem + 2 * element, self.image(section) + 2 * first, count // 2)
-            return [x * factor for register in got for x in ptx.half2_floats(register)]
+            return [x for register in got for x in ptx.half2_floats(register)]
 
-        zero = [Float32(symmetric_zero(self.bits) * self.unit)] * count
-        if not self.symmetric:
-            zero = halves(self.section["zero"], self.unit)
-        return Lines(inverse, zero, [] if across is None else halves(self.section["scale"], 1 / self.unit))
+        zero = [Float32(symmetric_zero(self.bits))] * count if self.symmetric else halves(self.section["zero"])
+        return Lines(inverse, zero, [] if across is None else halves(self.section["scale"]))
+
+    def in_units(self, lines: Lines) -> Lines:
+        """Lines in units in which 1 is 2^bits, so that saturation is the lower clamp: a code counts 2^-bits."""
+        inverse, zero, scale = lines
+        return Lines(
+            [x * self.unit for x in inverse], [x * self.unit for x in zero], [x * (1 / self.unit) for x in scale]
+        )
 
     # -- the search --------------------------------------------------------------------------------------------
 
@@ -337,15 +360,61 @@ class Encoder:
         for i in cutlass.range(MSE_FACTORS, unroll=1):
             factor = ptx.subtract(Float32(1.0), ptx.multiply(Float32(i), Float32(MSE_STEP)))
             scale, zero = self.scale_and_zero(*self.shrunk(low, high, factor))
-            self.store_line(smem, element, scale, zero)
-            cute.arch.sync_warp()
-            error = self.squared_error(p, smem, base, minor, group, lines_at, lane, count)
-            better = error < least
-            least = cutlass.select_(better, error, least)
-            best_scale = cutlass.select_(better, scale, best_scale)
-            best_zero = cutlass.select_(better, zero, best_zero)
-            cute.arch.sync_warp()
+            if ptx.any_lane(self.error_of_ends(low, high, scale, zero) < least):
+                error = Float32(0.0)
+                if cutlass.const_expr(self.is_k):
+                    self.store_line(smem, element, scale, zero)
+                    cute.arch.sync_warp()
+                    error = self.squared_error(p, smem, base, minor, group, lines_at, lane, count)
+                    cute.arch.sync_warp()
+                else:
+                    token = self.first_token(minor, group, lane & 3, lane >> 2)
+                    row = smem + token * self.plan.row_bytes + group * (2 * self.group)
+                    error = self.squared_row_error(p, row, scale, zero)
+                better = error < least
+                least = cutlass.select_(better, error, least)
+                best_scale = cutlass.select_(better, scale, best_scale)
+                best_zero = cutlass.select_(better, zero, best_zero)
         return best_scale, best_zero
+
+    def error_of_ends(self, low: Float32, high: Float32, scale: Float32, zero: Float32) -> Float32:
+        """Squared error of a line's smallest and largest value, as far as they are beyond what codes reach.
+
+        The line's squared error is not less, as rounding is monotonous. So a factor whose ends alone are not better
+        than the best so far is none.
+        """
+        beyond = ptx.subtract(high, ptx.multiply(ptx.add(Float32(self.levels), zero), scale))
+        before = ptx.subtract(ptx.multiply(zero, scale), low)
+        beyond, before = (ptx.fmax(x, Float32(0.0)) for x in (beyond, before))
+        return ptx.add(ptx.multiply(beyond, beyond), ptx.multiply(before, before))
+
+    @cute.jit
+    def squared_row_error(self, p, row: Int32, scale: Float32, zero: Float32):
+        """Of the lane's own token of V, whose channels of the group are at ``row``: a halving sum."""
+        lines = self.in_units(Lines([ptx.divide(Float32(1.0), scale)], [zero], [scale]))
+        vectors = 2 * self.group // VECTOR
+        sums = [Float32(0.0)] * 8
+        if p.bfloat16 == 1:
+            sums = self.row_sums(row, vectors, VECTOR, lines, ptx.bfloat2_floats)
+        else:
+            sums = self.row_sums(row, vectors, VECTOR, lines, ptx.half2_floats)
+        return halving_sum(sums)
+
+    @cute.jit
+    def row_sums(self, row: Int32, vectors: int, step: int, lines: Lines, floats_of):
+        """Squared errors of the eight values of a vector, over vectors ``step`` bytes apart, as in a halving sum."""
+        sums = [Float32(0.0)] * 8
+        if cutlass.const_expr(vectors == 1):
+            values = [x for register in ptx.load_shared(row, 0, 4) for x in floats_of(register)]
+            sums = [self.squared(x, lines, 0) for x in values]
+        elif cutlass.const_expr(vectors <= 4):  # unrolled
+            parts = [self.row_sums(row + i * step, vectors // 2, 2 * step, lines, floats_of) for i in range(2)]
+            sums = [ptx.add(*pair) for pair in zip(*parts, strict=True)]
+        else:
+            for i in cutlass.range(2, unroll=1):
+                part = self.row_sums(row + i * step, vectors // 2, 2 * step, lines, floats_of)
+                sums = [ptx.add(*pair) for pair in zip(sums, part, strict=True)]
+        return sums
 
     def squared_error(
         self, p, smem: Int32, base: Int32, minor: Int32, group: Int32, lines_at: Int32, lane: Int32, count: Int32
@@ -359,7 +428,7 @@ class Encoder:
             tile = Int32(0)
             # [2 r + e]
             sums = self.error_sums(p, smem + 2 * channel, at, tile, lane, rest, self.group // TILE, 1, across,
-                                   self.load_lines(smem, lines_at, across))  # fmt: skip
+                                   self.in_units(self.load_lines(smem, lines_at, across)))  # fmt: skip
             # over r1 of rows, r0 of columns
             pairs = [(i, i + 4) for i in (0, 1, 2, 3)] if self.by_rows else [(i, i + 2) for i in (0, 1, 4, 5)]
             errors += [ptx.add(sums[i], sums[j]) for i, j in pairs]
@@ -385,23 +454,6 @@ class Encoder:
             if cutlass.const_expr(self.per_channel):
                 exists = [TILE * tile + 8 * (r & 1) < rest for r in range(4)]
                 sums = [cutlass.select_(exists[n // 2], x, Float32(0.0)) for n, x in enumerate(sums)]
-        elif cutlass.const_expr(tiles == 2):  # unrolled: values of a lane that do not wait for each other
-            parts = [
-                self.error_sums(
-                    p,
-                    mean_base,
-                    base + i * (step * self.along_bytes),
-                    tile + i * step,
-                    lane,
-                    rest,
-                    1,
-                    step,
-                    across,
-                    lines,
-                )
-                for i in range(2)
-            ]
-            sums = [ptx.add(x, y) for x, y in zip(*parts, strict=True)]
         else:
             for i in cutlass.range(2, unroll=1):
                 at = base + i * (step * self.along_bytes)
@@ -412,17 +464,17 @@ class Encoder:
         return sums
 
     def squared(self, x: Float32, lines: Lines, line: int) -> Float32:
-        """Squared error of a value."""
-        code = ptx.subtract(self.rounded(x, lines, line), Float32(self.magic))
-        error = ptx.subtract(ptx.multiply(ptx.add(code, lines.zero[line]), lines.scale[line]), x)
+        """Squared error of a value; lines: in units."""
+        y = ptx.subtract_saturated(ptx.multiply(x, lines.inverse[line]), lines.zero[line])
+        y = ptx.add(ptx.fmin(y, Float32(self.levels * self.unit)), Float32(self.magic))
+        code = ptx.add(ptx.subtract(y, Float32(self.magic)), lines.zero[line])
+        if self.symmetric:  # a code plus a half, times 11 bits: the product is exact
+            error = ptx.fused(code, -lines.scale[line], x)
+        else:
+            error = ptx.subtract(ptx.multiply(code, lines.scale[line]), x)
         return ptx.multiply(error, error)
 
     # -- codes -------------------------------------------------------------------------------------------------
-
-    def rounded(self, x: Float32, lines: Lines, line: int) -> Float32:
-        """magic + code * unit: the code is the lowest bits of the mantissa."""
-        y = ptx.subtract_saturated(ptx.multiply(x, lines.inverse[line]), lines.zero[line])
-        return ptx.add(ptx.fmin(y, Float32(self.levels * self.unit)), Float32(self.magic))
 
     @cute.jit
     def store_codes(self, p, smem: Int32, rows: Int32, warp: Int32, lane: Int32, block: Int64, count: Int32):
@@ -435,19 +487,29 @@ class Encoder:
         lane_bytes = 4 * self.vector_words
         target = block + Int64(section.offset + warp * (section.nbytes // NUM_SLICES) + lane * lane_bytes)
         rest = count - warp * SLICE_TOKENS - (lane >> 2 if self.is_k else 2 * (lane & 3))
-        masks = self.code_masks()
         for run in cutlass.range(self.run.count, unroll=1):
             at = base + run * (self.run.tiles * TILE * 2)
-            vectors = self.encoded(p, smem, at, element, lane, run)
-            if count < BLOCK_TOKENS:  # tokens that do not exist have code 0
-                vectors = [self.existing(*vector, rest) for vector in zip(vectors, masks, strict=True)]
-            for v in range_constexpr(self.run.vectors):
-                ptx.store_global(target, vectors[v], v * LANES * lane_bytes)
+            if p.bfloat16 == 1:  # around much code, or the assembler would execute both sides
+                self.store_run(smem, at, element, lane, run, ptx.bfloat2_floats, target, count, rest)
+            else:
+                self.store_run(smem, at, element, lane, run, ptx.half2_floats, target, count, rest)
             target += self.run.vectors * LANES * lane_bytes
 
-    def encoded(self, p, smem: Int32, base: Int32, element: Int32, lane: Int32, run: Int32) -> list:
-        """The lane's vectors of a run."""
-        vectors: list = [[None] * self.vector_words for _ in range(self.run.vectors)]
+    @cute.jit
+    def store_run(
+        self, smem: Int32, base: Int32, element: Int32, lane: Int32, run: Int32, floats_of, target: Int64,
+        count: Int32, rest: Int32,
+    ):  # fmt: skip
+        """Encode and store the lane's vectors of a run; floats_of: a register's values."""
+        vectors = self.encoded(smem, base, element, lane, run, floats_of)
+        if count < BLOCK_TOKENS:  # tokens that do not exist have code 0
+            vectors = [self.existing(*vector, rest) for vector in zip(vectors, self.code_masks(), strict=True)]
+        for v in range_constexpr(self.run.vectors):
+            ptx.store_global(target, vectors[v], v * LANES * 4 * self.vector_words)
+
+    def encoded(self, smem: Int32, base: Int32, element: Int32, lane: Int32, run: Int32, floats_of) -> list:
+        """The lane's vectors of a run; floats_of: a register's values."""
+        vectors: list = [[{} for _ in range(self.vector_words)] for _ in range(self.run.vectors)]  # of codes by bit
         known: dict = {}  # Lines that are in registers
         for i in range(0, len(self.run.members), 2):
             pair = self.run.members[i : i + 2]
@@ -455,16 +517,21 @@ class Encoder:
             means = []
             if self.mean is not None:
                 means = [x for _, c in pair for x in self.channel_means(smem, lane, run * self.run.tiles + c)]
-            for n, x in enumerate(self.values(p, registers, means)):
+            values = [x for register in registers for x in floats_of(register)]
+            for n, x in enumerate(less(values, means)):
                 (t, c), r, e = pair[n // 8], n // 2 % 4, n % 2
                 lines = self.code_lines(smem, element, run, c, known)
+                line = self.line(c % 2 if self.per_channel else t, r, e)
                 place = self.fragments[t, c][r]
                 words = vectors[place.vector]
-                code = ptx.bits(self.rounded(x, lines, self.line(c % 2 if self.per_channel else t, r, e)))
-                words[place.word] = joined(words[place.word], code, place.bit + HALF_BITS * e)
-        # the sums of the upper bits of ``magic``, once for every code
-        surplus = signed(self.magic_bits() * repeats(self.bits))
-        return [[word - surplus for word in words] for words in vectors]
+                words[place.word][place.bit + HALF_BITS * e] = self.code(x, lines, line)
+                if len(words[place.word]) == WORD_BITS // self.bits:
+                    words[place.word] = packed_codes(words[place.word], self.bits)
+        return vectors
+
+    def code(self, x: Float32, lines: Lines, line: int) -> Int32:
+        """The code of a value before it is limited to what there is."""
+        return ptx.to_integer(ptx.subtract(ptx.multiply(x, lines.inverse[line]), lines.zero[line]))
 
     def code_masks(self) -> list:
         """Of each word of a lane's vectors in a run {token, from the lane's first on: bits of its codes}."""
@@ -496,11 +563,6 @@ class Encoder:
             at = at * (self.minor_stride if self.per_channel else self.group_stride)
             known[key] = self.load_lines(smem, element + at)
         return known[key]
-
-    def magic_bits(self) -> int:
-        """``magic`` as an integer."""
-        exponent = 127 + MANTISSA - self.bits
-        return exponent << MANTISSA | 1 << MANTISSA - 1
 
     # -- parameters on their way out ---------------------------------------------------------------------------
 
@@ -541,6 +603,19 @@ def pick(values: list, index: Int32):
     return values[0]
 
 
+def less(values: list, means: list) -> list:
+    """values - means, if there are any."""
+    return [ptx.subtract(x, m) for x, m in zip(values, means, strict=True)] if means else values
+
+
+def halving_sum(values: list) -> Float32:
+    """The sum of a power of two of values, by adding the upper half to the lower half until one is left."""
+    while len(values) > 1:
+        half = len(values) // 2
+        values = [ptx.add(*pair) for pair in zip(values[:half], values[half:], strict=True)]
+    return values[0]
+
+
 def find_run(places: dict, vectors: int) -> Run:
     """The Run of ``vectors`` vectors; places: Fragments of the tiles of a slice."""
     count = (max(registers[0].vector for registers in places.values()) + 1) // vectors
@@ -558,15 +633,12 @@ def half_value(x: Float32) -> Float32:
     return ptx.half2_floats(ptx.to_half2(x, Float32(0.0)))[0]
 
 
-def joined(word, code: Int32, shift: int) -> Int32:
-    """word + code << shift; None: the first code."""
-    code = code << shift if shift else code
-    return code if word is None else word + code
-
-
-def repeats(bits: int) -> int:
-    """1 at the place of every code of a word."""
-    return sum(1 << i for i in range(0, WORD_BITS, bits))
+def packed_codes(codes: dict, bits: int) -> Int32:
+    """The word of these codes, {bit: code}: two by two from its upper end, each two saturated."""
+    word = Int32(0)
+    for bit in range(WORD_BITS - 2 * bits, -1, -2 * bits):
+        word = ptx.pack_integers(codes[bit], codes[bit + bits], word, bits)
+    return word
 
 
 def signed(x: int) -> int:

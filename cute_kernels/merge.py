@@ -13,9 +13,9 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 from . import ptx
 from .attention import FIRST_MAX, State
 from .layouts import LANES, TILE
-from .plan import BARRIER_BYTES, COLUMNS, MERGE_WARPS, QUAD, SLOTS, Plan
+from .plan import BARRIER_BYTES, COLUMNS, MERGE_WARPS, QUAD, Plan
 from .queries import LOG2E, Queries, hadamard_lanes, hadamard_registers
-from .schedule import Params, Piece, Place, Schedule, Sequence, Shares, load_piece, store_piece
+from .schedule import Params, Piece, Place, Schedule, Sequence, load_piece, store_piece
 
 CONSUMER_BARRIER, MERGE_BARRIER = 1, 2
 STATES_AT_ONCE = 8  # results of warps that a thread holds while merging
@@ -144,7 +144,7 @@ class Merge:
         for w in range(self.plan.states):
             states.append(ptx.load_shared_floats(row, w * step + 4 * self.plan.head_dim, 2))
             values.append(self.load_values(row + item * (4 * self.plan.width), w * step))
-            if len(states) == STATES_AT_ONCE:
+            if len(states) == STATES_AT_ONCE and w + 1 < self.plan.states:
                 *state, value = combine(states, values)
                 states, values = [state], [value]
         return combine(states, values)
@@ -294,7 +294,9 @@ def marked(x: Float32) -> Int32:
 def least(words: list) -> Int32:
     """The least of some words, unsigned."""
     while len(words) > 1:
-        words = [ptx.unsigned_min(*words[i : i + 2]) if i + 1 < len(words) else words[i] for i in range(0, len(words), 2)]
+        words = [
+            ptx.unsigned_min(*words[i : i + 2]) if i + 1 < len(words) else words[i] for i in range(0, len(words), 2)
+        ]
     return words[0]
 
 

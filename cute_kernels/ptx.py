@@ -6,6 +6,7 @@ global ones Int64. PTX ISA: "mma.m16n8k16", "movmatrix", "mbarrier", "cp.async",
 """
 
 from cutlass import Boolean, Float32, Int32, Int64, cute
+from cutlass import select_ as cutlass_select
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm, nvvm
 from cutlass.cutlass_dsl import T, dsl_user_op
@@ -95,6 +96,11 @@ def multiply(a: Float32, b: Float32) -> Float32:
     return asm("mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
 
 
+def fused(a: Float32, b: Float32, c: Float32) -> Float32:
+    """a b + c, rounded once."""
+    return asm("fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c])
+
+
 def divide(a: Float32, b: Float32) -> Float32:
     return asm("div.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
 
@@ -134,9 +140,9 @@ def mul_half2(a: Int32, b: Int32) -> Int32:
 
 
 def min_max(a: Int32, b: Int32, bfloat: bool, function: str) -> Int32:
-    """``function`` ("min" or "max") of two registers of two fp16 or bf16."""
+    """``function`` ("min" or "max") of two registers of two fp16 or bf16; NaN if one is."""
     kind = "bf16x2" if bfloat else "f16x2"
-    return asm(f"{function}.{kind} {{$w0}}, {{$r0}}, {{$r1}};", write_only_types=[Int32], read_only_args=[a, b])
+    return asm(f"{function}.NaN.{kind} {{$w0}}, {{$r0}}, {{$r1}};", write_only_types=[Int32], read_only_args=[a, b])
 
 
 def to_half2(low: Float32, high: Float32) -> Int32:
@@ -145,6 +151,20 @@ def to_half2(low: Float32, high: Float32) -> Int32:
 
 def to_bfloat2(low: Float32, high: Float32) -> Int32:
     return asm("cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Int32], read_only_args=[low, high])
+
+
+def to_integer(x: Float32) -> Int32:
+    """Rounded to nearest even; the nearest integer that there is beyond the range, 0 for NaN."""
+    return asm("cvt.rni.s32.f32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
+
+
+def pack_integers(low: Int32, high: Int32, above: Int32, bits: int) -> Int32:
+    """Two integers saturated to unsigned ones of 2, 4 or 8 bits: low, high, then the lower bits of ``above``."""
+    return asm(
+        f"cvt.pack.sat.u{bits}.s32.b32 {{$w0}}, {{$r1}}, {{$r0}}, {{$r2}};",
+        write_only_types=[Int32],
+        read_only_args=[low, high, above],
+    )
 
 
 def half2_floats(x: Int32) -> tuple:
@@ -286,10 +306,15 @@ def _store_global(instruction: str, address: Int64, values: list, offset: int) -
     asm(f"{instruction}{vector}.{kind} [{{$r0}}+{offset}], {operand};", read_only_args=[address, *values])
 
 
-def atomic_add(address: Int64, value: Int32) -> Int32:
-    """Device-wide, acquire and release; returns the old value."""
+def load_word_relaxed(address: Int64) -> Int32:
+    """4 bytes that other SMs may be writing with store_relaxed."""
+    return asm("ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
+
+
+def atomic_add(address: Int64, value: Int32, order: str = "acq_rel") -> Int32:
+    """Device-wide; returns the old value. order: "acq_rel", or "relaxed", which orders no other access."""
     return asm(
-        "atom.acq_rel.gpu.global.add.u32 {$w0}, [{$r0}], {$r1};",
+        f"atom.{order}.gpu.global.add.u32 {{$w0}}, [{{$r0}}], {{$r1}};",
         write_only_types=[Int32],
         read_only_args=[address, value],
     )
@@ -320,6 +345,17 @@ def wait_for_previous_kernel() -> None:
 
 
 # -- barriers and asynchronous copies --------------------------------------------------------------------------
+
+
+@dsl_user_op
+def any_thread(condition: Boolean, *, loc=None, ip=None) -> Boolean:
+    """A barrier of the CTA that tells whether the condition holds for a thread."""
+    at = dict(loc=loc, ip=ip)
+    vote = cutlass_select(condition, Int32(1), Int32(0))
+    got = nvvm.barrier(
+        results=[T.i32()], reduction_op=nvvm.BarrierReduction.OR, reduction_predicate=vote.ir_value(**at), **at
+    )
+    return Int32(got) != 0
 
 
 def barrier(index: int, threads: int) -> None:

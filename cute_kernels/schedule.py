@@ -94,12 +94,10 @@ class Shares(NamedTuple):
 
     def holder(self, x: Int32) -> Int32:
         """The CTA that has unit x, if there are no groups."""
-        longer = self.extra * (self.base + 1)
-        is_longer = x < longer
-        cta = quotient(
-            cutlass.select_(is_longer, x, x - longer), cutlass.max(cutlass.select_(is_longer, self.base + 1, self.base), 1)
-        )
-        cta += cutlass.select_(is_longer, Int32(0), self.extra)
+        longer = self.extra * (self.base + 1)  # units of those that get one more
+        after = cutlass.max(x - longer, 0)
+        size = cutlass.select_(x < longer, self.base + 1, cutlass.max(self.base, 1))
+        cta = quotient(cutlass.select_(x < longer, x, after), size) + cutlass.select_(x < longer, Int32(0), self.extra)
         # if none were late; the late ones begin less than a share earlier
         return cta + cutlass.select_(x >= self.start(cta + 1), Int32(1), Int32(0))
 

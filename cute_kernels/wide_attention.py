@@ -190,7 +190,9 @@ class WideAttention:
         self.store_top(place, [[Float32(FIRST_MAX)] * 2] * self.column_tiles)
         wg.barrier(TEAM_BARRIER + place.index, LANES * self.plan.team_warps)
         count = self.column_tiles * 4
-        return State([Float32(0.0)] * (2 * self.total_rows()), [[Float32(0.0)] * count for _ in range(self.value_tiles)], parity)
+        return State(
+            [Float32(0.0)] * (2 * self.total_rows()), [[Float32(0.0)] * count for _ in range(self.value_tiles)], parity
+        )
 
     @cute.jit
     def store_top(self, place: Place, top: list, row: int = 0):
@@ -597,9 +599,7 @@ class WideAttention:
             held = piece.tail
             position = piece.packed_end
         if token < held:
-            state = self.attend_tokens(
-                p, smem, team, piece, k, v, capacity, token, held, position, query, power, state
-            )
+            state = self.attend_tokens(p, smem, team, piece, k, v, capacity, token, held, position, query, power, state)
         return state
 
     @cute.jit

@@ -14,7 +14,7 @@ pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 from append_cases import BATCH, SLACK, STEPS, check_appends, check_quantize
 from bitdecoding.cute_kernels import compile as compiler
 from bitdecoding.cute_kernels.append import Params
-from bitdecoding.cute_kernels.append_plan import AppendPlan
+from bitdecoding.cute_kernels.append_plan import COUNTER_BYTES, AppendPlan
 from bitdecoding.cute_kernels.cubin import read_cubin
 from dsl import sass
 from ptx_interpreter import Memory, run
@@ -157,7 +157,7 @@ def test_append(n, options, recent, num_sink, dtype, per_cta, packed) -> None:
 def appends(
     n: int, spec: bd.QuantSpec, steps: list, recent: int, num_sink: int, dtype: torch.dtype, per_cta: int
 ) -> dict:
-    workspace = torch.zeros(BATCH, dtype=torch.int32)
+    workspace = torch.zeros(BATCH, COUNTER_BYTES // 4, dtype=torch.int32)
 
     def kernel(cache: dict[str, Tensor], k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         new_tokens = k.shape[1]

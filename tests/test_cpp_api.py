@@ -43,7 +43,7 @@ def build_programs(folder, directory, *options):
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
     """The programs of tests/cpp, with the library of this Python."""
-    command = [Path(sys.executable).parent / "bitdecoding", "cmake-dir"]
+    command = [sys.executable, "-m", "bitdecoding", "cmake-dir"]
     directory = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     return build_programs(tmp_path_factory.mktemp("programs"), directory)
 

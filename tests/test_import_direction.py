@@ -22,7 +22,7 @@ LAYERS = [
     {"bitdecoding.cache", "bitdecoding.policy", "bitdecoding"},
     {"bitdecoding.integrations.*"},
     {"bitdecoding.info", "bitdecoding.models", "bitdecoding.*"},  # what the commands run
-    {"bitdecoding.cli"},
+    {"bitdecoding.cli", "bitdecoding.__main__"},
 ]
 # What a package may import from outside: nothing under cute_kernels knows torch, only the kernels know the compiler.
 FORBIDDEN = {

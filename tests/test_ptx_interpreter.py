@@ -150,6 +150,9 @@ INTEGER = {
     "{ .reg .pred q, z; setp.hi.u32 q|z, {0}, {1}; selp.u32 {d}, 1, 2, z; }": lambda a, b, c: 1 if a <= b else 2,
     "{ .reg .pred q; setp.eq.u32 q, {2}, 0; setp.ge.and.u32 q, {0}, {1}, !q; selp.u32 {d}, 1, 0, q; }":
         lambda a, b, c: int(a >= b and c != 0),
+    "cvt.pack.sat.u4.s32.b32 {d}, {0}, {1}, {2};": (
+        lambda a, b, c: c << 8 | min(max(s32(a), 0), 15) << 4 | min(max(s32(b), 0), 15)
+    ),
     "cvt.u32.u8 {d}, {0};": lambda a, b, c: a & 255,
     "cvt.s32.s8 {d}, {0};": lambda a, b, c: (a & 255) - 256 * (a >> 7 & 1),
     "{ .reg .b16 l, h; mov.b32 {l, h}, {0}; mov.b32 {d}, {h, l}; }": lambda a, b, c: (a << 16) | a >> 16,

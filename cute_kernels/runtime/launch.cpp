@@ -26,6 +26,7 @@ namespace bitdecoding {
 namespace {
 
 constexpr std::int64_t kVectorBytes = 16;
+constexpr std::int64_t kAppendCounterBytes = 128;  // of a sequence, as in cute_kernels/append_plan.py
 
 struct Registered {
   Kernel kernel;
@@ -427,7 +428,7 @@ Status append(int handle, const AppendParams& params, std::int64_t workspace_byt
   }
   if (params.pack_all == 0) {
     BITDECODING_TRY(check_present("workspace", params.workspace));
-    const std::int64_t counters = params.batch * static_cast<std::int64_t>(sizeof(std::int32_t));
+    const std::int64_t counters = params.batch * kAppendCounterBytes;
     if (counters > kCounterBytes) {
       return fail(Status::unsupported_config, "batch=", params.batch, ": one launch would need ", counters,
                   " bytes of counters, ", kCounterBytes, " is the limit");

@@ -115,9 +115,9 @@ struct DecodePlan {
 // sizes and format.
 Status plan_decode(const DecodeProblem& problem, const DeviceInfo& device, DecodePlan* out) noexcept;
 
-// A workspace is zeroed once when it is allocated; kernels leave it zero. So calls of all shapes can share it, as long as
-// they do not run at the same time. It begins with an append's counters, one per sequence.
-constexpr std::int64_t kCounterBytes = 1 << 18;
+// A workspace is zeroed once when it is allocated; kernels leave it zero. So calls of all shapes can share it, as long
+// as they do not run at the same time. It begins with the counters of an append, one per sequence.
+constexpr std::int64_t kCounterBytes = 1 << 22;
 
 // Bytes of workspace for a grid of num_ctas: the counters, then two partial results per CTA.
 std::int64_t decode_workspace_bytes(const KernelConfig& config, std::int64_t num_ctas) noexcept;

@@ -786,8 +786,25 @@ def _cvta(d, ins, m):
 _ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
+def _cvt_pack(d, ins, m):
+    """d = {c << 2 size, a, b}, a and b saturated."""
+    if not m.flag("sat") or m.rest[1:] != ["s32", "b32"] or m.rest[0] not in ("u2", "u4", "u8"):
+        raise UnknownInstruction("types of cvt.pack")
+    size = int(m.rest[0][1:])
+    a, b = (d.source(o, "s32") for o in ins.operands[1:3])
+    c = d.source(ins.operands[3], "b32")
+
+    def pack(r):
+        high, low = (np.clip(r[x], 0, (1 << size) - 1).astype(np.uint32) for x in (a, b))
+        return r[c] << np.uint32(2 * size) | high << np.uint32(size) | low
+
+    return assign(d.destination(ins.operands[0], "b32"), pack)
+
+
 @builder("cvt")
 def _cvt(d, ins, m):
+    if m.flag("pack"):
+        return _cvt_pack(d, ins, m)
     source, target = m.type(), m.type()
     ftz, sat, relu = m.flag("ftz"), m.flag("sat"), m.flag("relu")
     rounding = m.one_of(("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi"), "none")

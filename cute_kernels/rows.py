@@ -1,0 +1,120 @@
+"""Rows of 16-bit tokens on their way to tails and blocks: limits of their values, and rotation.
+
+A row is four lanes', which hold every fourth 16 bytes: strides of the Hadamard butterflies are within a vector, across
+the four lanes, then between a lane's vectors.
+"""
+
+import cutlass
+from cutlass import Boolean, Float32, Int32, cute, range_constexpr
+
+from . import ptx
+from .append_plan import ROW_LANES, VECTOR, WARP_ROWS, AppendPlan
+from .layouts import BLOCK_TOKENS, HALF_BITS
+from .queries import hadamard_lanes, hadamard_registers
+
+# the limit of values, as in quantization.py; rows are rotated without care, and if one of the values is larger than
+# SMALL then, a value before may have been beyond the limit (up to 256 channels: a 16th of it is left), else none was
+LIMIT, SMALL = 32768.0, 1024.0
+# 16-bit patterns: the limit, infinity, and 1024, so small that rotating up to 256 channels reaches no limit
+HALF_LIMIT, HALF_INFINITY, HALF_SMALL = 0x7800, 0x7C00, 0x6400
+BFLOAT_LIMIT, BFLOAT_INFINITY, BFLOAT_SMALL = 0x4700, 0x7F80, 0x4480
+HALF2_ABS = 0x7FFF7FFF
+HALF2_SIGNS = -0x7FFF8000  # 0x80008000
+
+
+class Rows:
+    """Conditions and rotates the rows of one kernel; ``p``: its Params."""
+
+    def __init__(self, plan: AppendPlan):
+        self.plan = plan
+
+    @cute.jit
+    def rotated(self, p, row: list, lane: Int32, masks: list):
+        """A lane's vectors of a row, conditioned, through the Hadamard transform as in quantization.rotate, but for
+        limiting the result: rounding beyond the limit, even to infinity, and limiting commute. masks: the two bits of
+        the lane that tell the four lanes of a row from each other.
+        """
+        registers = [register for vector in row for register in vector]
+        x = [Float32(0.0)] * (2 * len(registers))
+        if p.bfloat16 == 1:
+            x = [value for register in registers for value in ptx.bfloat2_floats(register)]
+        else:
+            x = [value for register in registers for value in ptx.half2_floats(register)]
+        x = hadamard_registers(x, 8)  # strides within a vector
+        x = hadamard_lanes(x, masks, lane)  # strides 8 and, of four lanes, 16
+        x = hadamard_registers(x, self.plan.hadamard >> len(masks), first=8)
+        x = [ptx.multiply(value, Float32(self.plan.hadamard**-0.5)) for value in x]
+        rotated = row
+        if p.bfloat16 == 1:
+            rotated = vectors_of(x, ptx.to_bfloat2)
+        else:
+            rotated = vectors_of(x, ptx.to_half2)
+        return rotated
+
+    def limited(self, p, place: Int32, row: list) -> list:
+        """The lane's vectors of a row conditioned, by way of their place."""
+        step = ROW_LANES * VECTOR
+        for j, vector in enumerate(row):
+            ptx.store_shared(place, step * j, vector)
+        self.limit(p, place)
+        return [ptx.load_shared(place, step * j, 4) for j in range(self.plan.vectors)]
+
+    @cute.jit
+    def limit(self, p, place: Int32):
+        """Condition the lane's vectors of a row at this place: NaN to 0, and within the limit. It is seldom done, so in
+        few instructions.
+        """
+        limit = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_LIMIT), Int32(HALF_LIMIT))
+        infinity = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_INFINITY), Int32(HALF_INFINITY))
+        for j in cutlass.range(self.plan.vectors, unroll=1):
+            at = place + j * (ROW_LANES * VECTOR)
+            ptx.store_shared(at, 0, [conditioned_pair(x, limit, infinity) for x in ptx.load_shared(at, 0, 4)])
+
+    def any_beyond_small(self, p, row: list) -> Boolean:
+        """Whether one of the values is NaN or larger than SMALL."""
+        # what carries larger ones of two at once into the sign bits
+        halves, bfloats = ((0x7FFF - pattern) * 0x10001 for pattern in (HALF_SMALL, BFLOAT_SMALL))
+        excess = cutlass.select_(p.bfloat16 == 1, Int32(bfloats), Int32(halves))
+        beyond = Int32(0)
+        for vector in row:
+            for x in vector:
+                beyond = beyond | ((x & HALF2_ABS) + excess)
+        return (beyond & HALF2_SIGNS) != 0
+
+    @cute.jit
+    def limit_block(self, p, place: Int32):
+        """Condition the rows that the lane has copied vectors of."""
+        for i in cutlass.range(0, BLOCK_TOKENS, self.plan.rows_at_once, unroll=1):
+            self.limit(p, place + i * self.plan.row_bytes)
+
+    @cute.jit
+    def rotate_block(self, p, smem: Int32, warp: Int32, lane: Int32, old: Int32, total: Int32):
+        """Rotate those of the warp's rows that are new: not the first ``old``, which the tail holds rotated; rows from
+        ``total`` on repeat the one before. Eight lanes have vectors of as many rows, so that they use all banks.
+        """
+        own = warp * WARP_ROWS + lane % WARP_ROWS
+        rows = smem + own * self.plan.row_bytes + lane // WARP_ROWS * VECTOR
+        step = ROW_LANES * VECTOR
+        for i in cutlass.range(0, BLOCK_TOKENS, self.plan.rows_at_once, unroll=1):
+            at = rows + i * self.plan.row_bytes
+            row = [ptx.load_shared(at, step * j, 4) for j in range(self.plan.vectors)]
+            row = self.rotated(p, row, lane, [WARP_ROWS, 2 * WARP_ROWS])
+            if cutlass.min(own + i, total - 1) >= old:
+                for j in range_constexpr(self.plan.vectors):
+                    ptx.store_shared(at, step * j, row[j])
+
+
+def vectors_of(x: list, pair_of) -> list:
+    """fp32 values as vectors of 16 bit."""
+    registers = [pair_of(*x[i : i + 2]) for i in range(0, len(x), 2)]
+    return [registers[i : i + 4] for i in range(0, len(registers), 4)]
+
+
+def conditioned_pair(x: Int32, limit: Int32, infinity: Int32) -> Int32:
+    """Two 16-bit values with NaN as 0, and within the limit; in integers, so alike for fp16 and bf16."""
+    halves = []
+    for shift in (0, HALF_BITS):
+        size, sign = x >> shift & 0x7FFF, x >> shift & 0x8000
+        kept = cutlass.min(size, limit) | sign
+        halves.append(cutlass.select_(size > infinity, Int32(0), kept) << shift)
+    return halves[0] | halves[1]
