@@ -57,7 +57,7 @@ class Place(NamedTuple):
 class State(NamedTuple):
     """A warp's running result of a piece; what is subtracted from the scores, ``top``, lies in shared memory."""
 
-    total: list  # rows g (and g + 8) of an accumulator of the sums of P; row n: the warp's for columns 2q, 2q + 1 of tile n
+    total: list  # rows g (and g + 8) of an accumulator of the sums of P; row n: for columns 2q, 2q + 1 of tile n
     out: list  # [m] accumulators of O^T * UNIT, until ``finished``
     parity: Int32  # of the ``free`` barrier
 
