@@ -34,7 +34,7 @@ MAX_REGISTERS = {"bulk": {12: 100, 8: 102, 4: 190, 2: 190, 1: 190}, "cp_async": 
 # first; of the rings the deepest that fits is taken. They beat mma.sync from 16 columns on.
 WGMMA_TILINGS = {
     64: {16: ((8, 4),), 32: ((8, 4),)},
-    128: {16: ((8, 4),), 32: ((12, 4), (8, 4)), 64: ((8, 4), (8, 8))},
+    128: {16: ((8, 4),), 32: ((12, 4), (8, 4)), 64: ((8, 8),)},
     256: {16: ((8, 8),), 32: ((8, 8),)},
 }
 WGMMA_STAGES = (9, 8, 6, 4, 3, 2, 1)

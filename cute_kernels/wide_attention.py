@@ -70,7 +70,7 @@ class WideAttention:
         self.fmt = plan.fmt
         self.k_bits, self.v_bits = plan.quant.k_bits, plan.quant.v_bits
         self.k_per_channel = plan.quant.k_axis == "channel"
-        self.passes = plan.passes
+        self.score_tiles = plan.score_tiles_per_group
         self.value_tiles = plan.value_tiles_per_group
         self.column_tiles = plan.column_tiles
         self.step_bytes = 2 * self.column_tiles * wg.CORE_BYTES  # of a B operand: one k step of 16
@@ -214,44 +214,30 @@ class WideAttention:
         query: descriptor of Q^T; piece_at: address of the Piece; empty: the stage's barrier.
         plain: the piece's blocks from, to which there is no soft cap, nor tokens that are invisible to a query.
         """
-        for tiles in self.passes:
-            state = self.attend_tiles(p, smem, team, stage, folded, empty, query, piece_at, block, plain, state, tiles)
-        return state
-
-    @cute.jit
-    def attend_tiles(
-        self, p: Params, smem: Int32, team: Team, stage: Int32, folded: Int32, empty: Int32, query: Int32,
-        piece_at: Int32, block: Int32, plain: tuple, state: State, tiles
-    ):  # fmt: skip
-        """The part of it that is in some of a warp's score tiles, and in the tokens of those of all warps."""
-        scores = self.scores(team, stage, folded, query, tiles)
+        scores = self.scores(team, stage, folded, query)
         factor = ptx.load_shared_floats(folded, 0, 1)[0]
         values = Values(self, team, stage, folded)
         if (block < plain[0]) | (block >= plain[1]):
             place = self.place(smem)
             piece = load_piece(piece_at)
-            position = piece.first_position + block * BLOCK_TOKENS + place.row + TILE * tiles[0]
+            position = piece.first_position + block * BLOCK_TOKENS + place.row
             scores = self.restricted(p, scores, factor, position, piece.packed_end, self.highs(smem, place))
         scales = []
         for j in range_constexpr(self.plan.p_groups):
             at = folded + self.row_again() * 4
             offset = self.plan.folded_v_scale_at + j * BLOCK_TOKENS * 4
             scales.append(
-                [[ptx.load_shared_floats(at, offset + 4 * (TILE * s + 8 * r), 1)[0] for r in range(2)] for s in tiles]
+                [
+                    [ptx.load_shared_floats(at, offset + 4 * (TILE * s + 8 * r), 1)[0] for r in range(2)]
+                    for s in range(self.score_tiles)
+                ]
             )
-        steps = self.steps(tiles)
         if cutlass.const_expr(self.plan.ahead):
-            values.load(steps[: self.plan.batch])
-        state = self.weigh(smem, team, scores, factor, scales, state, tiles)
+            values.load(0)
+        state = self.weigh(smem, team, scores, factor, scales, state)
         if cutlass.const_expr(not self.plan.ahead):
-            values.load(steps[: self.plan.batch])
-        return self.accumulate(smem, team, values, empty, state, tiles)
-
-    def steps(self, tiles: range) -> list:
-        """k steps of O^T, which are token tiles, that a pass over score tiles has P for."""
-        if len(self.passes) == 1:
-            return list(range(BLOCK_TOKENS // TILE))
-        return [2 * slice_ + tiles[0] for slice_ in range(NUM_SLICES)]
+            values.load(0)
+        return self.accumulate(smem, team, values, empty, state)
 
     def load_words(self, base: Int32, section, slice_: int, wanted: list, shift: Int32 | None) -> dict:
         """(vector, word) -> register of the ``wanted`` Fragments of a slice; base: stage and the lane's part."""
@@ -262,8 +248,6 @@ class WideAttention:
         for vector in sorted({f.vector for f in wanted}):
             used = sorted({f.word for f in wanted if f.vector == vector})
             first, count = used[0], used[-1] - used[0] + 1
-            if count == 3:
-                first, count = 0, vector_words
             offset = section.offset + slice_ * slice_bytes + vector * step + 4 * first
             got = ptx.load_shared(base, offset, count)
             for i, word in enumerate(got):
@@ -287,11 +271,12 @@ class WideAttention:
         found = [ptx.load_shared(folded + team.k_folded, at + kind * 2 * self.plan.head_dim, 4) for kind in range(2)]
         return [tuple([x[2 * i], x[2 * i], x[2 * i + 1], x[2 * i + 1]] for x in found) for i in range(2)]
 
-    def scores(self, team: Team, stage: Int32, folded: Int32, query: Int32, tiles: range) -> list:
+    def scores(self, team: Team, stage: Int32, folded: Int32, query: Int32) -> list:
         """[s] accumulators of K Q^T, to be multiplied by the block's factor."""
         plan = self.plan
         shift = team.k_shift if plan.team_groups == 2 and self.fmt.k_codes.layout(TILE, 0) < WORD_BITS else None
-        rows = self.row_params(team, folded, tiles) if not self.k_per_channel else None
+        tiles = range(self.score_tiles)
+        rows = self.row_params(team, folded) if not self.k_per_channel else None
         query = wg.uniform(query)
         batch = plan.batch
 
@@ -314,9 +299,9 @@ class WideAttention:
                 ahead = load(first + batch)
             a = {}
             for c in range(first, first + batch):
-                for i, s in enumerate(tiles):
-                    by_register = params[c] if self.k_per_channel else self.token_params(rows, params[c], i, c)
-                    a[i, c] = self.k_registers(words, s, c, by_register)
+                for s in tiles:
+                    by_register = params[c] if self.k_per_channel else self.token_params(rows, params[c], s, c)
+                    a[s, c] = self.k_registers(words, s, c, by_register)
             acc = self.issue(acc, a, range(first, first + batch), query, first > 0)
             if first + batch < plan.tiles and first > 0:
                 wg.wait(1)
@@ -340,7 +325,7 @@ class WideAttention:
         wg.commit()
         return acc
 
-    def row_params(self, team: Team, folded: Int32, tiles: range) -> list:
+    def row_params(self, team: Team, folded: Int32) -> list:
         """K per token: [s][channel group] of (scale, offset) of rows g and g + 8."""
         base = folded + team.k_folded
         return [
@@ -351,7 +336,7 @@ class WideAttention:
                 ]
                 for j in range(self.plan.k_groups)
             ]
-            for s in tiles
+            for s in range(self.score_tiles)
         ]
 
     def token_mean(self, folded: Int32, c: int) -> list | None:
@@ -403,7 +388,7 @@ class WideAttention:
         return scores
 
     @cute.jit
-    def weigh(self, smem: Int32, team: Team, scores: list, factor: Float32, scales: list, state: State, tiles):
+    def weigh(self, smem: Int32, team: Team, scores: list, factor: Float32, scales: list, state: State):
         """P = exp2(S factor - top), times the scales of V, to shared memory; the State with new sums.
 
         P is written with the old ``top``; where that was too low, which a barrier finds out, it is raised and P
@@ -412,7 +397,7 @@ class WideAttention:
         total, out, parity = state
         threads = LANES * self.plan.team_warps
         ptx.mbarrier_wait(self.free(smem, team), parity, self.plan.wait)
-        parts, largest = self.write(smem, team, scores, factor, scales, tiles)
+        parts, largest = self.write(smem, team, scores, factor, scales)
         wg.fence_async()
         if wg.barrier_any(team.barrier, threads, largest > P_LIMIT):
             place = self.place(smem)
@@ -421,7 +406,7 @@ class WideAttention:
                 tops.append([Float32(0.0)] * 2)
                 for j in range_constexpr(2):
                     peak = scores[0][4 * n + j]
-                    for s in range_constexpr(len(scores)):
+                    for s in range_constexpr(self.score_tiles):
                         peak = ptx.fmax(peak, ptx.fmax(scores[s][4 * n + j], scores[s][4 * n + j + 2]))
                     for i in range_constexpr(3):
                         peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 4 << i))
@@ -462,7 +447,7 @@ class WideAttention:
                 total[2 * r] = total[2 * r] * shrink[0]
                 total[2 * r + 1] = total[2 * r + 1] * shrink[1]
             again = wg.pin([factor])[0]  # or the compiler would keep all scores times factor from before
-            parts, largest = self.write(smem, team, scores, again, scales, tiles)
+            parts, largest = self.write(smem, team, scores, again, scales)
             wg.fence_async()
             wg.barrier(team.barrier, threads)
         return State(self.summed(total, parts), out, parity)
@@ -486,7 +471,7 @@ class WideAttention:
             total = ptx.mma([*total, *unused], a, [*b, Int32(0)][:2])[: len(total)]
         return total
 
-    def write(self, smem: Int32, team: Team, scores: list, factor: Float32, scales: list, tiles: range) -> tuple:
+    def write(self, smem: Int32, team: Team, scores: list, factor: Float32, scales: list) -> tuple:
         """Write P^T as B operands, one per V group -> [n] half2 sums of P over the lane's rows, the largest of them."""
         parts = []
         largest = Float32(0.0)
@@ -497,15 +482,15 @@ class WideAttention:
             p = {}
             for n in pair:
                 top = ptx.load_shared_floats(tops, 4 * COLUMNS * n, 2)
-                for s in range(len(scores)):
+                for s in range(self.score_tiles):
                     p[n, s] = [ptx.exp2(scores[s][4 * n + i] * factor - top[i % 2]) for i in range(4)]
                 part = [p[n, 0][j] + p[n, 0][j + 2] for j in range(2)]
-                for s in range(1, len(scores)):
+                for s in range(1, self.score_tiles):
                     part = [part[j] + (p[n, s][j] + p[n, s][j + 2]) for j in range(2)]
                 parts.append(ptx.to_half2(*part))
                 largest = ptx.fmax(largest, ptx.fmax(*part))
             for j, scale in enumerate(scales):
-                for s in range(len(scores)):
+                for s in range(self.score_tiles):
                     halves = []
                     for n in pair:
                         for r in range(2):
@@ -513,7 +498,7 @@ class WideAttention:
                             if scale is not None:
                                 x = [v * scale[s][r] for v in x]
                             halves.append(ptx.to_half2(*x))
-                    offset = j * self.plan.p_group_stride + pair[0] * wg.CORE_BYTES + 2 * tiles[s] * k_step
+                    offset = j * self.plan.p_group_stride + pair[0] * wg.CORE_BYTES + 2 * s * k_step
                     wg.store_matrices(team.p_store, offset, halves)
         return parts, largest
 
@@ -528,25 +513,24 @@ class WideAttention:
         return [operand + m * M_TILE // self.plan.quant.v_group * stride for m in range(self.value_tiles)]
 
     @cute.jit
-    def accumulate(self, smem: Int32, team: Team, values, empty: Int32, state: State, tiles):
-        """O^T += V^T P^T of a pass; the last one frees the stage, each frees P."""
+    def accumulate(self, smem: Int32, team: Team, values, empty: Int32, state: State):
+        """O^T += V^T P^T of a block; frees the stage and P."""
         total, out, parity = state
-        steps = self.steps(tiles)
+        steps = BLOCK_TOKENS // TILE
         operands = self.p_operands(team)
         batch = self.plan.batch
-        for first in range_constexpr(0, len(steps), batch):
-            here, following = steps[first : first + batch], steps[first + batch : first + 2 * batch]
-            if cutlass.const_expr(len(following) > 0 and self.plan.ahead):
-                values.load(following)
-            a = values.registers(here)
-            if cutlass.const_expr(len(following) == 0 and tiles == self.passes[-1]):
+        for first in range_constexpr(0, steps, batch):
+            if cutlass.const_expr(first + batch < steps and self.plan.ahead):
+                values.load(first + batch)
+            a = values.registers(first)
+            if cutlass.const_expr(first + batch == steps):
                 cute.arch.sync_warp()
                 wg.mbarrier_arrive_once(empty)
-            out = self.issue(out, a, here, operands, first > 0)
-            if cutlass.const_expr(first > 0 and len(following) > 0):
+            out = self.issue(out, a, range(first, first + batch), operands, first > 0)
+            if cutlass.const_expr(first > 0 and first + batch < steps):
                 wg.wait(1)
-            if cutlass.const_expr(len(following) > 0 and not self.plan.ahead):
-                values.load(following)
+            if cutlass.const_expr(first + batch < steps and not self.plan.ahead):
+                values.load(first + batch)
         wg.wait(0)
         out = [wg.pin(x) for x in out]
         wg.mbarrier_arrive_once(self.free(smem, team))
@@ -558,19 +542,19 @@ class WideAttention:
         runtime = [b for b in range(bits) if b < 2 or (1 << b) >= GROUP_WARPS * self.value_tiles]
         return any(self.fmt.v_codes.layout(0, TILE << b) < WORD_BITS for b in runtime)
 
-    def v_offsets(self, team: Team, folded: Int32, slice_: int, tiles: list) -> list:
+    def v_offsets(self, team: Team, folded: Int32, slice_: int) -> list:
         """[m][token tile of the slice][2] half2: (zero * UNIT) of the pairs of tokens of a lane's A registers."""
         if self.fmt.v_zero is None:
             constant = half2_constant(symmetric_zero(self.v_bits) * UNIT)
-            return [{i: [constant] * 2 for i in tiles}] * self.value_tiles
+            return [[[constant] * 2] * 2] * self.value_tiles
         layout = self.fmt.v_scale.layout
         found = {}
         for m in range(self.value_tiles):
             group = m * M_TILE // self.plan.quant.v_group
             if group not in found:
-                at = self.plan.folded_v_offset_at + 2 * layout(group, SLICE_TOKENS * slice_) + 8 * tiles[0]
-                got = ptx.load_shared(folded + team.v_folded, at, 2 * len(tiles))
-                found[group] = {i: got[2 * n : 2 * n + 2] for n, i in enumerate(tiles)}
+                at = self.plan.folded_v_offset_at + 2 * layout(group, SLICE_TOKENS * slice_)
+                got = ptx.load_shared(folded + team.v_folded, at, 4)
+                found[group] = [got[:2], got[2:]]
         return [found[m * M_TILE // self.plan.quant.v_group] for m in range(self.value_tiles)]
 
     def v_registers(self, words: dict, i: int, m: int, offsets: list) -> list:
@@ -624,48 +608,35 @@ class WideAttention:
         held: Int32, position: Int32, query: Int32, power: Float32, state: State
     ):  # fmt: skip
         """Attend to tokens ``token`` .. ``held`` - 1 of a buffer, 128 at most; its first one is at ``position``."""
-        for tiles in self.passes:
-            state = self.attend_token_tiles(
-                p, smem, team, piece, k, v, capacity, token, held, position, query, power, state, tiles
-            )
-        return state
-
-    @cute.jit
-    def attend_token_tiles(
-        self, p: Params, smem: Int32, team: Team, piece: Piece, k: Int64, v: Int64, capacity: Int32, token: Int32,
-        held: Int32, position: Int32, query: Int32, power: Float32, state: State, tiles
-    ):  # fmt: skip
-        """As :meth:`attend_tiles`, of a buffer."""
         place = self.place(smem)
         query = wg.uniform(query)
         quad = Int64(place.lane & 3) * 4
-        acc = [None for _ in tiles]
+        tiles = self.plan.tiles
+        acc = [None for _ in range(self.score_tiles)]
         rows = [
             [self.address(p, k, piece, capacity, token + place.row + TILE * s + 8 * r, held) + quad for r in range(2)]
-            for s in tiles
+            for s in range(self.score_tiles)
         ]
         batch = self.plan.batch
-        for first in range_constexpr(0, self.plan.tiles, batch):
+        for first in range_constexpr(0, tiles, batch):
             a = {}
-            for i in range_constexpr(len(rows)):
+            for s in range_constexpr(self.score_tiles):
                 keys = [
-                    channel_pair(rows[i][j & 1], c, j >> 1 & 1) for c in range(first, first + batch) for j in range(4)
+                    channel_pair(rows[s][i & 1], c, i >> 1 & 1) for c in range(first, first + batch) for i in range(4)
                 ]
                 keys = self.halves(p, keys)
                 for c in range_constexpr(batch):
-                    a[i, first + c] = keys[4 * c : 4 * c + 4]
+                    a[s, first + c] = keys[4 * c : 4 * c + 4]
             acc = self.issue(acc, a, range(first, first + batch), query, first > 0)
             wg.wait(0)
         acc = [wg.pin(tile) for tile in acc]
-        acc = self.restricted(
-            p, acc, power, position + token + place.row + TILE * tiles[0], position + held, self.highs(smem, place)
-        )
-        state = self.weigh(smem, team, acc, power, [None], state, tiles)
+        acc = self.restricted(p, acc, power, position + token + place.row, position + held, self.highs(smem, place))
+        state = self.weigh(smem, team, acc, power, [None], state)
         total, out, parity = state
         # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)
         channels = quad + Int64(place.channel - (place.lane >> 2)) * 2
         operand = wg.uniform(self.first_operand(team, place))
-        for t in self.steps(tiles):
+        for t in range_constexpr(BLOCK_TOKENS // TILE):
             rows = [
                 self.address(p, v, piece, capacity, token + TILE * t + 8 * r + (place.lane >> 2), held) + channels
                 for r in range(2)
@@ -675,7 +646,7 @@ class WideAttention:
                 values = [channel_pair(rows[i >> 1 & 1], GROUP_WARPS * m, i & 1) for i in range(4)]
                 values = self.halves(p, values)
                 a[m, t] = [ptx.transpose8x8(x) for x in values]
-            out = self.issue(out, a, [t], [operand] * self.value_tiles, False)
+            out = self.issue(out, a, range(t, t + 1), [operand] * self.value_tiles, False)
             wg.wait(0)
             out = [wg.pin(x) for x in out]
         wg.mbarrier_arrive_once(self.free(smem, team))
@@ -734,26 +705,25 @@ class Values:
         self.shift = team.v_shift if attention.v_shares_words() else None
         self.slices = {}
 
-    def load(self, steps: list) -> None:
-        """Load the codes and offsets of some k steps."""
+    def load(self, first: int) -> None:
+        """Load the codes and offsets of k steps first .. first + batch - 1."""
         attention = self.attention
-        for slice_ in sorted({t // 2 for t in steps}):
-            tiles = [t % 2 for t in steps if t // 2 == slice_]
+        for slice_ in range(first // 2, (first + attention.plan.batch) // 2):
             wanted = [
                 f
                 for m in range(attention.value_tiles)
-                for i in tiles
+                for i in range(2)
                 for f in attention.v_fragments[i, GROUP_WARPS * m]
             ]
             words = attention.load_words(
                 self.stage + self.team.v_codes, attention.fmt.v_codes, slice_, wanted, self.shift
             )
-            self.slices[slice_] = words, attention.v_offsets(self.team, self.folded, slice_, tiles)
+            self.slices[slice_] = words, attention.v_offsets(self.team, self.folded, slice_)
 
-    def registers(self, steps: list) -> dict:
+    def registers(self, first: int) -> dict:
         """[m, t] of those k steps."""
         a = {}
-        for t in steps:
+        for t in range(first, first + self.attention.plan.batch):
             words, offsets = self.slices[t // 2]
             for m in range(self.attention.value_tiles):
                 a[m, t] = self.attention.v_registers(words, t % 2, m, offsets)

@@ -13,12 +13,11 @@ from .plan import BARRIER_BYTES, PIECE_WORDS, SLOTS, SMEM_ALIGN, Plan
 GROUP_WARPS = 4  # of a warpgroup
 M_TILE = 64  # rows of one wgmma
 MAX_TEAM = 2  # warpgroups
-MAX_COLUMNS_WHOLE = 32  # for which a warpgroup attends to a whole block at once
 AUXILIARY_WARPS = 4  # a producer and up to three folders; a warpgroup, for setmaxnreg
 REGISTER_STEP = 8
 SM_REGISTERS = 65536
-AUXILIARY_REGISTERS = 72  # what they need, and what they get where the consumers have not enough
-TIGHT_REGISTERS = {3: 56, 4: 32}  # by warpgroups of consumers
+AUXILIARY_REGISTERS = 56  # what they need at least; with accumulators that leave no choice, 32
+TIGHT_REGISTERS = 32
 ALIGN = 16
 PIECE_BYTES = 4 * PIECE_WORDS
 SHARES_BYTES = 32  # the Shares (schedule.py), which the folders leave here
@@ -38,10 +37,7 @@ class WidePlan(Plan):
         self.teams = config.num_warps // self.team_warps
         self.columns = config.q_tile // self.splits  # of a team
         self.column_tiles = self.columns // 8
-        # a warp's score tiles, in passes: with many columns a warpgroup has the registers for one at a time
-        tiles = BLOCK_TOKENS // M_TILE // self.team_groups
-        at_once = 1 if self.columns > MAX_COLUMNS_WHOLE else tiles
-        self.passes = [range(first, first + at_once) for first in range(0, tiles, at_once)]
+        self.score_tiles_per_group = BLOCK_TOKENS // M_TILE // self.team_groups
         self.value_tiles_per_group = self.value_tiles // self.team_groups
         self.chunk = BLOCK_TOKENS  # tokens of a 16-bit unit
         self.states = self.block_groups
@@ -65,7 +61,7 @@ class WidePlan(Plan):
     @cached_property
     def consumer_registers(self) -> int:
         groups = self.warps // GROUP_WARPS
-        others = TIGHT_REGISTERS.get(groups, AUXILIARY_REGISTERS)
+        others = TIGHT_REGISTERS if groups > 3 else AUXILIARY_REGISTERS
         return min((self.start_registers * (groups + 1) - others) // groups // REGISTER_STEP * REGISTER_STEP, 240)
 
     @cached_property
