@@ -279,10 +279,10 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   const std::int64_t ring = stages * (block_bytes(head_dim, quant) + (wide ? folded_bytes(head_dim, quant) : 0));
   const std::int64_t states = wide ? num_warps / warps_per_block : num_warps;
   const std::int64_t scratch = states * q_tile * (head_dim + kRowPad) * static_cast<std::int64_t>(sizeof(float));
-  // two slots of 16-bit queries, a power and a position of each, the piece; one slot of queries as operand and as fetched,
-  // a position of each, two pieces; the first piece
-  const std::int64_t slots = wide ? q_tile * (4 * head_dim + 4) + 2 * kPieceBytes
-                                  : 2 * (q_tile * (2 * head_dim + 8) + kPieceBytes);
+  // two slots of 16-bit queries, a power and a position of each, the piece; one slot of queries as operand and as
+  // fetched, a position of each, two pieces; the first piece
+  const std::int64_t slots =
+      wide ? q_tile * (4 * head_dim + 4) + 2 * kPieceBytes : 2 * (q_tile * (2 * head_dim + 8) + kPieceBytes);
   std::int64_t bytes = ring + scratch + slots + kPieceBytes + kBarrierBytes * (stages + 2);
   if (wide) {  // more barriers: per stage, per team; floats per warp and column, two per team and column; the shares
     constexpr std::int64_t kSharesBytes = 32;
