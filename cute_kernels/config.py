@@ -30,6 +30,7 @@ TILING_OF_TWO_BITS = (12, 2, 12)
 # producer and three merge warps, 12 warps put three on a scheduler (168 registers each), 8 warps two (255); cp.async
 # takes more of them.
 MAX_REGISTERS = {"bulk": {12: 100, 8: 102, 4: 190, 2: 190, 1: 190}, "cp_async": {8: 0, 4: 190, 2: 190, 1: 190}}
+MAX_REGISTERS_OF_TWO_TILES = {"bulk": 170, "cp_async": 190}  # of query columns
 # wgmma kernels, as measured on an H100: head_dim -> query columns of a tile -> (num_warps, warps_per_block), the best
 # first; of the rings the deepest that fits is taken. They beat mma.sync from 16 columns on.
 WGMMA_TILINGS = {
@@ -238,7 +239,10 @@ class KernelConfig(Object):
                     warps_per_block=warps_per_block,
                     stages=stages,
                 )
-                if _registers(config) <= MAX_REGISTERS[config.copy][num_warps] and _fits(config):
+                limit = MAX_REGISTERS[config.copy][num_warps]
+                if columns > MMA_COLUMNS:
+                    limit = min(limit, MAX_REGISTERS_OF_TWO_TILES[config.copy])
+                if _registers(config) <= limit and _fits(config):
                     return config
         config.validate()
         return config

@@ -73,7 +73,8 @@ def test_instructions_in_ptx(arch: str) -> None:
     for config, made in compiled(arch).items():
         bulk = arch in BULK_ARCHS
         assert ("cp.async.bulk.shared::cluster.global" in made.ptx) == bulk, config.name()
-        assert ("cp.async.cg.shared.global" in made.ptx) != bulk, config.name()
+        if config.mma == "mma_sync":  # the others fetch queries so
+            assert ("cp.async.cg.shared.global" in made.ptx) != bulk, config.name()
         assert "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" in made.ptx
         assert "movmatrix.sync.aligned.m8n8.trans.b16" in made.ptx
         assert "ldmatrix" not in made.ptx
