@@ -46,7 +46,7 @@ class Params(NamedTuple):
     sink_k: cute.Pointer  # 16 bit [batch, num_sink, num_kv_heads, head_dim]
     sink_v: cute.Pointer
     status: cute.Pointer  # i32 [1] or null
-    workspace: cute.Pointer  # counters i32 [batch]
+    workspace: cute.Pointer  # counters i32 [batch], COUNTER_BYTES apart; zero between launches
     new_batch_stride: Int64  # bytes, as the others
     new_token_stride: Int64
     new_head_stride: Int64

@@ -18,6 +18,8 @@ BLOCK_SHIFT = BLOCK_TOKENS.bit_length() - 1
 FEW_CTAS = 4  # to a piece: then a piece of two rounds of the consumers stays whole; else of one
 LATE_CTAS = 4  # the last to be launched
 SHORT_UNITS = 16  # of a share: where it is less, shares begin and end where pieces do, though some CTAs get nothing
+USED_CTAS = 15, 16  # where pieces can be divided each for itself among 15 of 16 CTAs, they are, however long
+LATE_SHARE = 8  # what late CTAs lack is at most this part of a share, and of the number of CTAs
 HELD = 2  # sequences whose lengths a lane holds: work for 64 is dealt before they are known for certain
 
 
@@ -36,7 +38,7 @@ class Params(NamedTuple):
     sink_logits: cute.Pointer  # f32 [num_q_heads] or null
     out: cute.Pointer  # like q
     lse: cute.Pointer  # f32 [batch, q_len, num_q_heads] or null
-    workspace: cute.Pointer  # partial results (merge.py), zero between launches
+    workspace: cute.Pointer  # f32 [2 grid, q_tile (head_dim + 2)], partial results (merge.py); zero between launches
     page_stride: Int64  # bytes
     head_stride: Int64  # bytes
     batch: Int32
@@ -288,7 +290,7 @@ class Schedule:
         cta, ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
         base = quotient(total, ctas)
         extra = total - base * ctas
-        late = cutlass.min(self.late_units, cutlass.min(base, ctas) // 8)
+        late = cutlass.min(self.late_units, cutlass.min(base, ctas) // LATE_SHARE)
         late = cutlass.select_(ctas > LATE_CTAS, late, Int32(0))
         extra += (LATE_CTAS + 2) * late  # less than twice the CTAs
         rounds = cutlass.select_(extra >= ctas, Int32(1), Int32(0))
@@ -300,7 +302,9 @@ class Schedule:
                 base = largest * quotient(pieces + ctas - 1, ctas)
                 shares = Shares(base, Int32(0), Int32(0), Int32(-1), Int32(0))
                 x, end = cutlass.min(shares.start(cta), total), cutlass.min(shares.start(cta + 1), total)
-            elif (pieces <= ctas) & ((largest <= SHORT_UNITS * of_piece) | (16 * pieces * of_piece >= 15 * ctas)):
+            elif (pieces <= ctas) & (
+                (largest <= SHORT_UNITS * of_piece) | (USED_CTAS[1] * pieces * of_piece >= USED_CTAS[0] * ctas)
+            ):
                 base = cutlass.max(quotient(largest + of_piece - 1, of_piece), self.round_units)
                 of_piece = quotient(largest + base - 1, base)
                 piece = quotient(cta, of_piece)
