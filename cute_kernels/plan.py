@@ -12,6 +12,8 @@ BARRIER_BYTES = 8
 QUERY_VECTOR = 16  # bytes
 QUAD = 4  # floats of a 16-byte vector
 WARM_BYTES = 128 << 10  # per SM, a third of L2 in all: what memory delivers between two kernels
+# with twelve consumer warps a thread starts with 128 registers: 12 x 136 + 4 x 104 are all that an SM has, too
+MOVING_WARPS, CONSUMER_REGISTERS, OTHERS_REGISTERS = 12, 136, 104
 LATE_BYTES = 80 << 10  # what an SM reads in the two microseconds that some CTAs begin later than the others
 SLOTS = 2  # the next piece is prepared while the consumers are at a piece
 PIECE_WORDS = 20  # of a Piece (schedule.py)
@@ -54,15 +56,15 @@ class Plan:
 
     @cached_property
     def moves_registers(self) -> bool:
-        return self.warps == 12 and self.config.arch == "sm90a"
+        return self.warps == MOVING_WARPS and self.config.arch == "sm90a" and self.config.ctas_per_sm == 1
 
     @cached_property
     def consumer_registers(self) -> int:
-        return 136
+        return CONSUMER_REGISTERS
 
     @cached_property
     def auxiliary_registers(self) -> int:
-        return 104
+        return OTHERS_REGISTERS
 
     # shared memory: ring | merge scratch | piece slots | first piece | barriers of the ring and of the scratch: full,
     # empty | barriers of the piece slots: full

@@ -297,6 +297,7 @@ def test_smem_bytes_is_what_the_kernel_plans(fields):
         ({"copy": "cp_async"}, UnsupportedConfig, "copy=cp_async"),
         ({"head_dim": 96, "quant": QuantSpec(v_group=32)}, UnsupportedConfig, "head_dim=96"),
         ({"quant": QuantSpec(v_group=32)}, UnsupportedConfig, "v_group=32: mma=wgmma has 64 and 128"),
+        ({"head_dim": 64, "quant": QuantSpec(v_group=64), "ctas_per_sm": 2}, UnsupportedConfig, "ctas_per_sm=2: mma=w"),
         ({"warps_per_block": 2}, InvalidArgument, "warps_per_block=2"),
         ({"q_tile": 136}, InvalidArgument, "q_tile=136: allowed are the multiples of 8 up to 128"),
         ({"q_tile": 24, "num_warps": 16, "warps_per_block": 16}, UnsupportedConfig, "q_tile=24"),
@@ -305,6 +306,15 @@ def test_smem_bytes_is_what_the_kernel_plans(fields):
 def test_wgmma_is_checked(fields, error, message):
     with pytest.raises(error, match=message):
         KernelConfig(**({"mma": "wgmma"} | fields)).validate()
+
+
+@pytest.mark.parametrize(("fields", "moves"), [({}, True), ({"ctas_per_sm": 2}, False), ({"arch": "sm120"}, False)])
+def test_registers_move_only_within_a_whole_sm(fields, moves):
+    quant = QuantSpec(k_bits=2, v_bits=2, v_group=64)
+    config = KernelConfig(**({"arch": "sm90a", "head_dim": 64, "quant": quant, "num_warps": 12, "warps_per_block": 2,
+                              "stages": 6} | fields))  # fmt: skip
+    config.validate()
+    assert decode_plan(config).moves_registers == moves
 
 
 def test_for_problem_rejects_head_counts():

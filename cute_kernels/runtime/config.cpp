@@ -90,6 +90,9 @@ Status check_wgmma(const KernelConfig& config) {
   if (config.quant.v_group < 64) {
     return fail(Status::unsupported_config, "v_group=", config.quant.v_group, ": mma=wgmma has 64 and 128");
   }
+  if (config.ctas_per_sm > 1) {  // it hands out all registers of an SM
+    return fail(Status::unsupported_config, "ctas_per_sm=", config.ctas_per_sm, ": mma=wgmma has 1");
+  }
   const WideTiling tiling(config);
   if (config.q_tile % (8 * tiling.splits) != 0) {
     return fail(Status::unsupported_config, "q_tile=", config.q_tile, ": warps_per_block=", config.warps_per_block,
