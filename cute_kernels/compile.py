@@ -29,7 +29,8 @@ from .layouts import HEAD_DIMS
 from .merge_plan import MergePartsPlan
 from .pack import DSL, CompiledKernel, describe_pack, source_digest, write_pack
 from .plan import Plan
-from .wide_plan import decode_plan
+from .tile_plan import TilePlan, decode_plan
+from .wide_plan import WidePlan
 
 # "a": instructions of this architecture only; "f": runs on its family (sm_100 and 103, sm_120 and 121)
 GPU_ARCHS = {"sm80": "sm_80", "sm89": "sm_89", "sm90a": "sm_90a", "sm100": "sm_100f", "sm120": "sm_120f"}
@@ -76,11 +77,12 @@ def _compile(config: KernelConfig) -> Compiled:
     os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"  # packs are the cache
     from cutlass import Int32, cute
 
-    from . import append, decode, merge_parts, wide
+    from . import append, decode, merge_parts, tiles, wide
 
+    of_plan = {Plan: decode.DecodeKernel, WidePlan: wide.WideKernel, TilePlan: tiles.TileKernel}
     kernel, module = {
         "append": (append.AppendKernel, append),
-        "decode": (wide.WideKernel if config.mma == "wgmma" else decode.DecodeKernel, decode),
+        "decode": (of_plan.get(type(plan_of(config))), decode),
         "merge": (merge_parts.MergePartsKernel, merge_parts),
     }[config.kind]
     options = f"--gpu-arch {arch} --keep-ptx --keep-cubin"

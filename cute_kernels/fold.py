@@ -138,7 +138,7 @@ class Fold:
     def values(self, stage: Int32, folded: Int32, valid: Int32, lane: Int32):
         """A lane has the pairs of tokens 2 lane and 2 lane + 64."""
         layout = self.fmt.v_scale.layout  # (channel group, token) -> fp16 element
-        pairs = at_runtime(lambda pair: 2 * layout(0, 2 * pair), lane, LANES)
+        pairs = self.pairs(lane)
         for i in range_constexpr(BLOCK_TOKENS // 2 // LANES):
             token = 2 * (lane + LANES * i)
             for j in range_constexpr(self.plan.v_groups):
@@ -153,6 +153,48 @@ class Fold:
                     zero = [cutlass.select_(token + e < valid, zero[e] * UNIT, Float32(0.0)) for e in range(2)]
                     target = self.plan.folded_v_offset_at + at
                     ptx.store_shared(folded + pairs, target, [ptx.to_half2(zero[0], zero[1])])
+
+    def pairs(self, lane: Int32) -> Int32:
+        """Offset of the tokens 2 lane in V's parameters."""
+        return at_runtime(lambda pair: 2 * self.fmt.v_scale.layout(0, 2 * pair), lane, LANES)
+
+
+class TileFold(Fold):
+    """The same for kernels with dequantised tiles, where V is written as K is: scale * (q + zero) / (2^9 2^e), with 2^e
+    the largest scale of V in the block; e goes to the softmax (tile_attention.py).
+    """
+
+    @cute.jit
+    def values(self, stage: Int32, folded: Int32, valid: Int32, lane: Int32):
+        layout = self.fmt.v_scale.layout
+        pairs = self.pairs(lane)
+        largest = Float32(0.0)
+        for i in range_constexpr(BLOCK_TOKENS // 2 // LANES):
+            for j in range_constexpr(self.plan.v_groups):
+                scale = self.pair(stage + pairs, self.fmt.v_scale, 2 * layout(j, 2 * LANES * i))
+                for e in range_constexpr(2):
+                    held = 2 * (lane + LANES * i) + e < valid
+                    largest = ptx.fmax(largest, cutlass.select_(held, scale[e], Float32(0.0)))
+        step, inverse = self.exponent(largest)
+        ptx.store_shared(folded, 4, [ptx.floating((ptx.bits(step) >> 23) - 127)])  # e
+        for i in range_constexpr(BLOCK_TOKENS // 2 // LANES):
+            for j in range_constexpr(self.plan.v_groups):
+                at = 2 * layout(j, 2 * LANES * i)
+                scale = self.pair(stage + pairs, self.fmt.v_scale, at)
+                zero = [Float32(symmetric_zero(self.quant.v_bits))] * 2
+                if cutlass.const_expr(self.fmt.v_zero is not None):
+                    zero = self.pair(stage + pairs, self.fmt.v_zero, at)
+                multiplier, offset = [], []
+                for e in range_constexpr(2):
+                    held = 2 * (lane + LANES * i) + e < valid
+                    relative = scale[e] * inverse
+                    multiplier.append(cutlass.select_(held, relative * LARGEST_POWER, Float32(0.0)))
+                    offset.append(cutlass.select_(held, relative * zero[e] * UNIT, Float32(0.0)))
+                ptx.store_shared(folded + pairs, self.plan.folded_v_multiplier_at + at, [ptx.to_half2(*multiplier)])
+                ptx.store_shared(folded + pairs, self.plan.folded_v_offset_at + at, [ptx.to_half2(*offset)])
+
+    def pair(self, base: Int32, section, at: int) -> tuple:
+        return ptx.half2_floats(ptx.load_shared(base, section.offset + at, 1)[0])
 
 
 def at_runtime(place, index: Int32, count: int) -> Int32:

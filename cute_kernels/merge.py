@@ -90,8 +90,7 @@ class Merge:
         part = member
         while part * LANES < piece.columns * self.plan.items:
             column, item, inside = self.item(part * LANES + lane, piece.columns)
-            row = smem + self.plan.scratch_at + column * self.plan.row_bytes
-            peak, weight, value = self.combine_warps(row, item)
+            peak, weight, value = self.combine_warps(smem, column, item)
             if piece.ctas == 1:
                 self.store_output(p, piece, lane, column, item, inside, peak, weight, value)
             else:
@@ -137,8 +136,9 @@ class Merge:
                 if lane < 4:
                     ptx.store_shared(row, 4 * self.plan.head_dim, [state.top[n][j], state.total[n][j]])
 
-    def combine_warps(self, row: Int32, item: Int32) -> tuple:
-        """Merge the results of the CTA's warps for an item of a column; ``row``: of the first warp, in the scratch."""
+    def combine_warps(self, smem: Int32, column: Int32, item: Int32) -> tuple:
+        """Merge the results of the CTA's warps for an item of a column."""
+        row = smem + self.plan.scratch_at + column * self.plan.row_bytes  # of the first warp
         step = self.plan.q_tile * self.plan.row_bytes
         states, values = [], []
         for w in range(self.plan.states):

@@ -136,7 +136,12 @@ def sign_mask(x: Int32) -> Int32:
 
 
 def mul_half2(a: Int32, b: Int32) -> Int32:
-    return asm("mul.rn.f16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[a, b])
+    """a b; b may be a constant, which the instruction takes from a register only."""
+    return asm(
+        "{ .reg .b32 b; mov.b32 b, {$r1}; mul.rn.f16x2 {$w0}, {$r0}, b; }",
+        write_only_types=[Int32],
+        read_only_args=[a, b],
+    )
 
 
 def min_max(a: Int32, b: Int32, bfloat: bool, function: str) -> Int32:

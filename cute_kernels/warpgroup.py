@@ -89,13 +89,14 @@ def fence_async() -> None:
     asm("fence.proxy.async.shared::cta;")
 
 
-def store_matrices(address: Int32, offset: int, values: list) -> None:
-    """``stmatrix.trans``: 2 or 4 8x8 fp16 matrices in accumulator order; lane 8 i + r has the address of column r of
-    matrix i.
+def store_matrices(address: Int32, offset: int, values: list, transposed: bool = True) -> None:
+    """``stmatrix``: 2 or 4 8x8 fp16 matrices in fragment order; lane 8 i + r has the address of row r of matrix i, of
+    its column r if ``transposed``.
     """
     regs = ",".join(f"{{$r{i + 1}}}" for i in range(len(values)))
+    trans = ".trans" if transposed else ""
     asm(
-        f"stmatrix.sync.aligned.m8n8.x{len(values)}.trans.shared.b16 [{{$r0}}+{offset}], {{{regs}}};",
+        f"stmatrix.sync.aligned.m8n8.x{len(values)}{trans}.shared.b16 [{{$r0}}+{offset}], {{{regs}}};",
         read_only_args=[address, *values],
     )
 

@@ -52,7 +52,7 @@ class WideKernel(DecodeKernel):
         if thread == 0:
             for stage in range_constexpr(plan.stages):
                 ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1)
-                ptx.mbarrier_init(smem + (plan.ready_at + BARRIER_BYTES * stage), 1)
+                ptx.mbarrier_init(smem + (plan.ready_at + BARRIER_BYTES * stage), LANES)
                 ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), plan.warps_per_block)
             ptx.mbarrier_init(smem + plan.slot_full_at, 2 * LANES * plan.folders)
             ptx.mbarrier_init(smem + plan.slot_empty_at, plan.warps)
@@ -101,8 +101,7 @@ class WideKernel(DecodeKernel):
                 folded = smem + plan.folded_at + stage * plan.folded_bytes
                 in_block = valid - block * BLOCK_TOKENS
                 self.fold.block(smem + stage * plan.fmt.block_bytes, folded, in_block, power, lane)
-                cute.arch.sync_warp()
-                wg.mbarrier_arrive_once(smem + plan.ready_at + stage * BARRIER_BYTES)
+                ptx.mbarrier_arrive(smem + plan.ready_at + stage * BARRIER_BYTES)
                 block += plan.folders
                 stage += plan.folders
                 if stage >= plan.stages:

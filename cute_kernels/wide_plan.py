@@ -155,9 +155,13 @@ class WidePlan(Plan):
         return self.folded_k_at + size
 
     @cached_property
+    def keeps_mean(self) -> bool:
+        """Whether K's mean is apart from its offsets."""
+        return self.quant.k_axis == "token" and self.quant.k_mean == "block"
+
+    @cached_property
     def folded_v_offset_at(self) -> int:
-        keeps_mean = self.quant.k_axis == "token" and self.quant.k_mean == "block"
-        return self.folded_mean_at + (self.head_dim * 2 if keeps_mean else 0)
+        return self.folded_mean_at + (self.head_dim * 2 if self.keeps_mean else 0)
 
     @cached_property
     def folded_v_scale_at(self) -> int:
@@ -172,7 +176,3 @@ class WidePlan(Plan):
         """Between P of one V group and the next, of a team's columns."""
         return self.columns * BLOCK_TOKENS * 2
 
-
-def decode_plan(config) -> Plan:
-    """The plan of a decode kernel."""
-    return WidePlan(config) if config.mma == "wgmma" else Plan(config)

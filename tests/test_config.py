@@ -10,7 +10,7 @@ from bitdecoding.cute_kernels import config as config_module
 from bitdecoding.cute_kernels import native
 from bitdecoding.cute_kernels.compile import MANIFEST_HEAD_DIMS, preset_specs
 from bitdecoding.cute_kernels.layouts import FORMAT_VERSION, GROUPS, block_format
-from bitdecoding.cute_kernels.wide_plan import decode_plan
+from bitdecoding.cute_kernels.tile_plan import decode_plan
 
 from bitdecoding import PRESETS, InvalidArgument, KernelConfig, QuantSpec, UnsupportedConfig, preset
 

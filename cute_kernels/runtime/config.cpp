@@ -49,15 +49,36 @@ struct WideTiling {
   std::int64_t splits, teams, columns;
 };
 
-// Bytes of a stage's folded parameters.
-std::int64_t folded_bytes(std::int64_t head_dim, const QuantSpec& q) {
+// From this many query columns on, kernels with wgmma dequantise tiles (cute_kernels/tiles.py).
+constexpr std::int64_t kMinTileColumns = 64;
+
+bool has_tiles(const KernelConfig& config) { return config.mma == "wgmma" && config.q_tile >= kMinTileColumns; }
+
+// Bytes of a stage's folded parameters. V has scales as fp32 and, unless symmetric, offsets as fp16; for tiles both as
+// fp16.
+std::int64_t folded_bytes(std::int64_t head_dim, const QuantSpec& q, bool tiles) {
   constexpr std::int64_t kFactorBytes = 16;
   constexpr std::int64_t kHalf = 2, kFloat = 4;
   const std::int64_t v_params = head_dim / q.v_group * kBlockTokens;
-  std::int64_t bytes = kFactorBytes + v_params * kFloat + (q.v_symmetric ? 0 : v_params * kHalf);
+  std::int64_t bytes = kFactorBytes;
+  bytes += tiles ? v_params * 2 * kHalf : v_params * kFloat + (q.v_symmetric ? 0 : v_params * kHalf);
   if (q.k_axis == "channel") return bytes + kBlockTokens / q.k_group * 2 * head_dim * kHalf;
   bytes += head_dim / q.k_group * kBlockTokens * 4 * kHalf;
   return bytes + (q.k_mean == "block" ? head_dim * kHalf : 0);
+}
+
+// As in cute_kernels/tile_plan.py: ring, two stages of tiles, queries as fetched, pieces, barriers, results' states.
+std::int64_t tile_smem_bytes(const KernelConfig& c) {
+  constexpr std::int64_t kHalf = 2, kBarrierBytes = 8, kPieceBytes = 80, kRowPadBytes = 16, kSharesBytes = 32;
+  constexpr std::int64_t kTiles = 4, kBarriersOfStage = 3, kBarriersOfSlots = 4, kBarriersOfTiles = 8;
+  constexpr std::int64_t kTileParamsBytes = 2 * 16, kPlacesBytes = 16, kStateBytes = 8;
+  const std::int64_t ring = c.stages * (block_bytes(c.head_dim, c.quant) + folded_bytes(c.head_dim, c.quant, true));
+  std::int64_t bytes = round_up(ring, kSmemAlign) + kTiles * kBlockTokens * c.head_dim * kHalf;
+  bytes += c.q_tile * (c.head_dim * kHalf + kRowPadBytes) + 3 * kPieceBytes;
+  bytes += kBarrierBytes * (kBarriersOfStage * c.stages + kBarriersOfSlots + kBarriersOfTiles);
+  bytes = round_up(bytes, 16) + kTileParamsBytes + kPlacesBytes;
+  bytes += c.num_warps / c.warps_per_block * c.q_tile * kStateBytes + kSharesBytes;
+  return round_up(bytes, kSmemAlign);
 }
 
 // Kernels of the other kinds have no tiling: its fields are at their defaults, so that the name says all.
@@ -92,6 +113,16 @@ Status check_wgmma(const KernelConfig& config) {
   }
   if (config.ctas_per_sm > 1) {  // it hands out all registers of an SM
     return fail(Status::unsupported_config, "ctas_per_sm=", config.ctas_per_sm, ": mma=wgmma has 1");
+  }
+  if (has_tiles(config)) {
+    BITDECODING_TRY(check_one_of("q_tile", config.q_tile, {64, 128}));
+    BITDECODING_TRY(check_one_of("num_warps", config.num_warps, {8}));
+    BITDECODING_TRY(check_one_of("warps_per_block", config.warps_per_block, {config.q_tile / 16}));
+    if (config.head_dim > 128) {
+      return fail(Status::unsupported_config, "q_tile=", config.q_tile, ": head_dim=", config.head_dim,
+                  " with mma=wgmma has less than 64");
+    }
+    return Status::ok;
   }
   const WideTiling tiling(config);
   if (config.q_tile % (8 * tiling.splits) != 0) {
@@ -279,7 +310,8 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   constexpr std::int64_t kBarrierBytes = 16;  // two mbarriers: per stage, of the scratch, of the slots
   constexpr std::int64_t kPieceBytes = 80;
   const bool wide = mma == "wgmma";
-  const std::int64_t ring = stages * (block_bytes(head_dim, quant) + (wide ? folded_bytes(head_dim, quant) : 0));
+  if (has_tiles(*this)) return tile_smem_bytes(*this);
+  const std::int64_t ring = stages * (block_bytes(head_dim, quant) + (wide ? folded_bytes(head_dim, quant, false) : 0));
   const std::int64_t states = wide ? num_warps / warps_per_block : num_warps;
   const std::int64_t scratch = states * q_tile * (head_dim + kRowPad) * static_cast<std::int64_t>(sizeof(float));
   // two slots of 16-bit queries, a power and a position of each, the piece; one slot of queries as operand and as

@@ -1,0 +1,121 @@
+"""The constants of a wgmma kernel with dequantised tiles (tiles.py): warps, registers, shared-memory plan."""
+
+from functools import cached_property
+
+from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES
+from .plan import BARRIER_BYTES, SMEM_ALIGN, Plan
+from .wide_plan import AUXILIARY_WARPS, GROUP_WARPS, M_TILE, WidePlan
+
+MIN_Q_TILE = 64  # query columns: a wgmma's rows
+WRITER_WARPS = NUM_SLICES  # a warp writes the V of a slice
+TILE_STAGES = 2  # of K and V in fp16
+PARAMS_WORDS = 4  # of a tile: factor, exponent of V's unit, padding
+ROW_PAD_BYTES = 16  # behind a fetched query row: spreads the rows over banks
+STATE_BYTES = 8  # maximum and sum of a row
+# of a thread; 512 threads in all. Consumers: scores, O, queries as A registers
+CONSUMER_REGISTERS, WRITER_REGISTERS, AUXILIARY_REGISTERS = 200, 64, 48
+
+
+class TilePlan(WidePlan):
+    """Read-only; sizes in bytes where the name says so."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.groups = self.warps // GROUP_WARPS  # consumer warpgroups
+        self.states = self.block_groups  # results of a piece that the CTA merges
+        self.folders = next(n for n in (3, 2, 1) if self.stages % n == 0)
+        self.auxiliaries = self.warps + WRITER_WARPS  # the first warp of the last warpgroup
+        self.threads = LANES * (self.auxiliaries + AUXILIARY_WARPS)
+        self.slot_readers = self.warps + WRITER_WARPS
+        self.key_columns = BLOCK_TOKENS // 8  # core matrices of K along its n: tokens
+        self.value_columns = self.head_dim // 8  # of V^T: channels
+
+    @cached_property
+    def consumer_registers(self) -> int:
+        return CONSUMER_REGISTERS
+
+    @cached_property
+    def writer_registers(self) -> int:
+        return WRITER_REGISTERS
+
+    @cached_property
+    def auxiliary_registers(self) -> int:
+        return AUXILIARY_REGISTERS
+
+    # shared memory: ring | folded parameters | tiles [stage][K, V^T] | fetched queries | Pieces | first Piece | barriers
+    # as in WidePlan, then of the tiles: K and V, full and empty | tile parameters | places and states of results | Shares
+
+    @cached_property
+    def tiles_at(self) -> int:
+        return -(-(self.folded_at + self.stages * self.folded_bytes) // SMEM_ALIGN) * SMEM_ALIGN
+
+    @cached_property
+    def tile_bytes(self) -> int:
+        """Of K, or V^T; also of the results of 64 rows, which take its place."""
+        return BLOCK_TOKENS * self.head_dim * 2
+
+    @cached_property
+    def result_row_bytes(self) -> int:
+        return self.tile_bytes // M_TILE
+
+    @cached_property
+    def slots_at(self) -> int:
+        return self.tiles_at + TILE_STAGES * 2 * self.tile_bytes
+
+    @cached_property
+    def fetched_offset(self) -> int:
+        return 0
+
+    @cached_property
+    def fetched_row_bytes(self) -> int:
+        return self.head_dim * 2 + ROW_PAD_BYTES
+
+    @cached_property
+    def piece_offset(self) -> int:
+        return self.q_tile * self.fetched_row_bytes
+
+    @cached_property
+    def tile_barriers_at(self) -> int:
+        """[K full, K empty, V full, V empty][tile stage]."""
+        return self.ready_at + self.stages * BARRIER_BYTES
+
+    @cached_property
+    def tile_params_at(self) -> int:
+        end = self.tile_barriers_at + 4 * TILE_STAGES * BARRIER_BYTES
+        return -(-end // 16) * 16
+
+    @cached_property
+    def places_at(self) -> int:
+        """Addresses of the results, one per state."""
+        return self.tile_params_at + TILE_STAGES * 4 * PARAMS_WORDS
+
+    @cached_property
+    def sums_at(self) -> int:
+        """[state][row] of maximum, sum."""
+        return self.places_at + 16
+
+    @cached_property
+    def shares_at(self) -> int:
+        return self.sums_at + self.states * self.q_tile * STATE_BYTES
+
+    # a stage's folded parameters: factor f32, exponent of V's unit f32 | K as in WidePlan
+    # | V: multiplier, offset [channel group][token] in B order
+
+    @cached_property
+    def folded_v_multiplier_at(self) -> int:
+        return self.folded_mean_at + (self.head_dim * 2 if self.keeps_mean else 0)
+
+    @cached_property
+    def folded_v_offset_at(self) -> int:
+        return self.folded_v_multiplier_at + self.v_groups * BLOCK_TOKENS * 2
+
+    @cached_property
+    def folded_bytes(self) -> int:
+        return self.folded_v_offset_at + self.v_groups * BLOCK_TOKENS * 2
+
+
+def decode_plan(config) -> Plan:
+    """The plan of a decode kernel."""
+    if config.mma != "wgmma":
+        return Plan(config)
+    return TilePlan(config) if config.q_tile >= MIN_Q_TILE else WidePlan(config)

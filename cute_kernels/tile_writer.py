@@ -1,0 +1,243 @@
+"""Tiles of K and V^T in fp16, written by a warpgroup from blocks and 16-bit tokens, in the order in which wgmma reads B.
+
+A tile is made of core matrices (warpgroup.py), 8 of k by 8 of n: K has tokens as n and channels as k, V^T channels as n
+and tokens as k. An A fragment of the packed words, 16 x 16, is four core matrices: one stmatrix. Of its registers each
+is one AND and one HFMA2 with a folded multiplier and offset (fold.py), which for V and K per channel belong to columns
+of the fragment: so a warp has channels of K and tokens of V for its own, and loads their parameters once.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import cutlass
+from cutlass import Int32, Int64, cute, range_constexpr
+
+from . import ptx
+from . import warpgroup as wg
+from .attention import saturated
+from .fold import at_runtime
+from .fragments import extract, fragments, half2_constant
+from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, Section
+from .schedule import Params, Piece
+from .tile_plan import WRITER_WARPS, TilePlan
+
+PAIR = 2 * TILE  # channels of two channel tiles, which share vectors of K
+CHUNK = wg.CORE_ROW_BYTES // 2  # values of a core matrix's row
+QUAD_LANES = 4  # that share a row of a fragment
+VECTORS_AT_ONCE = 4  # of codes that a lane loads before it uses them
+
+
+class Tile(NamedTuple):
+    """An A fragment of a warp's part of a block."""
+
+    slice: int  # of the warp's
+    t: int  # token tile of the slice
+    c: int  # channel tile, of the first warp
+    fragments: list  # by A register
+
+
+class Multiplier:
+    """A half2 that scales codes read from any of their bits, made when first asked for (trace time)."""
+
+    def __init__(self, register: Int32):
+        self.made = {0: register}
+
+    def at(self, bit: int) -> Int32:
+        if bit not in self.made:
+            self.made[bit] = ptx.mul_half2(self.made[0], half2_constant(2.0**-bit))
+        return self.made[bit]
+
+
+class TileWriter:
+    """Writes the tiles of one kernel."""
+
+    def __init__(self, plan: TilePlan):
+        self.plan = plan
+        self.fmt = plan.fmt
+        self.quant = plan.quant
+        self.k_fragments = fragments(self.fmt.k_codes, "k", plan.head_dim, self.fmt.k_vector_words)
+        self.v_fragments = fragments(self.fmt.v_codes, "v", plan.head_dim, self.fmt.v_vector_words)
+        self.key_step = plan.key_columns * wg.CORE_BYTES  # bytes from 8 of k to the next
+        self.value_step = plan.value_columns * wg.CORE_BYTES
+        # K is dealt to the warps by pairs of channel tiles and, if there are less of these than warps, by slices
+        self.pair_warps = min(WRITER_WARPS, plan.head_dim // PAIR)
+        self.key_slices = NUM_SLICES * self.pair_warps // WRITER_WARPS
+
+    # -- blocks ------------------------------------------------------------------------------------------------------
+
+    def keys(self, stage: Int32, folded: Int32, tile: Int32, warp: Int32, lane: Int32) -> None:
+        """The warp's part of K of the block in ``stage``."""
+        layout = self.fmt.k_codes.layout
+        pair, part = warp % self.pair_warps, warp // self.pair_warps
+        codes = stage + lane * (layout(0, 2) // 8) + part * (self.key_slices * layout(SLICE_TOKENS, 0) // 8)
+        codes += at_runtime(lambda i: layout(0, PAIR * i) // 8, pair, self.pair_warps)
+        target = tile + core_row(lane, self.key_step) + pair * (PAIR // CHUNK * self.key_step)
+        target += part * (self.key_slices * SLICE_TOKENS // CHUNK * wg.CORE_BYTES)
+        for first in range(0, self.plan.tiles, 2 * self.pair_warps):
+            tiles = [
+                Tile(s, t, c, self.k_fragments[t, c])
+                for s in range(self.key_slices)
+                for t in range(2)
+                for c in (first, first + 1)
+            ]
+            by_channel = self.quant.k_axis == "channel"
+            params = (self.channel_params if by_channel else self.token_params)(folded, pair, part, first, lane)
+            self.write(codes, self.fmt.k_codes, self.fmt.k_vector_words, self.quant.k_bits, tiles, params, self.key_at, target)
+
+    def values(self, stage: Int32, folded: Int32, tile: Int32, warp: Int32, lane: Int32) -> None:
+        """The warp's slice of V."""
+        layout = self.fmt.v_codes.layout
+        codes = stage + lane * (layout(2, 0) // 8) + warp * (layout(SLICE_TOKENS, 0) // 8)
+        target = tile + core_row(lane, self.value_step) + warp * (SLICE_TOKENS // CHUNK * self.value_step)
+        tiles = [Tile(0, t, c, self.v_fragments[t, c]) for t in range(2) for c in range(self.plan.tiles)]
+        params = self.value_params(folded, warp, lane)
+        self.write(codes, self.fmt.v_codes, self.fmt.v_vector_words, self.quant.v_bits, tiles, params, self.value_at, target)
+
+    def write(
+        self, codes: Int32, section: Section, vector_words: int, bits: int, tiles: list, params: Callable, at: Callable,
+        target: Int32
+    ) -> None:  # fmt: skip
+        """Dequantise and store a warp's tiles. codes: address of the first warp's and lane's; params: of a Tile the
+        Multipliers and offsets by A register; at: its place behind ``target``.
+        """
+        tiles = sorted(tiles, key=lambda tile: (tile.slice, tile.fragments[0].vector))
+        vectors = list(dict.fromkeys((tile.slice, tile.fragments[0].vector) for tile in tiles))
+        for first in range(0, len(vectors), VECTORS_AT_ONCE):
+            words = {}
+            for s, vector in vectors[first : first + VECTORS_AT_ONCE]:
+                mine = [tile for tile in tiles if (tile.slice, tile.fragments[0].vector) == (s, vector)]
+                used = sorted({f.word for tile in mine for f in tile.fragments})
+                offset = s * (section.nbytes // NUM_SLICES) + 4 * (vector * LANES * vector_words + used[0])
+                got = ptx.load_shared(codes, section.offset + offset, used[-1] - used[0] + 1)
+                words[s, vector] = dict(enumerate(got, used[0]))
+            for tile in tiles:
+                vector = tile.fragments[0].vector
+                if (tile.slice, vector) in words:
+                    multipliers, offsets = params(tile)
+                    found = {vector: words[tile.slice, vector]}
+                    a = [
+                        wg.fma_half2(extract(found, f, bits), multipliers[r].at(f.bit % 8), offsets[r])
+                        for r, f in enumerate(tile.fragments)
+                    ]
+                    wg.store_matrices(target, at(tile), a, transposed=False)
+
+    def key_at(self, tile: Tile) -> int:
+        token = tile.slice * SLICE_TOKENS + tile.t * TILE
+        return tile.c * (TILE // CHUNK * self.key_step) + token // CHUNK * wg.CORE_BYTES
+
+    def value_at(self, tile: Tile) -> int:
+        return tile.t * (TILE // CHUNK * self.value_step) + tile.c * (TILE // CHUNK * wg.CORE_BYTES)
+
+    # -- parameters: functions of a Tile, which load when first asked --------------------------------------------------
+
+    def channel_params(self, folded: Int32, pair: Int32, part: Int32, first: int, lane: Int32) -> Callable:
+        """Of K per channel; ``first``: channel tile of the first warp's pair."""
+        row_bytes = 2 * self.plan.head_dim
+        base = folded + (lane & 3) * 16 + pair * (2 * PAIR)
+        if self.plan.k_rows > NUM_SLICES // self.key_slices:
+            base += part * (self.key_slices * SLICE_TOKENS // self.quant.k_group * 2 * row_bytes)
+        found = {}
+
+        def params(tile: Tile) -> tuple:
+            row = tile.slice * SLICE_TOKENS // self.quant.k_group
+            if row not in found:
+                # B order: a vector has columns 2q.., 2q + 8.. of one tile, then those of the next
+                at = self.plan.folded_k_at + row * 2 * row_bytes + first * (2 * TILE)
+                multipliers = [Multiplier(x) for x in ptx.load_shared(base, at, 4)]
+                found[row] = multipliers, ptx.load_shared(base, at + row_bytes, 4)
+            return tuple(by_column(x[2 * (tile.c - first) :]) for x in found[row])
+
+        return params
+
+    def token_params(self, folded: Int32, pair: Int32, part: Int32, first: int, lane: Int32) -> Callable:
+        """Of K per token."""
+        group_bytes = 8 * BLOCK_TOKENS
+        base = folded + (lane >> 2) * 8 + part * (self.key_slices * SLICE_TOKENS * 8)
+        base += at_runtime(lambda i: PAIR * i // self.quant.k_group * group_bytes, pair, self.pair_warps)
+        mean = None
+        if self.fmt.k_mean is not None:
+            at = self.plan.folded_mean_at + first * (2 * TILE)
+            mean = ptx.load_shared(folded + (lane & 3) * 16 + pair * (2 * PAIR), at, 4)
+        found = {}
+
+        def params(tile: Tile) -> tuple:
+            token = tile.slice * SLICE_TOKENS + tile.t * TILE
+            if token not in found:
+                at = self.plan.folded_k_at + first * TILE // self.quant.k_group * group_bytes + token * 8
+                rows = [ptx.load_shared(base, at + 8 * CHUNK * r, 2) for r in range(2)]
+                found[token] = [Multiplier(rows[r][0]) for r in range(2)], [rows[r][1] for r in range(2)]
+            multipliers, offsets = (x * 2 for x in found[token])  # A registers 0 and 2 are row g, 1 and 3 row g + 8
+            if mean is not None:
+                columns = by_column(mean[2 * (tile.c - first) :])
+                offsets = [wg.add_half2(x, y) for x, y in zip(offsets, columns, strict=True)]
+            return multipliers, offsets
+
+        return params
+
+    def value_params(self, folded: Int32, warp: Int32, lane: Int32) -> Callable:
+        """Of V."""
+        layout = self.fmt.v_scale.layout  # (channel group, token) -> fp16 element
+        base = folded + (lane & 3) * 16 + warp * (2 * layout(0, SLICE_TOKENS))
+        found = {}
+
+        def params(tile: Tile) -> tuple:
+            group = tile.c * TILE // self.quant.v_group
+            if group not in found:
+                at = 2 * layout(group, 0)
+                multipliers = [Multiplier(x) for x in ptx.load_shared(base, self.plan.folded_v_multiplier_at + at, 4)]
+                found[group] = multipliers, ptx.load_shared(base, self.plan.folded_v_offset_at + at, 4)
+            return tuple(by_column(x[2 * tile.t :]) for x in found[group])
+
+        return params
+
+    # -- 16-bit tokens -----------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def copy(self, p: Params, tiles: Int32, is_value: bool, warp: Int32, lane: Int32, piece: Piece, chunk: Int32):
+        """The warp's 32 tokens of a 16-bit unit, into the tile of K or V at ``tiles``; sinks come first, then the tail.
+        Beyond the unit's tokens the last one is repeated; of an empty unit V is zero.
+        """
+        source, capacity = (p.sink_v if is_value else p.sink_k).toint(), p.num_sink
+        first, held = chunk * self.plan.chunk, piece.sinks
+        if chunk >= piece.sink_chunks:
+            source, capacity = (p.tail_v if is_value else p.tail_k).toint(), p.tail_capacity
+            first, held = (chunk - piece.sink_chunks) * self.plan.chunk, piece.tail
+        # K: lanes of a row of four core matrices each, tokens fastest; V: of four lanes to a token
+        row, quad = (lane >> 2, lane & 3) if is_value else (lane & 7, lane >> 3)
+        for i in cutlass.range(SLICE_TOKENS // CHUNK, unroll=1):
+            block = warp * (SLICE_TOKENS // CHUNK) + i  # of 8 tokens
+            token = cutlass.min(first + block * CHUNK + row, held - 1)
+            at = (Int64(piece.b * capacity + token) * p.num_kv_heads + piece.head) * (2 * self.plan.head_dim)
+            for x in cutlass.range(self.plan.head_dim // CHUNK // QUAD_LANES, unroll=1):
+                chunk16 = x * QUAD_LANES + quad  # of 8 channels
+                values = [Int32(0)] * 4
+                if first < held:
+                    values = ptx.load_global(source + at + Int64(chunk16) * wg.CORE_ROW_BYTES, 4)
+                    values = self.halves(p, values)
+                if cutlass.const_expr(is_value):
+                    cute.arch.sync_warp()
+                    # matrix j has of the lanes' 8 channels each 2j and the next, so its rows are of four core matrices
+                    j, n = lane >> 3, lane & 7
+                    target = tiles + block * self.value_step + (x * QUAD_LANES + (n >> 1)) * wg.CORE_BYTES
+                    wg.store_matrices(target + (2 * j + (n & 1)) * wg.CORE_ROW_BYTES, 0, values)
+                else:
+                    target = tiles + chunk16 * self.key_step + block * wg.CORE_BYTES
+                    ptx.store_shared(target + row * wg.CORE_ROW_BYTES, 0, values)
+
+    @cute.jit
+    def halves(self, p: Params, registers: list):
+        """Registers of two 16-bit values of the model's dtype as fp16; bf16 beyond its range saturates."""
+        if p.bfloat16 == 1:
+            registers = [ptx.to_half2(*[saturated(x) for x in ptx.bfloat2_floats(register)]) for register in registers]
+        return registers
+
+
+def core_row(lane: Int32, step: int) -> Int32:
+    """Where a lane's row of four core matrices begins: two along n, then the next two along k, ``step`` bytes on."""
+    matrix = lane >> 3
+    return (matrix & 1) * wg.CORE_BYTES + (matrix >> 1) * step + (lane & 7) * wg.CORE_ROW_BYTES
+
+
+def by_column(pair: list) -> list:
+    """By A register, what belongs to columns 2q.. (registers 0 and 1) and 2q + 8.. (2 and 3)."""
+    return [pair[0], pair[0], pair[1], pair[1]]

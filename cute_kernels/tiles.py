@@ -1,0 +1,290 @@
+"""Decode attention for 64 and more query columns with wgmma over dequantised tiles (sm_90a); schedule, folding, merging
+and launch are those of wide.py.
+
+producer       as in decode.py: one bulk copy per block into a ring of shared-memory stages
+folders        make a block's parameters ready once it has landed (fold.py), announce pieces, fetch their queries
+writers        a warpgroup that turns blocks, then 16-bit tokens, into fp16 tiles of K and V^T (tile_writer.py), in two
+               stages; "full" and "empty" mbarriers of K and of V
+consumers      two warpgroups, over units of 128 tokens (tile_attention.py):
+    S = Q K^T          A = Q from registers, B = K's tile; m64n128k16
+    P = exp2(S - top)  in registers, which are the A operand of
+    O += P V           B = V's tile
+               64 query columns: they take turns at the units, so that one's softmax lies under the other's products;
+               128: each takes every unit for its own 64
+pieces         as in wide.py; at the end of one its results lie where its last tiles lay, whose stages are handed on
+               after merging
+
+Why not A = codes from registers, as for fewer columns (wide.py)? There a warp's dequantisation and its wgmma follow each
+other, and with 64 columns registers leave nothing to put under a wgmma's latency. A tile costs shared-memory bandwidth,
+which 64 columns do not need otherwise: Q and P stay in registers.
+"""
+
+import cutlass
+from cutlass import Boolean, Float32, Int32, cute, range_constexpr
+
+from . import ptx
+from . import warpgroup as wg
+from .decode import MAX_WINDOW
+from .fold import TileFold
+from .layouts import BLOCK_TOKENS, LANES, TILE
+from .merge import CONSUMER_BARRIER
+from .plan import BARRIER_BYTES
+from .schedule import BLOCK_SHIFT, Params, Piece, Schedule, load_piece
+from .tile_attention import EXPONENT_16_BIT, State, TileAttention
+from .tile_merge import TileMerge
+from .tile_plan import GROUP_WARPS, M_TILE, PARAMS_WORDS, STATE_BYTES, TILE_STAGES, WRITER_WARPS, TilePlan
+from .tile_queries import TileQueries
+from .tile_writer import TileWriter
+from .wide import WideKernel
+
+K_FULL, K_EMPTY, V_FULL, V_EMPTY = range(4)  # barriers of a tile stage
+
+
+class TileKernel(WideKernel):
+    """The kernel of one KernelConfig with mma="wgmma" and 64 or more query columns."""
+
+    def __init__(self, config):
+        self.plan = TilePlan(config)
+        self.schedule = Schedule(self.plan)
+        self.attention = TileAttention(self.plan)
+        self.queries = TileQueries(self.plan)
+        self.fold = TileFold(self.plan)
+        self.writer = TileWriter(self.plan)
+        self.merge = TileMerge(self.plan, self.schedule)
+
+    @cute.kernel
+    def kernel(self, p: Params):
+        plan = self.plan
+        thread = cute.arch.thread_idx()[0]
+        warp = cute.arch.make_warp_uniform(thread // LANES)
+        lane = thread % LANES
+        smem = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint()
+        if thread == 0:
+            for stage in range_constexpr(plan.stages):
+                ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1)
+                ptx.mbarrier_init(smem + (plan.ready_at + BARRIER_BYTES * stage), LANES)
+                ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), WRITER_WARPS)
+            ptx.mbarrier_init(smem + plan.slot_full_at, 2 * LANES * plan.folders)
+            ptx.mbarrier_init(smem + plan.slot_empty_at, plan.warps + WRITER_WARPS)
+            for tile in range_constexpr(TILE_STAGES):
+                for kind in range_constexpr(4):
+                    ptx.mbarrier_init(self.tile_barrier(smem, kind, Int32(tile)), self.arrivals(kind))
+            ptx.fence_mbarrier_init()
+        cute.arch.sync_threads()  # the barriers are initialised
+        p = p._replace(window=cutlass.min(p.window, MAX_WINDOW))
+        if warp < plan.warps:
+            wg.take_registers(plan.consumer_registers)
+            self.consume(p, smem, warp, lane)
+        elif warp < plan.auxiliaries:
+            wg.give_registers(plan.writer_registers)
+            self.write(p, smem, warp - plan.warps, lane)
+        else:
+            wg.give_registers(plan.auxiliary_registers)
+            if warp == plan.auxiliaries:
+                self.produce(p, smem, lane)
+            elif warp <= plan.auxiliaries + plan.folders:
+                self.fold_blocks(p, smem, warp - (plan.auxiliaries + 1), lane)
+
+    def arrivals(self, kind: int) -> int:
+        """At a tile's barrier: of the writers' lanes, of the warps that read it."""
+        return WRITER_WARPS * LANES if kind in (K_FULL, V_FULL) else self.plan.warps_per_block
+
+    # -- places ------------------------------------------------------------------------------------------------------
+
+    def tile_barrier(self, smem: Int32, kind: int, tile: Int32) -> Int32:
+        return smem + (self.plan.tile_barriers_at + kind * TILE_STAGES * BARRIER_BYTES) + tile * BARRIER_BYTES
+
+    def keys_at(self, smem: Int32, tile: Int32) -> Int32:
+        """K's tile; V^T's lies behind it."""
+        return smem + self.plan.tiles_at + tile * (2 * self.plan.tile_bytes)
+
+    def params_at(self, smem: Int32, tile: Int32) -> Int32:
+        """The tile's factor and exponent."""
+        return smem + self.plan.tile_params_at + tile * (4 * PARAMS_WORDS)
+
+    def units(self, piece: Piece) -> Int32:
+        """Blocks, then 16-bit units."""
+        return piece.blocks + cutlass.max(piece.end_chunk - piece.first_chunk, 0)
+
+    # -- writers -----------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def write(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
+        """Write the tiles of the CTA's share, unit by unit."""
+        plan = self.plan
+        stage, parity = Int32(0), Int32(0)
+        tile, tile_parity = Int32(0), Int32(1)  # the first round finds the tiles empty
+        number = Int32(0)  # of the piece in the share
+        is_last = Int32(0)
+        ptx.wait_for_previous_kernel()  # it may have written the tail
+        while is_last == 0:
+            piece_at = self.piece_at(smem, number)
+            ptx.mbarrier_wait(smem + plan.slot_full_at, number & 1, plan.wait)
+            cute.arch.sync_warp()
+            wg.mbarrier_arrive_once(smem + plan.slot_empty_at)  # done with the Piece before
+            piece = load_piece(piece_at)
+            is_last = piece.is_last
+            blocks, units = piece.blocks, self.units(piece)
+            unit = Int32(0)
+            while unit < units:
+                keys = self.keys_at(smem, tile)
+                k_empty, v_empty = (self.tile_barrier(smem, kind, tile) for kind in (K_EMPTY, V_EMPTY))
+                if unit < blocks:
+                    block = smem + stage * plan.fmt.block_bytes
+                    folded = smem + plan.folded_at + stage * plan.folded_bytes
+                    ptx.mbarrier_wait(smem + plan.ready_at + stage * BARRIER_BYTES, parity, plan.wait)
+                    ptx.mbarrier_wait(k_empty, tile_parity, plan.wait)
+                    cute.arch.sync_warp()
+                    if (warp == 0) & (lane == 0):
+                        ptx.store_shared(self.params_at(smem, tile), 0, ptx.load_shared(folded, 0, 2))
+                    self.writer.keys(block, folded, keys, warp, lane)
+                    self.wrote(smem, K_FULL, tile)
+                    ptx.mbarrier_wait(v_empty, tile_parity, plan.wait)
+                    cute.arch.sync_warp()
+                    self.writer.values(block, folded, keys + plan.tile_bytes, warp, lane)
+                    self.wrote(smem, V_FULL, tile)
+                    cute.arch.sync_warp()
+                    wg.mbarrier_arrive_once(smem + plan.empty_at + stage * BARRIER_BYTES)
+                    stage += 1
+                    if stage == plan.stages:
+                        stage = Int32(0)
+                        parity = parity ^ 1
+                else:
+                    piece = load_piece(piece_at)
+                    chunk = piece.first_chunk + unit - blocks
+                    ptx.mbarrier_wait(k_empty, tile_parity, plan.wait)
+                    if (warp == 0) & (lane == 0):
+                        params = [self.queries.power(p), Float32(EXPONENT_16_BIT)]
+                        ptx.store_shared(self.params_at(smem, tile), 0, params)
+                    self.writer.copy(p, keys, False, warp, lane, piece, chunk)
+                    self.wrote(smem, K_FULL, tile)
+                    ptx.mbarrier_wait(v_empty, tile_parity, plan.wait)
+                    self.writer.copy(p, keys + plan.tile_bytes, True, warp, lane, piece, chunk)
+                    self.wrote(smem, V_FULL, tile)
+                tile = tile ^ 1
+                tile_parity = tile_parity ^ (1 - (tile & 1))
+                unit += 1
+            number += 1
+
+    def wrote(self, smem: Int32, kind: int, tile: Int32) -> None:
+        wg.fence_async()
+        ptx.mbarrier_arrive(self.tile_barrier(smem, kind, tile))
+
+    # -- consumers ---------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def consume(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
+        """Attend over the CTA's share of units."""
+        plan = self.plan
+        slot = smem + plan.slots_at
+        group = warp // GROUP_WARPS
+        turn = group % plan.block_groups
+        unit = turn  # the warpgroup's next unit of the piece
+        tile, parity = turn, Int32(0)
+        number = Int32(0)  # of the piece in the share
+        if warp == plan.warps - 1:
+            self.schedule.warm(p, lane)
+        ptx.wait_for_previous_kernel()
+        is_last = Int32(0)
+        while is_last == 0:
+            lane = wg.thread_again() % LANES
+            row = wg.thread_again() // LANES % plan.warps_per_block * TILE  # the warp's first one of the tile
+            piece_at = self.piece_at(smem, number)
+            ptx.mbarrier_wait(smem + plan.slot_full_at, number & 1, plan.wait)
+            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # for the compiler: no warp has parted
+            piece = load_piece(piece_at)
+            query = self.queries.registers(p, slot, row, lane, piece)
+            cute.arch.sync_warp()
+            wg.mbarrier_arrive_once(smem + plan.slot_empty_at)
+            state = self.attention.first_state()
+
+            # blocks plain_from .. plain_to - 1 are visible to every query, as a whole
+            plain_from = piece.window_start - piece.first_position + BLOCK_TOKENS - 1 >> BLOCK_SHIFT
+            plain_to = piece.seen_by_all - piece.first_position >> BLOCK_SHIFT
+            plain_to = cutlass.min(plain_to, piece.blocks)
+            if p.softcap > 0.0:
+                plain_to = Int32(0)
+            units = self.units(piece)
+            last_tile = turn ^ 1  # of the warpgroup's units; if there is none, the other's
+            while unit < units:
+                ptx.mbarrier_wait(self.tile_barrier(smem, K_FULL, tile), parity, plan.wait)
+                params = ptx.load_shared_floats(self.params_at(smem, tile), 0, 2)
+                keys = self.keys_at(smem, tile)
+                scores = self.attention.scores(query, keys)
+                wg.wait(0)
+                scores = wg.pin(scores)
+                is_inner = unit + plan.block_groups < units  # the last ones keep their stages for the results
+                if cutlass.const_expr(plan.states > 1):
+                    self.release(smem, K_EMPTY, tile)
+                elif is_inner:
+                    self.release(smem, K_EMPTY, tile)
+                if (unit < plain_from) | (unit >= plain_to):
+                    scores = self.restricted(p, piece_at, row, unit, params[0], scores)
+                weights, state = self.attention.softmax(scores, params, state)
+                ptx.mbarrier_wait(self.tile_barrier(smem, V_FULL, tile), parity, plan.wait)
+                out = self.attention.values(weights, keys + plan.tile_bytes, state.out)
+                wg.wait(0)
+                state = state._replace(out=wg.pin(out))
+                if is_inner:
+                    self.release(smem, V_EMPTY, tile)
+                last_tile = tile
+                unit += plan.block_groups
+                tile += plan.block_groups
+                if tile >= TILE_STAGES:
+                    tile -= TILE_STAGES
+                    parity = parity ^ 1
+            had_units = unit - plan.block_groups >= 0
+            unit -= units
+            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # nobody reads the last tiles any more
+            self.store_state(smem, last_tile, had_units, state)
+            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # all results are there
+            lane = wg.thread_again() % LANES
+            piece = load_piece(piece_at)
+            self.merge.merge(p, smem, warp, Int32(plan.warps), lane, piece)
+            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # nobody needs them any more
+            if had_units:
+                if cutlass.const_expr(plan.states == 1):
+                    self.release(smem, K_EMPTY, last_tile)
+                self.release(smem, V_EMPTY, last_tile)
+            is_last = piece.is_last
+            if is_last == 1:  # within the loop: behind it the compiler would expect warps to leave it one by one
+                first = load_piece(smem + plan.first_piece_at)
+                if first.collects == 1:
+                    self.merge.collect(p, warp, Int32(plan.warps), lane, first)
+            number += 1
+
+    def release(self, smem: Int32, kind: int, tile: Int32) -> None:
+        cute.arch.sync_warp()
+        wg.mbarrier_arrive_once(self.tile_barrier(smem, kind, tile))
+
+    @cute.jit
+    def restricted(self, p: Params, piece_at: Int32, row: Int32, unit: Int32, factor: Float32, scores: list):
+        """The scores of a unit with keys that not every query sees, or under a soft cap."""
+        piece = load_piece(piece_at)
+        highs = self.queries.highs(p, row, wg.thread_again() % LANES, piece)
+        position, end = piece.first_position + unit * BLOCK_TOKENS, piece.packed_end
+        if unit >= piece.blocks:  # 16-bit tokens: sinks come first, then the tail
+            chunk = piece.first_chunk + unit - piece.blocks
+            position, end = chunk * self.plan.chunk, piece.sinks
+            if chunk >= piece.sink_chunks:
+                position = piece.packed_end + (chunk - piece.sink_chunks) * self.plan.chunk
+                end = piece.packed_end + piece.tail
+        return self.attention.restricted(p, scores, factor, position, end, highs)
+
+    @cute.jit
+    def store_state(self, smem: Int32, last_tile: Int32, had_units: Boolean, state: State):
+        """The warpgroup's results where its last tiles lay: V's, or both if each warpgroup has rows of its own."""
+        plan = self.plan
+        thread = wg.thread_again()
+        group = thread // (LANES * GROUP_WARPS)
+        results = self.keys_at(smem, last_tile)
+        if cutlass.const_expr(plan.states > 1):
+            results += plan.tile_bytes
+        if thread % (LANES * plan.warps_per_block) == 0:
+            ptx.store_shared(smem + plan.places_at + thread // (LANES * plan.warps_per_block) * 4, 0, [results])
+        if cutlass.const_expr(plan.states == 1):
+            results += group * plan.tile_bytes
+        sums = smem + plan.sums_at + group * (M_TILE * STATE_BYTES)
+        self.attention.store_sums(sums, state)
+        if had_units:
+            self.attention.store_out(results, state)
