@@ -47,22 +47,26 @@ class TileAttention:
         count = self.plan.head_dim // 2
         return State([Float32(FIRST_MAX)] * 2, [Float32(0.0)] * 2, [Float32(0.0)] * count)
 
-    def scores(self, query: list, tile: Int32) -> list:
-        """Accumulator of Q K^T [64, 128 tokens], issued; query: A registers by k step, tile: address of K."""
-        operand = wg.uniform(wg.descriptor(tile, self.plan.key_columns))
-        step = TILE // CORE * self.plan.key_columns * wg.CORE_BYTES // wg.DESCRIPTOR_UNIT
-        flat = wg.pin([x for a in query for x in a])
+    def scores(self, query: Int32, tile: Int32) -> list:
+        """Accumulator of Q K^T [64, 128 tokens], issued; query: descriptor of Q, tile: address of K."""
+        query, operand = wg.uniform(query), wg.uniform(wg.descriptor(tile, self.plan.key_columns))
+        query_step = self.step(self.plan.column_tiles)
+        step = self.step(self.plan.key_columns)
         wg.fence()
         acc = None
         for c in range(self.plan.tiles):
-            acc = wg.mma(acc, flat[4 * c : 4 * c + 4], operand + c * step, BLOCK_TOKENS)
+            acc = wg.mma(acc, query + c * query_step, operand + c * step, BLOCK_TOKENS)
         wg.commit()
         return acc
+
+    def step(self, columns: int) -> int:
+        """Of a descriptor, from a k step of 16 to the next."""
+        return TILE // CORE * columns * wg.CORE_BYTES // wg.DESCRIPTOR_UNIT
 
     def values(self, weights: list, tile: Int32, out: list) -> list:
         """O += P V, issued; weights: half2 of P in accumulator order, tile: address of V^T."""
         operand = wg.uniform(wg.descriptor(tile, self.plan.value_columns))
-        step = TILE // CORE * self.plan.value_columns * wg.CORE_BYTES // wg.DESCRIPTOR_UNIT
+        step = self.step(self.plan.value_columns)
         pinned = wg.pin([*weights, *out])
         weights, out = pinned[: len(weights)], pinned[len(weights) :]
         wg.fence()

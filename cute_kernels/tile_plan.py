@@ -10,7 +10,6 @@ MIN_Q_TILE = 64  # query columns: a wgmma's rows
 WRITER_WARPS = NUM_SLICES  # a warp writes the V of a slice
 TILE_STAGES = 2  # of K and V in fp16
 PARAMS_WORDS = 4  # of a tile: factor, exponent of V's unit, padding
-ROW_PAD_BYTES = 16  # behind a fetched query row: spreads the rows over banks
 STATE_BYTES = 8  # maximum and sum of a row
 # of a thread; 512 threads in all. Consumers: scores, O, queries as A registers
 CONSUMER_REGISTERS, WRITER_REGISTERS, AUXILIARY_REGISTERS = 200, 64, 48
@@ -29,6 +28,10 @@ class TilePlan(WidePlan):
         self.slot_readers = self.warps + WRITER_WARPS
         self.key_columns = BLOCK_TOKENS // 8  # core matrices of K along its n: tokens
         self.value_columns = self.head_dim // 8  # of V^T: channels
+        self.columns = M_TILE  # of queries that are an operand
+        self.column_tiles = M_TILE // 8
+        # whether there is room for the next piece's queries besides the operand
+        self.prefetches = self.q_tile == M_TILE
 
     @cached_property
     def consumer_registers(self) -> int:
@@ -42,7 +45,7 @@ class TilePlan(WidePlan):
     def auxiliary_registers(self) -> int:
         return AUXILIARY_REGISTERS
 
-    # shared memory: ring | folded parameters | tiles [stage][K, V^T] | fetched queries | Pieces | first Piece | barriers
+    # shared memory: ring | folded parameters | tiles [stage][K, V^T] | slot as in WidePlan | first Piece | barriers
     # as in WidePlan, then of the tiles: K and V, full and empty | tile parameters | places and states of results | Shares
 
     @cached_property
@@ -63,16 +66,17 @@ class TilePlan(WidePlan):
         return self.tiles_at + TILE_STAGES * 2 * self.tile_bytes
 
     @cached_property
+    def operand_bytes(self) -> int:
+        """Of all queries as A operands."""
+        return self.q_tile * self.head_dim * 2
+
+    @cached_property
     def fetched_offset(self) -> int:
-        return 0
+        return self.operand_bytes if self.prefetches else 0
 
     @cached_property
-    def fetched_row_bytes(self) -> int:
-        return self.head_dim * 2 + ROW_PAD_BYTES
-
-    @cached_property
-    def piece_offset(self) -> int:
-        return self.q_tile * self.fetched_row_bytes
+    def highs_offset(self) -> int:
+        return self.fetched_offset + self.operand_bytes
 
     @cached_property
     def tile_barriers_at(self) -> int:

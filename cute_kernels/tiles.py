@@ -178,6 +178,7 @@ class TileKernel(WideKernel):
         plan = self.plan
         slot = smem + plan.slots_at
         group = warp // GROUP_WARPS
+        query = self.queries.of_group(slot, group)
         turn = group % plan.block_groups
         unit = turn  # the warpgroup's next unit of the piece
         tile, parity = turn, Int32(0)
@@ -188,14 +189,15 @@ class TileKernel(WideKernel):
         is_last = Int32(0)
         while is_last == 0:
             lane = wg.thread_again() % LANES
-            row = wg.thread_again() // LANES % plan.warps_per_block * TILE  # the warp's first one of the tile
             piece_at = self.piece_at(smem, number)
             ptx.mbarrier_wait(smem + plan.slot_full_at, number & 1, plan.wait)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # for the compiler: no warp has parted
             piece = load_piece(piece_at)
-            query = self.queries.registers(p, slot, row, lane, piece)
+            self.queries.prepare(p, slot, warp, lane, piece)
             cute.arch.sync_warp()
-            wg.mbarrier_arrive_once(smem + plan.slot_empty_at)
+            if cutlass.const_expr(plan.prefetches):
+                wg.mbarrier_arrive_once(smem + plan.slot_empty_at)
+            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # the operands are there
             state = self.attention.first_state()
 
             # blocks plain_from .. plain_to - 1 are visible to every query, as a whole
@@ -219,7 +221,7 @@ class TileKernel(WideKernel):
                 elif is_inner:
                     self.release(smem, K_EMPTY, tile)
                 if (unit < plain_from) | (unit >= plain_to):
-                    scores = self.restricted(p, piece_at, row, unit, params[0], scores)
+                    scores = self.restricted(p, smem, piece_at, unit, params[0], scores)
                 weights, state = self.attention.softmax(scores, params, state)
                 ptx.mbarrier_wait(self.tile_barrier(smem, V_FULL, tile), parity, plan.wait)
                 out = self.attention.values(weights, keys + plan.tile_bytes, state.out)
@@ -235,7 +237,10 @@ class TileKernel(WideKernel):
                     parity = parity ^ 1
             had_units = unit - plan.block_groups >= 0
             unit -= units
-            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # nobody reads the last tiles any more
+            ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # nobody reads the last tiles any more, nor the queries
+            if cutlass.const_expr(not plan.prefetches):
+                cute.arch.sync_warp()
+                wg.mbarrier_arrive_once(smem + plan.slot_empty_at)
             self.store_state(smem, last_tile, had_units, state)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # all results are there
             lane = wg.thread_again() % LANES
@@ -258,10 +263,12 @@ class TileKernel(WideKernel):
         wg.mbarrier_arrive_once(self.tile_barrier(smem, kind, tile))
 
     @cute.jit
-    def restricted(self, p: Params, piece_at: Int32, row: Int32, unit: Int32, factor: Float32, scores: list):
+    def restricted(self, p: Params, smem: Int32, piece_at: Int32, unit: Int32, factor: Float32, scores: list):
         """The scores of a unit with keys that not every query sees, or under a soft cap."""
         piece = load_piece(piece_at)
-        highs = self.queries.highs(p, row, wg.thread_again() % LANES, piece)
+        thread = wg.thread_again()
+        row = thread // LANES % self.plan.warps_per_block * TILE + (thread % LANES >> 2)
+        highs = self.queries.highs(smem + self.plan.slots_at, row)
         position, end = piece.first_position + unit * BLOCK_TOKENS, piece.packed_end
         if unit >= piece.blocks:  # 16-bit tokens: sinks come first, then the tail
             chunk = piece.first_chunk + unit - piece.blocks

@@ -42,7 +42,8 @@ def pin(values: list) -> list:
 
 
 def descriptor(address: Int32, column_tiles: int) -> Int32:
-    """Lower half of a B operand's descriptor; no swizzle: core matrices of 8 columns x 8 k, those of one k adjacent.
+    """Lower half of an operand's descriptor; no swizzle: core matrices of 8 columns (of A: rows) x 8 k, those of one k
+    adjacent.
 
     Two k steps of 8 lie column_tiles core matrices apart (leading dimension), two column tiles one (stride, the upper
     half).
@@ -50,19 +51,24 @@ def descriptor(address: Int32, column_tiles: int) -> Int32:
     return ((address & 0x3FFFF) >> 4) | (column_tiles * CORE_BYTES // DESCRIPTOR_UNIT) << 16
 
 
-def mma(acc: list | None, a: list, b: Int32, columns: int) -> list:
-    """A B + acc of ``wgmma.m64nNk16``, issued: a 4 half2, b a descriptor, acc a lane's columns / 2 floats (None: 0)."""
+def mma(acc: list | None, a: list | Int32, b: Int32, columns: int) -> list:
+    """A B + acc of ``wgmma.m64nNk16``, issued: a 4 half2 or a descriptor, b a descriptor, acc a lane's columns / 2 floats
+    (None: 0).
+    """
     count = columns // 2
     d = ",".join(f"${i}" for i in range(count))
-    registers = ",".join(f"${count + i}" for i in range(4))
     stride = CORE_BYTES // DESCRIPTOR_UNIT
+    inputs = [*a, b] if isinstance(a, list) else [a, b]
+    last = count + len(inputs) - 1
+    left, setup, transposed = f"{{{','.join(f'${i}' for i in range(count, last))}}}", "", "0"
+    if not isinstance(a, list):
+        left, setup, transposed = "a", f".reg .b64 a; mov.b64 a, {{${count}, {stride}}}; ", "0, 0"
     text = (
-        f"{{ .reg .pred p; .reg .b64 b; mov.b64 b, {{${count + 4}, {stride}}}; "
+        f"{{ .reg .pred p; .reg .b64 b; {setup}mov.b64 b, {{${last}, {stride}}}; "
         f"setp.ne.b32 p, {int(acc is not None)}, 0; "
-        f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {{{d}}}, {{{registers}}}, b, p, 1, 1, 0; }}"
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {{{d}}}, {left}, b, p, 1, 1, {transposed}; }}"
     )
-    constraints = ["=f"] * count + ["r"] * 5
-    inputs = [*a, b]
+    constraints = ["=f"] * count + ["r"] * len(inputs)
     if acc is not None:
         constraints += [str(i) for i in range(count)]
         inputs += acc

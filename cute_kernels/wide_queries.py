@@ -52,13 +52,9 @@ class WideQueries:
             token = quotient(row, p.group)
             source = Int64(cutlass.max(b, 0) * p.q_len + token) * p.num_q_heads + head * p.group + row - token * p.group
             source = p.q.toint() + source * row_bytes + Int64(at % row_bytes)
-            ptx.copy16(smem + (plan.slots_at + plan.fetched_offset) + self.fetched_at(at), source, 0)
+            ptx.copy16(smem + (plan.slots_at + plan.fetched_offset) + at, source, 0)
             at += plan.folders * LANES * COPY_BYTES
         return Int32(0)
-
-    def fetched_at(self, at: Int32) -> Int32:
-        """Where byte ``at`` of the tile's rows goes."""
-        return at
 
     @cute.jit
     def prepare(self, p: Params, slot: Int32, warp: Int32, lane: Int32, piece: Piece):

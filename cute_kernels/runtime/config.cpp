@@ -69,12 +69,13 @@ std::int64_t folded_bytes(std::int64_t head_dim, const QuantSpec& q, bool tiles)
 
 // As in cute_kernels/tile_plan.py: ring, two stages of tiles, queries as fetched, pieces, barriers, results' states.
 std::int64_t tile_smem_bytes(const KernelConfig& c) {
-  constexpr std::int64_t kHalf = 2, kBarrierBytes = 8, kPieceBytes = 80, kRowPadBytes = 16, kSharesBytes = 32;
+  constexpr std::int64_t kHalf = 2, kBarrierBytes = 8, kPieceBytes = 80, kPositionBytes = 4, kSharesBytes = 32;
   constexpr std::int64_t kTiles = 4, kBarriersOfStage = 3, kBarriersOfSlots = 4, kBarriersOfTiles = 8;
   constexpr std::int64_t kTileParamsBytes = 2 * 16, kPlacesBytes = 16, kStateBytes = 8;
   const std::int64_t ring = c.stages * (block_bytes(c.head_dim, c.quant) + folded_bytes(c.head_dim, c.quant, true));
   std::int64_t bytes = round_up(ring, kSmemAlign) + kTiles * kBlockTokens * c.head_dim * kHalf;
-  bytes += c.q_tile * (c.head_dim * kHalf + kRowPadBytes) + 3 * kPieceBytes;
+  const std::int64_t copies = c.q_tile == kMinTileColumns ? 2 : 1;  // of the queries: the next piece's are fetched ahead
+  bytes += c.q_tile * (copies * c.head_dim * kHalf + kPositionBytes) + 3 * kPieceBytes;
   bytes += kBarrierBytes * (kBarriersOfStage * c.stages + kBarriersOfSlots + kBarriersOfTiles);
   bytes = round_up(bytes, 16) + kTileParamsBytes + kPlacesBytes;
   bytes += c.num_warps / c.warps_per_block * c.q_tile * kStateBytes + kSharesBytes;
@@ -108,9 +109,6 @@ Status check_wgmma(const KernelConfig& config) {
   if (config.head_dim % 64 != 0) {
     return fail(Status::unsupported_config, "head_dim=", config.head_dim, ": mma=wgmma has 64, 128 and 256");
   }
-  if (config.quant.v_group < 64) {
-    return fail(Status::unsupported_config, "v_group=", config.quant.v_group, ": mma=wgmma has 64 and 128");
-  }
   if (config.ctas_per_sm > 1) {  // it hands out all registers of an SM
     return fail(Status::unsupported_config, "ctas_per_sm=", config.ctas_per_sm, ": mma=wgmma has 1");
   }
@@ -123,6 +121,10 @@ Status check_wgmma(const KernelConfig& config) {
                   " with mma=wgmma has less than 64");
     }
     return Status::ok;
+  }
+  if (config.quant.v_group < 64) {
+    return fail(Status::unsupported_config, "v_group=", config.quant.v_group, ": mma=wgmma has 64 and 128 for q_tile=",
+                config.q_tile);
   }
   const WideTiling tiling(config);
   if (config.q_tile % (8 * tiling.splits) != 0) {
@@ -253,7 +255,7 @@ Status KernelConfig::validate() const noexcept {
   if (stages < 1 || stages > 32) {
     return fail(Status::invalid_argument, "stages=", stages, ": allowed are 1 to 32");
   }
-  if (stages % (num_warps / warps_per_block) != 0) {
+  if (!has_tiles(*this) && stages % (num_warps / warps_per_block) != 0) {
     // else two groups of warps would take turns at a stage, and one could be a phase of its barrier ahead
     return fail(Status::invalid_argument, "stages=", stages,
                 ": must be a multiple of num_warps / warps_per_block=", num_warps / warps_per_block);

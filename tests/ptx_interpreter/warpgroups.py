@@ -1,4 +1,4 @@
-"""wgmma with A in registers and B in shared memory without swizzle: ``mma_async``, ``fence``, groups.
+"""wgmma with A in registers or shared memory and B in shared memory, without swizzle: ``mma_async``, ``fence``, groups.
 
 With late copies a wgmma happens when its group is waited for: until then its accumulators hold NaN, A and B are read at
 the end, so a register or an operand that is touched too early gives wrong numbers or a Race.
@@ -13,9 +13,11 @@ import numpy as np
 from . import numerics as nm
 from . import operations as ops
 from .errors import BarrierMisuse, Divergence, UnknownInstruction
+from .parser import Vector
 
 DESCRIPTOR_UNIT = 16
 CORE_ROWS = 8
+GROUP_WARPS, WARP_ROWS = 4, 16
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Wgmma:
     """A warp's share of a wgmma under way."""
 
     d: tuple[int, ...]  # slots of the accumulators
-    a: list[int]
+    a: list[int]  # registers, or a descriptor
     descriptor: int
     accumulate: bool
     columns: int
@@ -46,7 +48,7 @@ def _pending(w) -> Pending:
 
 
 def operand(w, descriptor: int, columns: int) -> np.ndarray:
-    """B [16, columns] in fp64."""
+    """B, or A transposed, [16, columns] in fp64."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) * DESCRIPTOR_UNIT for shift in (0, 16, 32))
     if descriptor >> 62:
         raise UnknownInstruction("a swizzled operand")
@@ -64,7 +66,11 @@ def operand(w, descriptor: int, columns: int) -> np.ndarray:
 
 def execute(w, step: Wgmma, acc: np.ndarray) -> None:
     """Add the product to accumulators [columns / 2, 32]."""
-    a = nm.mma_operand(np.array([w.r[s] for s in step.a]), nm.A_INDEX[16], "f16")
+    if len(step.a) == 1:
+        first = w.index % GROUP_WARPS * WARP_ROWS
+        a = operand(w, step.a[0], GROUP_WARPS * WARP_ROWS)[:, first : first + WARP_ROWS].T
+    else:
+        a = nm.mma_operand(np.array([w.r[s] for s in step.a]), nm.A_INDEX[16], "f16")
     product = a @ operand(w, step.descriptor, step.columns)
     for n in range(step.columns // 8):
         tile = product[nm.C_ROWS, nm.C_COLS + 8 * n]
@@ -119,10 +125,15 @@ def _wgmma(d, ins, m):
         raise UnknownInstruction("form of wgmma")
     columns = int(shape[4:-3])
     accumulators, left, descriptor, scale, *rest = ins.operands
-    if [o.text for o in rest] != ["1", "1", "0"] or len(left.items) != 4 or 2 * len(accumulators.items) != columns:
+    in_registers = isinstance(left, Vector)
+    flags = ["1", "1", "0"] if in_registers else ["1", "1", "0", "0"]
+    if [o.text for o in rest] != flags or 2 * len(accumulators.items) != columns:
         raise UnknownInstruction("operands of wgmma")
+    if in_registers and len(left.items) != 4:
+        raise UnknownInstruction("A of wgmma")
     slots = tuple(d.destination(o, "f32") for o in accumulators.items)
-    registers = [d.source(o, "b32") for o in left.items]
+    registers = [d.source(o, "b32") for o in left.items] if in_registers else []
+    left_address = None if in_registers else d.source(left, "b64")
     address = d.source(descriptor, "b64")
     accumulate = ops._predicate(d, scale)
 
@@ -133,9 +144,10 @@ def _wgmma(d, ins, m):
         if not pending.fenced:
             raise BarrierMisuse("wgmma with no wgmma.fence since the last wait")
         descriptors = w.r[address]
-        if (descriptors != descriptors[0]).any():
+        lefts = descriptors if in_registers else w.r[left_address]
+        if (descriptors != descriptors[0]).any() or (lefts != lefts[0]).any():
             raise Divergence("lanes disagree about the descriptor of a wgmma")
-        step = Wgmma(slots, registers, int(descriptors[0]), bool(accumulate(w.r)[0]), columns)
+        step = Wgmma(slots, registers or [int(lefts[0])], int(descriptors[0]), bool(accumulate(w.r)[0]), columns)
         if slots not in pending.accumulators:
             if any(set(slots) & set(other) for other in pending.accumulators):
                 raise BarrierMisuse("accumulators overlap with those of a wgmma under way")
