@@ -119,8 +119,10 @@ class DecodeKernel:
         nbytes = self.plan.fmt.block_bytes
         target = smem + stage * nbytes
         if cutlass.const_expr(self.plan.bulk):
+            # by all lanes: a warp that has parted is not suspended, but polls
+            ptx.mbarrier_wait(empty, parity, self.plan.wait)
+            cute.arch.sync_warp()
             if lane == 0:
-                ptx.mbarrier_wait(empty, parity, self.plan.wait)
                 ptx.mbarrier_expect(full, nbytes)
                 ptx.bulk_copy(target, source, nbytes, full)
         else:

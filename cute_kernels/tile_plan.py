@@ -12,7 +12,10 @@ TILE_STAGES = 2  # of K and V in fp16
 PARAMS_WORDS = 4  # of a tile: factor, exponent of V's unit, padding
 STATE_BYTES = 8  # maximum and sum of a row
 # of a thread; 512 threads in all. Consumers: scores, O, queries as A registers
-CONSUMER_REGISTERS, WRITER_REGISTERS, AUXILIARY_REGISTERS = 200, 64, 48
+import os
+G = int(os.environ.get('WG2', '1'))
+EXP = os.environ.get('EXP', '')
+CONSUMER_REGISTERS, WRITER_REGISTERS, AUXILIARY_REGISTERS = map(int, os.environ.get('REGS', '200,64,48' if G == 1 else '168,48,48').split(','))
 
 
 class TilePlan(WidePlan):
@@ -23,7 +26,7 @@ class TilePlan(WidePlan):
         self.groups = self.warps // GROUP_WARPS  # consumer warpgroups
         self.states = self.block_groups  # results of a piece that the CTA merges
         self.folders = next(n for n in (3, 2, 1) if self.stages % n == 0)
-        self.auxiliaries = self.warps + WRITER_WARPS  # the first warp of the last warpgroup
+        self.auxiliaries = self.warps + G * WRITER_WARPS  # the first warp of the last warpgroup
         self.threads = LANES * (self.auxiliaries + AUXILIARY_WARPS)
         self.slot_readers = self.warps + WRITER_WARPS
         self.key_columns = BLOCK_TOKENS // 8  # core matrices of K along its n: tokens

@@ -32,7 +32,7 @@ from .plan import BARRIER_BYTES
 from .schedule import BLOCK_SHIFT, Params, Piece, Schedule, load_piece
 from .tile_attention import EXPONENT_16_BIT, State, TileAttention
 from .tile_merge import TileMerge
-from .tile_plan import GROUP_WARPS, M_TILE, PARAMS_WORDS, STATE_BYTES, TILE_STAGES, WRITER_WARPS, TilePlan
+from .tile_plan import G, EXP, GROUP_WARPS, M_TILE, PARAMS_WORDS, STATE_BYTES, TILE_STAGES, WRITER_WARPS, TilePlan
 from .tile_queries import TileQueries
 from .tile_writer import TileWriter
 from .wide import WideKernel
@@ -63,9 +63,9 @@ class TileKernel(WideKernel):
             for stage in range_constexpr(plan.stages):
                 ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1)
                 ptx.mbarrier_init(smem + (plan.ready_at + BARRIER_BYTES * stage), LANES)
-                ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), WRITER_WARPS)
+                ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), G * WRITER_WARPS)
             ptx.mbarrier_init(smem + plan.slot_full_at, 2 * LANES * plan.folders)
-            ptx.mbarrier_init(smem + plan.slot_empty_at, plan.warps + WRITER_WARPS)
+            ptx.mbarrier_init(smem + plan.slot_empty_at, plan.warps + G * WRITER_WARPS)
             for tile in range_constexpr(TILE_STAGES):
                 for kind in range_constexpr(4):
                     ptx.mbarrier_init(self.tile_barrier(smem, kind, Int32(tile)), self.arrivals(kind))
@@ -112,6 +112,10 @@ class TileKernel(WideKernel):
     def write(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
         """Write the tiles of the CTA's share, unit by unit."""
         plan = self.plan
+        writes_keys, writes_values = Boolean(True), Boolean(True)
+        if cutlass.const_expr(G == 2):
+            writes_keys, writes_values = warp < WRITER_WARPS, warp >= WRITER_WARPS
+            warp = warp % WRITER_WARPS
         stage, parity = Int32(0), Int32(0)
         tile, tile_parity = Int32(0), Int32(1)  # the first round finds the tiles empty
         number = Int32(0)  # of the piece in the share
@@ -133,16 +137,20 @@ class TileKernel(WideKernel):
                     block = smem + stage * plan.fmt.block_bytes
                     folded = smem + plan.folded_at + stage * plan.folded_bytes
                     ptx.mbarrier_wait(smem + plan.ready_at + stage * BARRIER_BYTES, parity, plan.wait)
-                    ptx.mbarrier_wait(k_empty, tile_parity, plan.wait)
-                    cute.arch.sync_warp()
-                    if (warp == 0) & (lane == 0):
-                        ptx.store_shared(self.params_at(smem, tile), 0, ptx.load_shared(folded, 0, 2))
-                    self.writer.keys(block, folded, keys, warp, lane)
-                    self.wrote(smem, K_FULL, tile)
-                    ptx.mbarrier_wait(v_empty, tile_parity, plan.wait)
-                    cute.arch.sync_warp()
-                    self.writer.values(block, folded, keys + plan.tile_bytes, warp, lane)
-                    self.wrote(smem, V_FULL, tile)
+                    if writes_keys:
+                        ptx.mbarrier_wait(k_empty, tile_parity, plan.wait)
+                        cute.arch.sync_warp()
+                        if (warp == 0) & (lane == 0):
+                            ptx.store_shared(self.params_at(smem, tile), 0, ptx.load_shared(folded, 0, 2))
+                        if cutlass.const_expr("w" not in EXP):
+                            self.writer.keys(block, folded, keys, warp, lane)
+                        self.wrote(smem, K_FULL, tile)
+                    if writes_values:
+                        ptx.mbarrier_wait(v_empty, tile_parity, plan.wait)
+                        cute.arch.sync_warp()
+                        if cutlass.const_expr("w" not in EXP):
+                            self.writer.values(block, folded, keys + plan.tile_bytes, warp, lane)
+                        self.wrote(smem, V_FULL, tile)
                     cute.arch.sync_warp()
                     wg.mbarrier_arrive_once(smem + plan.empty_at + stage * BARRIER_BYTES)
                     stage += 1
@@ -152,15 +160,17 @@ class TileKernel(WideKernel):
                 else:
                     piece = load_piece(piece_at)
                     chunk = piece.first_chunk + unit - blocks
-                    ptx.mbarrier_wait(k_empty, tile_parity, plan.wait)
-                    if (warp == 0) & (lane == 0):
-                        params = [self.queries.power(p), Float32(EXPONENT_16_BIT)]
-                        ptx.store_shared(self.params_at(smem, tile), 0, params)
-                    self.writer.copy(p, keys, False, warp, lane, piece, chunk)
-                    self.wrote(smem, K_FULL, tile)
-                    ptx.mbarrier_wait(v_empty, tile_parity, plan.wait)
-                    self.writer.copy(p, keys + plan.tile_bytes, True, warp, lane, piece, chunk)
-                    self.wrote(smem, V_FULL, tile)
+                    if writes_keys:
+                        ptx.mbarrier_wait(k_empty, tile_parity, plan.wait)
+                        if (warp == 0) & (lane == 0):
+                            params = [self.queries.power(p), Float32(EXPONENT_16_BIT)]
+                            ptx.store_shared(self.params_at(smem, tile), 0, params)
+                        self.writer.copy(p, keys, False, warp, lane, piece, chunk)
+                        self.wrote(smem, K_FULL, tile)
+                    if writes_values:
+                        ptx.mbarrier_wait(v_empty, tile_parity, plan.wait)
+                        self.writer.copy(p, keys + plan.tile_bytes, True, warp, lane, piece, chunk)
+                        self.wrote(smem, V_FULL, tile)
                 tile = tile ^ 1
                 tile_parity = tile_parity ^ (1 - (tile & 1))
                 unit += 1
@@ -212,9 +222,11 @@ class TileKernel(WideKernel):
                 ptx.mbarrier_wait(self.tile_barrier(smem, K_FULL, tile), parity, plan.wait)
                 params = ptx.load_shared_floats(self.params_at(smem, tile), 0, 2)
                 keys = self.keys_at(smem, tile)
-                scores = self.attention.scores(query, keys)
-                wg.wait(0)
-                scores = wg.pin(scores)
+                scores = [Float32(0.0)] * 64
+                if cutlass.const_expr("m" not in EXP):
+                    scores = self.attention.scores(query, keys)
+                    wg.wait(0)
+                    scores = wg.pin(scores)
                 is_inner = unit + plan.block_groups < units  # the last ones keep their stages for the results
                 if cutlass.const_expr(plan.states > 1):
                     self.release(smem, K_EMPTY, tile)
@@ -222,11 +234,14 @@ class TileKernel(WideKernel):
                     self.release(smem, K_EMPTY, tile)
                 if (unit < plain_from) | (unit >= plain_to):
                     scores = self.restricted(p, smem, piece_at, unit, params[0], scores)
-                weights, state = self.attention.softmax(scores, params, state)
+                weights = [Int32(0)] * 32
+                if cutlass.const_expr("s" not in EXP):
+                    weights, state = self.attention.softmax(scores, params, state)
                 ptx.mbarrier_wait(self.tile_barrier(smem, V_FULL, tile), parity, plan.wait)
-                out = self.attention.values(weights, keys + plan.tile_bytes, state.out)
-                wg.wait(0)
-                state = state._replace(out=wg.pin(out))
+                if cutlass.const_expr("m" not in EXP):
+                    out = self.attention.values(weights, keys + plan.tile_bytes, state.out)
+                    wg.wait(0)
+                    state = state._replace(out=wg.pin(out))
                 if is_inner:
                     self.release(smem, V_EMPTY, tile)
                 last_tile = tile
@@ -254,7 +269,7 @@ class TileKernel(WideKernel):
             is_last = piece.is_last
             if is_last == 1:  # within the loop: behind it the compiler would expect warps to leave it one by one
                 first = load_piece(smem + plan.first_piece_at)
-                if first.collects == 1:
+                if (first.collects == 1) & (number > 0):
                     self.merge.collect(p, warp, Int32(plan.warps), lane, first)
             number += 1
 

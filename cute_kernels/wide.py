@@ -98,6 +98,7 @@ class WideKernel(DecodeKernel):
             ring += cutlass.max(self.schedule.blocks(at, count, seq), 0)
             while block < ring:
                 ptx.mbarrier_wait(smem + plan.full_at + stage * BARRIER_BYTES, parity, plan.wait)
+                cute.arch.sync_warp()  # lanes that leave the wait one by one would do all of it twice
                 folded = smem + plan.folded_at + stage * plan.folded_bytes
                 in_block = valid - block * BLOCK_TOKENS
                 self.fold.block(smem + stage * plan.fmt.block_bytes, folded, in_block, power, lane)
