@@ -83,16 +83,14 @@ class TileAttention:
         """
         factor, exponent = params
         top, total, out = list(state.top), list(state.total), list(state.out)
-        high = []
-        for r in range_constexpr(2):
-            peak = folded(ptx.fmax, scores[2 * r :: 4] + scores[2 * r + 1 :: 4])
-            for i in range_constexpr(2):
-                peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 1 << i))
-            high.append(peak * factor + exponent)
+        high = [folded(ptx.fmax, scores[2 * r :: 4] + scores[2 * r + 1 :: 4]) * factor + exponent for r in range(2)]
         if ptx.any_lane((high[0] > top[0] + RAISE) | (high[1] > top[1] + RAISE)):
             shrink = []
             for r in range_constexpr(2):
-                raised = ptx.fmax(top[r], high[r])
+                peak = high[r]  # of the lane's part of the row
+                for i in range_constexpr(2):
+                    peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 1 << i))
+                raised = ptx.fmax(top[r], peak)
                 shrink.append(ptx.exp2(top[r] - raised))
                 top[r] = raised
                 total[r] = total[r] * shrink[r]

@@ -7,15 +7,12 @@ from .plan import BARRIER_BYTES, SMEM_ALIGN, Plan
 from .wide_plan import AUXILIARY_WARPS, GROUP_WARPS, M_TILE, WidePlan
 
 MIN_Q_TILE = 64  # query columns: a wgmma's rows
-WRITER_WARPS = NUM_SLICES  # a warp writes the V of a slice
+WRITER_WARPS = NUM_SLICES  # of K, and as many of V, of which each writes a slice
 TILE_STAGES = 2  # of K and V in fp16
 PARAMS_WORDS = 4  # of a tile: factor, exponent of V's unit, padding
 STATE_BYTES = 8  # maximum and sum of a row
-# of a thread; 512 threads in all. Consumers: scores, O, queries as A registers
-import os
-G = int(os.environ.get('WG2', '1'))
-EXP = os.environ.get('EXP', '')
-CONSUMER_REGISTERS, WRITER_REGISTERS, AUXILIARY_REGISTERS = map(int, os.environ.get('REGS', '200,64,48' if G == 1 else '168,48,48').split(','))
+# of a thread; 640 threads in all. Consumers: scores and O
+CONSUMER_REGISTERS, WRITER_REGISTERS, AUXILIARY_REGISTERS = 168, 48, 48
 
 
 class TilePlan(WidePlan):
@@ -26,9 +23,8 @@ class TilePlan(WidePlan):
         self.groups = self.warps // GROUP_WARPS  # consumer warpgroups
         self.states = self.block_groups  # results of a piece that the CTA merges
         self.folders = next(n for n in (3, 2, 1) if self.stages % n == 0)
-        self.auxiliaries = self.warps + G * WRITER_WARPS  # the first warp of the last warpgroup
+        self.auxiliaries = self.warps + 2 * WRITER_WARPS  # the first warp of the last warpgroup
         self.threads = LANES * (self.auxiliaries + AUXILIARY_WARPS)
-        self.slot_readers = self.warps + WRITER_WARPS
         self.key_columns = BLOCK_TOKENS // 8  # core matrices of K along its n: tokens
         self.value_columns = self.head_dim // 8  # of V^T: channels
         self.columns = M_TILE  # of queries that are an operand

@@ -23,30 +23,34 @@ class TileQueries(WideQueries):
         consumers must call it.
         """
         plan = self.plan
-        first_seen = piece.window_start + p.window - p.q_len + 1
         scale = self.scale(p) / self.power(p)
-        fetched = []
-        for i in range_constexpr(plan.q_tile // plan.warps):
-            row = warp + i * plan.warps
-            held = cutlass.min(row, cutlass.max(piece.columns - 1, 0))
-            at = slot + held * (2 * plan.head_dim) + lane * (4 * self.words)
-            fetched.append(ptx.load_shared(at, plan.fetched_offset, self.words))
+        rows = range(plan.q_tile // plan.warps)
+        fetched = None
         if cutlass.const_expr(not plan.prefetches):
+            fetched = [self.fetched(slot, warp, lane, piece, i) for i in rows]
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # all have them
-        for i in range_constexpr(plan.q_tile // plan.warps):
-            row = warp + i * plan.warps
-            values = floats(p, fetched[i])
+        for i in range_constexpr(len(rows)):
+            values = floats(p, self.fetched(slot, warp, lane, piece, i) if fetched is None else fetched[i])
             if p.rotate_q == 1:
                 values = hadamard_registers(values, 2 * self.words)
                 values = hadamard_lanes(values, [1 << b for b in range(5)], lane)
             values = [saturated(x * scale) for x in values]
             halves = [ptx.to_half2(values[j], values[j + 1]) for j in range(0, len(values), 2)]
+            row = warp + i * plan.warps
             halves = [cutlass.select_(row < piece.columns, x, Int32(0)) for x in halves]
             ptx.store_shared(self.place(slot, row, lane), 0, halves)
-            if lane == 0:
-                token = quotient(piece.first_row + row, p.group)
-                ptx.store_shared(slot + row * 4, plan.highs_offset, [first_seen + token])
+        row = warp * LANES + lane
+        if row < plan.q_tile:
+            first_seen = piece.window_start + p.window - p.q_len + 1
+            high = first_seen + quotient(piece.first_row + row, p.group)
+            ptx.store_shared(slot + row * 4, plan.highs_offset, [high])
         wg.fence_async()
+
+    def fetched(self, slot: Int32, warp: Int32, lane: Int32, piece: Piece, i: int) -> list:
+        """The lane's part of the warp's i-th row; of the last one beyond the piece's."""
+        row = cutlass.min(warp + i * self.plan.warps, cutlass.max(piece.columns - 1, 0))
+        at = slot + row * (2 * self.plan.head_dim) + lane * (4 * self.words)
+        return ptx.load_shared(at, self.plan.fetched_offset, self.words)
 
     def highs(self, slot: Int32, row: Int32) -> list:
         """Of rows ``row`` and row + 8 the position behind the last key that the query sees."""

@@ -202,17 +202,19 @@ class TileWriter:
         if chunk >= piece.sink_chunks:
             source, capacity = (p.tail_v if is_value else p.tail_k).toint(), p.tail_capacity
             first, held = (chunk - piece.sink_chunks) * self.plan.chunk, piece.tail
+        row_bytes = p.num_kv_heads * (2 * self.plan.head_dim)  # from a token to the next
+        source += Int64(piece.b * capacity) * row_bytes + piece.head * (2 * self.plan.head_dim)
         # K: lanes of a row of four core matrices each, tokens fastest; V: of four lanes to a token
         row, quad = (lane >> 2, lane & 3) if is_value else (lane & 7, lane >> 3)
         for i in cutlass.range(SLICE_TOKENS // CHUNK, unroll=1):
             block = warp * (SLICE_TOKENS // CHUNK) + i  # of 8 tokens
             token = cutlass.min(first + block * CHUNK + row, held - 1)
-            at = (Int64(piece.b * capacity + token) * p.num_kv_heads + piece.head) * (2 * self.plan.head_dim)
+            at = source + Int64(token) * row_bytes
             for x in cutlass.range(self.plan.head_dim // CHUNK // QUAD_LANES, unroll=1):
                 chunk16 = x * QUAD_LANES + quad  # of 8 channels
                 values = [Int32(0)] * 4
                 if first < held:
-                    values = ptx.load_global(source + at + Int64(chunk16) * wg.CORE_ROW_BYTES, 4)
+                    values = ptx.load_global(at + Int64(chunk16) * wg.CORE_ROW_BYTES, 4)
                     values = self.halves(p, values)
                 if cutlass.const_expr(is_value):
                     cute.arch.sync_warp()

@@ -3,8 +3,8 @@ and launch are those of wide.py.
 
 producer       as in decode.py: one bulk copy per block into a ring of shared-memory stages
 folders        make a block's parameters ready once it has landed (fold.py), announce pieces, fetch their queries
-writers        a warpgroup that turns blocks, then 16-bit tokens, into fp16 tiles of K and V^T (tile_writer.py), in two
-               stages; "full" and "empty" mbarriers of K and of V
+writers        two warpgroups that turn blocks, then 16-bit tokens, into fp16 tiles, one of K, one of V^T (tile_writer.py),
+               in two stages with "full" and "empty" mbarriers each
 consumers      two warpgroups, over units of 128 tokens (tile_attention.py):
     S = Q K^T          A = Q from registers, B = K's tile; m64n128k16
     P = exp2(S - top)  in registers, which are the A operand of
@@ -32,7 +32,7 @@ from .plan import BARRIER_BYTES
 from .schedule import BLOCK_SHIFT, Params, Piece, Schedule, load_piece
 from .tile_attention import EXPONENT_16_BIT, State, TileAttention
 from .tile_merge import TileMerge
-from .tile_plan import G, EXP, GROUP_WARPS, M_TILE, PARAMS_WORDS, STATE_BYTES, TILE_STAGES, WRITER_WARPS, TilePlan
+from .tile_plan import GROUP_WARPS, M_TILE, PARAMS_WORDS, STATE_BYTES, TILE_STAGES, WRITER_WARPS, TilePlan
 from .tile_queries import TileQueries
 from .tile_writer import TileWriter
 from .wide import WideKernel
@@ -63,9 +63,9 @@ class TileKernel(WideKernel):
             for stage in range_constexpr(plan.stages):
                 ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1)
                 ptx.mbarrier_init(smem + (plan.ready_at + BARRIER_BYTES * stage), LANES)
-                ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), G * WRITER_WARPS)
+                ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), 2 * WRITER_WARPS)
             ptx.mbarrier_init(smem + plan.slot_full_at, 2 * LANES * plan.folders)
-            ptx.mbarrier_init(smem + plan.slot_empty_at, plan.warps + G * WRITER_WARPS)
+            ptx.mbarrier_init(smem + plan.slot_empty_at, plan.warps + 2 * WRITER_WARPS)
             for tile in range_constexpr(TILE_STAGES):
                 for kind in range_constexpr(4):
                     ptx.mbarrier_init(self.tile_barrier(smem, kind, Int32(tile)), self.arrivals(kind))
@@ -77,7 +77,10 @@ class TileKernel(WideKernel):
             self.consume(p, smem, warp, lane)
         elif warp < plan.auxiliaries:
             wg.give_registers(plan.writer_registers)
-            self.write(p, smem, warp - plan.warps, lane)
+            if warp < plan.warps + WRITER_WARPS:
+                self.write(p, smem, False, warp - plan.warps, lane)
+            else:
+                self.write(p, smem, True, warp - (plan.warps + WRITER_WARPS), lane)
         else:
             wg.give_registers(plan.auxiliary_registers)
             if warp == plan.auxiliaries:
@@ -109,13 +112,10 @@ class TileKernel(WideKernel):
     # -- writers -----------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def write(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
-        """Write the tiles of the CTA's share, unit by unit."""
+    def write(self, p: Params, smem: Int32, of_values: bool, warp: Int32, lane: Int32):
+        """Write the tiles of V, or of K, of the CTA's share, unit by unit."""
         plan = self.plan
-        writes_keys, writes_values = Boolean(True), Boolean(True)
-        if cutlass.const_expr(G == 2):
-            writes_keys, writes_values = warp < WRITER_WARPS, warp >= WRITER_WARPS
-            warp = warp % WRITER_WARPS
+        full, empty = (V_FULL, V_EMPTY) if of_values else (K_FULL, K_EMPTY)
         stage, parity = Int32(0), Int32(0)
         tile, tile_parity = Int32(0), Int32(1)  # the first round finds the tiles empty
         number = Int32(0)  # of the piece in the share
@@ -128,57 +128,42 @@ class TileKernel(WideKernel):
             wg.mbarrier_arrive_once(smem + plan.slot_empty_at)  # done with the Piece before
             piece = load_piece(piece_at)
             is_last = piece.is_last
-            blocks, units = piece.blocks, self.units(piece)
-            unit = Int32(0)
-            while unit < units:
-                keys = self.keys_at(smem, tile)
-                k_empty, v_empty = (self.tile_barrier(smem, kind, tile) for kind in (K_EMPTY, V_EMPTY))
-                if unit < blocks:
-                    block = smem + stage * plan.fmt.block_bytes
+            blocks = piece.blocks
+            left = self.units(piece)  # units
+            while left > 0:
+                target = self.keys_at(smem, tile) + int(of_values) * plan.tile_bytes
+                if blocks > 0:
                     folded = smem + plan.folded_at + stage * plan.folded_bytes
                     ptx.mbarrier_wait(smem + plan.ready_at + stage * BARRIER_BYTES, parity, plan.wait)
-                    if writes_keys:
-                        ptx.mbarrier_wait(k_empty, tile_parity, plan.wait)
-                        cute.arch.sync_warp()
+                    ptx.mbarrier_wait(self.tile_barrier(smem, empty, tile), tile_parity, plan.wait)
+                    cute.arch.sync_warp()
+                    if cutlass.const_expr(of_values):
+                        self.writer.values(smem + stage * plan.fmt.block_bytes, folded, target, warp, lane)
+                    else:
                         if (warp == 0) & (lane == 0):
                             ptx.store_shared(self.params_at(smem, tile), 0, ptx.load_shared(folded, 0, 2))
-                        if cutlass.const_expr("w" not in EXP):
-                            self.writer.keys(block, folded, keys, warp, lane)
-                        self.wrote(smem, K_FULL, tile)
-                    if writes_values:
-                        ptx.mbarrier_wait(v_empty, tile_parity, plan.wait)
-                        cute.arch.sync_warp()
-                        if cutlass.const_expr("w" not in EXP):
-                            self.writer.values(block, folded, keys + plan.tile_bytes, warp, lane)
-                        self.wrote(smem, V_FULL, tile)
+                        self.writer.keys(smem + stage * plan.fmt.block_bytes, folded, target, warp, lane)
                     cute.arch.sync_warp()
                     wg.mbarrier_arrive_once(smem + plan.empty_at + stage * BARRIER_BYTES)
+                    blocks -= 1
                     stage += 1
                     if stage == plan.stages:
                         stage = Int32(0)
                         parity = parity ^ 1
                 else:
                     piece = load_piece(piece_at)
-                    chunk = piece.first_chunk + unit - blocks
-                    if writes_keys:
-                        ptx.mbarrier_wait(k_empty, tile_parity, plan.wait)
+                    ptx.mbarrier_wait(self.tile_barrier(smem, empty, tile), tile_parity, plan.wait)
+                    if cutlass.const_expr(not of_values):
                         if (warp == 0) & (lane == 0):
                             params = [self.queries.power(p), Float32(EXPONENT_16_BIT)]
                             ptx.store_shared(self.params_at(smem, tile), 0, params)
-                        self.writer.copy(p, keys, False, warp, lane, piece, chunk)
-                        self.wrote(smem, K_FULL, tile)
-                    if writes_values:
-                        ptx.mbarrier_wait(v_empty, tile_parity, plan.wait)
-                        self.writer.copy(p, keys + plan.tile_bytes, True, warp, lane, piece, chunk)
-                        self.wrote(smem, V_FULL, tile)
+                    self.writer.copy(p, target, of_values, warp, lane, piece, piece.end_chunk - left)
+                wg.fence_async()
+                ptx.mbarrier_arrive(self.tile_barrier(smem, full, tile))
+                tile_parity = tile_parity ^ tile
                 tile = tile ^ 1
-                tile_parity = tile_parity ^ (1 - (tile & 1))
-                unit += 1
+                left -= 1
             number += 1
-
-    def wrote(self, smem: Int32, kind: int, tile: Int32) -> None:
-        wg.fence_async()
-        ptx.mbarrier_arrive(self.tile_barrier(smem, kind, tile))
 
     # -- consumers ---------------------------------------------------------------------------------------------------
 
@@ -191,19 +176,19 @@ class TileKernel(WideKernel):
         query = self.queries.of_group(slot, group)
         turn = group % plan.block_groups
         unit = turn  # the warpgroup's next unit of the piece
-        tile, parity = turn, Int32(0)
+        done = Int32(0)  # units of the warpgroup
         number = Int32(0)  # of the piece in the share
         if warp == plan.warps - 1:
             self.schedule.warm(p, lane)
         ptx.wait_for_previous_kernel()
         is_last = Int32(0)
         while is_last == 0:
-            lane = wg.thread_again() % LANES
+            thread = wg.thread_again()  # what follows from it need not stay in registers all along
             piece_at = self.piece_at(smem, number)
             ptx.mbarrier_wait(smem + plan.slot_full_at, number & 1, plan.wait)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # for the compiler: no warp has parted
             piece = load_piece(piece_at)
-            self.queries.prepare(p, slot, warp, lane, piece)
+            self.queries.prepare(p, slot, cute.arch.make_warp_uniform(thread // LANES), thread % LANES, piece)
             cute.arch.sync_warp()
             if cutlass.const_expr(plan.prefetches):
                 wg.mbarrier_arrive_once(smem + plan.slot_empty_at)
@@ -216,42 +201,36 @@ class TileKernel(WideKernel):
             plain_to = cutlass.min(plain_to, piece.blocks)
             if p.softcap > 0.0:
                 plain_to = Int32(0)
-            units = self.units(piece)
-            last_tile = turn ^ 1  # of the warpgroup's units; if there is none, the other's
-            while unit < units:
+            left = self.units(piece) - unit  # counted down, so that the loop holds less
+            plain_from, plain_to = left + unit - plain_from, left + unit - plain_to
+            while left > 0:
+                tile, parity = self.tile_of(turn, done)
                 ptx.mbarrier_wait(self.tile_barrier(smem, K_FULL, tile), parity, plan.wait)
                 params = ptx.load_shared_floats(self.params_at(smem, tile), 0, 2)
                 keys = self.keys_at(smem, tile)
-                scores = [Float32(0.0)] * 64
-                if cutlass.const_expr("m" not in EXP):
-                    scores = self.attention.scores(query, keys)
-                    wg.wait(0)
-                    scores = wg.pin(scores)
-                is_inner = unit + plan.block_groups < units  # the last ones keep their stages for the results
+                scores = self.attention.scores(query, keys)
+                wg.wait(0)
+                scores = wg.pin(scores)
+                is_inner = left > plan.block_groups  # the last ones keep their stages for the results
                 if cutlass.const_expr(plan.states > 1):
                     self.release(smem, K_EMPTY, tile)
                 elif is_inner:
                     self.release(smem, K_EMPTY, tile)
-                if (unit < plain_from) | (unit >= plain_to):
-                    scores = self.restricted(p, smem, piece_at, unit, params[0], scores)
-                weights = [Int32(0)] * 32
-                if cutlass.const_expr("s" not in EXP):
-                    weights, state = self.attention.softmax(scores, params, state)
+                if (left > plain_from) | (left <= plain_to):
+                    scores = self.restricted(p, smem, number, left, params[0], scores)
+                weights, state = self.attention.softmax(scores, params, state)
                 ptx.mbarrier_wait(self.tile_barrier(smem, V_FULL, tile), parity, plan.wait)
-                if cutlass.const_expr("m" not in EXP):
-                    out = self.attention.values(weights, keys + plan.tile_bytes, state.out)
-                    wg.wait(0)
-                    state = state._replace(out=wg.pin(out))
+                out = self.attention.values(weights, keys + plan.tile_bytes, state.out)
+                wg.wait(0)
+                state = state._replace(out=wg.pin(out))
                 if is_inner:
                     self.release(smem, V_EMPTY, tile)
-                last_tile = tile
-                unit += plan.block_groups
-                tile += plan.block_groups
-                if tile >= TILE_STAGES:
-                    tile -= TILE_STAGES
-                    parity = parity ^ 1
-            had_units = unit - plan.block_groups >= 0
-            unit -= units
+                left -= plan.block_groups
+                done += 1
+            unit = -left
+            had_units = unit + self.units(load_piece(self.piece_at(smem, number))) >= plan.block_groups
+            # the tile of the warpgroup's last unit; if it had none, the other's
+            last_tile = cutlass.select_(had_units, self.tile_of(turn, done - 1)[0], turn ^ 1)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # nobody reads the last tiles any more, nor the queries
             if cutlass.const_expr(not plan.prefetches):
                 cute.arch.sync_warp()
@@ -259,7 +238,7 @@ class TileKernel(WideKernel):
             self.store_state(smem, last_tile, had_units, state)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # all results are there
             lane = wg.thread_again() % LANES
-            piece = load_piece(piece_at)
+            piece = load_piece(self.piece_at(smem, number))
             self.merge.merge(p, smem, warp, Int32(plan.warps), lane, piece)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # nobody needs them any more
             if had_units:
@@ -273,14 +252,21 @@ class TileKernel(WideKernel):
                     self.merge.collect(p, warp, Int32(plan.warps), lane, first)
             number += 1
 
+    def tile_of(self, turn: Int32, done: Int32) -> tuple:
+        """Stage and parity of a warpgroup's next tile, after ``done`` of them."""
+        if self.plan.block_groups == TILE_STAGES:
+            return turn, done & 1
+        return done & 1, done >> 1 & 1
+
     def release(self, smem: Int32, kind: int, tile: Int32) -> None:
         cute.arch.sync_warp()
         wg.mbarrier_arrive_once(self.tile_barrier(smem, kind, tile))
 
     @cute.jit
-    def restricted(self, p: Params, smem: Int32, piece_at: Int32, unit: Int32, factor: Float32, scores: list):
-        """The scores of a unit with keys that not every query sees, or under a soft cap."""
-        piece = load_piece(piece_at)
+    def restricted(self, p: Params, smem: Int32, number: Int32, left: Int32, factor: Float32, scores: list):
+        """The scores of a unit with keys that not every query sees, or under a soft cap; ``left``: units from it on."""
+        piece = load_piece(self.piece_at(smem, number))
+        unit = self.units(piece) - left
         thread = wg.thread_again()
         row = thread // LANES % self.plan.warps_per_block * TILE + (thread % LANES >> 2)
         highs = self.queries.highs(smem + self.plan.slots_at, row)
