@@ -36,7 +36,7 @@ from .wide_plan import WidePlan
 GPU_ARCHS = {"sm80": "sm_80", "sm89": "sm_89", "sm90a": "sm_90a", "sm100": "sm_100f", "sm120": "sm_120f"}
 MANIFEST_HEAD_DIMS = (64, 128)
 MANIFEST_GROUPS = (32, 64, 128)
-MANIFEST_COLUMNS = (8, 16, 32, 64)  # query columns
+MANIFEST_COLUMNS = (8, 16, 32, 64, 128)  # query columns
 MAX_WORKERS = 8
 
 

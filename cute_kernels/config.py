@@ -32,12 +32,14 @@ TILING_OF_TWO_BITS = (12, 2, 12)
 MAX_REGISTERS = {"bulk": {12: 100, 8: 102, 4: 190, 2: 190, 1: 190}, "cp_async": {8: 0, 4: 190, 2: 190, 1: 190}}
 MAX_REGISTERS_OF_TWO_TILES = {"bulk": 170, "cp_async": 190}  # of query columns
 # wgmma kernels, as measured on an H100: head_dim -> query columns of a tile -> (num_warps, warps_per_block), the best
-# first; of the rings the deepest that fits is taken. They beat mma.sync from 16 columns on.
+# first; of the rings the deepest that fits is taken. They beat mma.sync from 16 columns on. From MIN_TILE_COLUMNS on
+# they dequantise tiles in shared memory, and any ring of at least MIN_STAGES will do.
 WGMMA_TILINGS = {
-    64: {16: ((8, 4),), 32: ((8, 4),)},
-    128: {16: ((8, 4),), 32: ((12, 4), (8, 4)), 64: ((8, 8),)},
+    64: {16: ((8, 4),), 32: ((8, 4),), 64: ((8, 4),), 128: ((8, 8),)},
+    128: {16: ((8, 4),), 32: ((12, 4), (8, 4)), 64: ((8, 4),), 128: ((8, 8),)},
     256: {16: ((8, 8),), 32: ((8, 8),)},
 }
+MIN_TILE_COLUMNS, MIN_STAGES = 64, 2
 WGMMA_STAGES = (9, 8, 6, 4, 3, 2, 1)
 HOPPER_ARCHS = ("sm90a", "sm100", "sm120")  # and later: bulk copies, mbarrier.try_wait
 
@@ -251,8 +253,8 @@ class KernelConfig(Object):
 def _wgmma_config(arch: str, head_dim: int, quant: QuantSpec, columns: int) -> KernelConfig | None:
     """The kernel with wgmma for ``columns`` query columns; None if there is none."""
     tilings = WGMMA_TILINGS.get(head_dim, {}) if arch == "sm90a" else {}
-    fitting = [q_tile for q_tile in tilings if q_tile >= columns] or sorted(tilings)[-1:]
-    for q_tile in fitting[:1]:
+    enough = min((q_tile for q_tile in tilings if q_tile >= columns), default=max(tilings, default=0))
+    for q_tile in sorted((q_tile for q_tile in tilings if q_tile <= enough), reverse=True):
         for num_warps, warps_per_block in tilings[q_tile]:
             if num_warps == 12 and (quant.k_axis == "token" or 8 in (quant.k_bits, quant.v_bits)):
                 continue  # they need more registers than a thread has there
@@ -262,7 +264,10 @@ def _wgmma_config(arch: str, head_dim: int, quant: QuantSpec, columns: int) -> K
                     arch=arch, head_dim=head_dim, quant=quant, q_tile=q_tile, mma="wgmma", num_warps=num_warps,
                     warps_per_block=warps_per_block, stages=stages,
                 )  # fmt: skip
-                if stages % groups == 0 and stages > groups and _fits(config):  # a block is loaded meanwhile
+                loads_ahead = stages % groups == 0 and stages > groups  # a block is loaded meanwhile
+                if q_tile >= MIN_TILE_COLUMNS:
+                    loads_ahead = stages >= MIN_STAGES
+                if loads_ahead and _fits(config):
                     return config
     return None
 

@@ -10,9 +10,11 @@ MIN_Q_TILE = 64  # query columns: a wgmma's rows
 WRITER_WARPS = NUM_SLICES  # of K, and as many of V, of which each writes a slice
 TILE_STAGES = 2  # of K and V in fp16
 PARAMS_WORDS = 4  # of a tile: factor, exponent of V's unit, padding
+PREFETCHING_BITS = 8  # of K and V
 STATE_BYTES = 8  # maximum and sum of a row
+PROGRESS_BYTES = 8
 # of a thread; 640 threads in all. Consumers: scores and O
-CONSUMER_REGISTERS, WRITER_REGISTERS, AUXILIARY_REGISTERS = 168, 48, 48
+CONSUMER_REGISTERS, K_REGISTERS, V_REGISTERS, AUXILIARY_REGISTERS = 168, 48, 40, 56
 
 
 class TilePlan(WidePlan):
@@ -30,22 +32,18 @@ class TilePlan(WidePlan):
         self.columns = M_TILE  # of queries that are an operand
         self.column_tiles = M_TILE // 8
         # whether there is room for the next piece's queries besides the operand
-        self.prefetches = self.q_tile == M_TILE
+        self.prefetches = self.q_tile == M_TILE and self.quant.k_bits + self.quant.v_bits <= PREFETCHING_BITS
 
     @cached_property
     def consumer_registers(self) -> int:
         return CONSUMER_REGISTERS
 
     @cached_property
-    def writer_registers(self) -> int:
-        return WRITER_REGISTERS
-
-    @cached_property
     def auxiliary_registers(self) -> int:
         return AUXILIARY_REGISTERS
 
     # shared memory: ring | folded parameters | tiles [stage][K, V^T] | slot as in WidePlan | first Piece | barriers
-    # as in WidePlan, then of the tiles: K and V, full and empty | tile parameters | places and states of results | Shares
+    # as in WidePlan, then of the tiles: K and V, full and empty | tile parameters | places and states of results | progress | Shares
 
     @cached_property
     def tiles_at(self) -> int:
@@ -98,8 +96,13 @@ class TilePlan(WidePlan):
         return self.places_at + 16
 
     @cached_property
-    def shares_at(self) -> int:
+    def progress_at(self) -> int:
+        """[consumer warp] of its piece and the next unit of it."""
         return self.sums_at + self.states * self.q_tile * STATE_BYTES
+
+    @cached_property
+    def shares_at(self) -> int:
+        return self.progress_at + self.warps * PROGRESS_BYTES
 
     # a stage's folded parameters: factor f32, exponent of V's unit f32 | K as in WidePlan
     # | V: multiplier, offset [channel group][token] in B order

@@ -24,7 +24,7 @@ from .tile_plan import WRITER_WARPS, TilePlan
 PAIR = 2 * TILE  # channels of two channel tiles, which share vectors of K
 CHUNK = wg.CORE_ROW_BYTES // 2  # values of a core matrix's row
 QUAD_LANES = 4  # that share a row of a fragment
-VECTORS_AT_ONCE = 4  # of codes that a lane loads before it uses them
+WORDS_AT_ONCE = 4  # of codes that a lane loads before it uses them
 
 
 class Tile(NamedTuple):
@@ -102,9 +102,12 @@ class TileWriter:
         """
         tiles = sorted(tiles, key=lambda tile: (tile.slice, tile.fragments[0].vector))
         vectors = list(dict.fromkeys((tile.slice, tile.fragments[0].vector) for tile in tiles))
-        for first in range(0, len(vectors), VECTORS_AT_ONCE):
+        count = WORDS_AT_ONCE // len({f.word for tile in tiles for f in tile.fragments})
+        # the bits of the codes in turn, so that few Multipliers are needed at a time
+        tiles.sort(key=lambda tile: (tile.fragments[0].bit, tile.t))
+        for first in range(0, len(vectors), count):
             words = {}
-            for s, vector in vectors[first : first + VECTORS_AT_ONCE]:
+            for s, vector in vectors[first : first + count]:
                 mine = [tile for tile in tiles if (tile.slice, tile.fragments[0].vector) == (s, vector)]
                 used = sorted({f.word for tile in mine for f in tile.fragments})
                 offset = s * (section.nbytes // NUM_SLICES) + 4 * (vector * LANES * vector_words + used[0])
@@ -204,27 +207,32 @@ class TileWriter:
             first, held = (chunk - piece.sink_chunks) * self.plan.chunk, piece.tail
         row_bytes = p.num_kv_heads * (2 * self.plan.head_dim)  # from a token to the next
         source += Int64(piece.b * capacity) * row_bytes + piece.head * (2 * self.plan.head_dim)
+        thread = wg.thread_again()
         # K: lanes of a row of four core matrices each, tokens fastest; V: of four lanes to a token
-        row, quad = (lane >> 2, lane & 3) if is_value else (lane & 7, lane >> 3)
+        row, quad = (thread >> 2 & 7, thread & 3) if is_value else (thread & 7, thread >> 3 & 3)
         for i in cutlass.range(SLICE_TOKENS // CHUNK, unroll=1):
             block = warp * (SLICE_TOKENS // CHUNK) + i  # of 8 tokens
             token = cutlass.min(first + block * CHUNK + row, held - 1)
-            at = source + Int64(token) * row_bytes
-            for x in cutlass.range(self.plan.head_dim // CHUNK // QUAD_LANES, unroll=1):
-                chunk16 = x * QUAD_LANES + quad  # of 8 channels
+            at = source + Int64(token) * row_bytes + quad * wg.CORE_ROW_BYTES
+            if cutlass.const_expr(is_value):
+                # matrix j has of the lanes' 8 channels each 2j and the next, so its rows are of four core matrices
+                j, n = thread >> 3 & 3, thread & 7
+                target = tiles + block * self.value_step + (n >> 1) * wg.CORE_BYTES
+                target += (2 * j + (n & 1)) * wg.CORE_ROW_BYTES
+            else:
+                target = tiles + quad * self.key_step + block * wg.CORE_BYTES + row * wg.CORE_ROW_BYTES
+            for x in cutlass.range(self.plan.head_dim // CHUNK // QUAD_LANES, unroll=1):  # 8 channels of each lane
                 values = [Int32(0)] * 4
                 if first < held:
-                    values = ptx.load_global(at + Int64(chunk16) * wg.CORE_ROW_BYTES, 4)
-                    values = self.halves(p, values)
+                    values = self.halves(p, ptx.load_global(at, 4))
                 if cutlass.const_expr(is_value):
                     cute.arch.sync_warp()
-                    # matrix j has of the lanes' 8 channels each 2j and the next, so its rows are of four core matrices
-                    j, n = lane >> 3, lane & 7
-                    target = tiles + block * self.value_step + (x * QUAD_LANES + (n >> 1)) * wg.CORE_BYTES
-                    wg.store_matrices(target + (2 * j + (n & 1)) * wg.CORE_ROW_BYTES, 0, values)
+                    wg.store_matrices(target, 0, values)
+                    target += QUAD_LANES * wg.CORE_BYTES
                 else:
-                    target = tiles + chunk16 * self.key_step + block * wg.CORE_BYTES
-                    ptx.store_shared(target + row * wg.CORE_ROW_BYTES, 0, values)
+                    ptx.store_shared(target, 0, values)
+                    target += QUAD_LANES * self.key_step
+                at += QUAD_LANES * wg.CORE_ROW_BYTES
 
     @cute.jit
     def halves(self, p: Params, registers: list):

@@ -32,7 +32,18 @@ from .plan import BARRIER_BYTES
 from .schedule import BLOCK_SHIFT, Params, Piece, Schedule, load_piece
 from .tile_attention import EXPONENT_16_BIT, State, TileAttention
 from .tile_merge import TileMerge
-from .tile_plan import GROUP_WARPS, M_TILE, PARAMS_WORDS, STATE_BYTES, TILE_STAGES, WRITER_WARPS, TilePlan
+from .tile_plan import (
+    GROUP_WARPS,
+    K_REGISTERS,
+    M_TILE,
+    PARAMS_WORDS,
+    PROGRESS_BYTES,
+    STATE_BYTES,
+    TILE_STAGES,
+    V_REGISTERS,
+    WRITER_WARPS,
+    TilePlan,
+)
 from .tile_queries import TileQueries
 from .tile_writer import TileWriter
 from .wide import WideKernel
@@ -75,12 +86,12 @@ class TileKernel(WideKernel):
         if warp < plan.warps:
             wg.take_registers(plan.consumer_registers)
             self.consume(p, smem, warp, lane)
+        elif warp < plan.warps + WRITER_WARPS:
+            wg.give_registers(K_REGISTERS)
+            self.write(p, smem, False, warp - plan.warps, lane)
         elif warp < plan.auxiliaries:
-            wg.give_registers(plan.writer_registers)
-            if warp < plan.warps + WRITER_WARPS:
-                self.write(p, smem, False, warp - plan.warps, lane)
-            else:
-                self.write(p, smem, True, warp - (plan.warps + WRITER_WARPS), lane)
+            wg.give_registers(V_REGISTERS)
+            self.write(p, smem, True, warp - (plan.warps + WRITER_WARPS), lane)
         else:
             wg.give_registers(plan.auxiliary_registers)
             if warp == plan.auxiliaries:
@@ -175,15 +186,17 @@ class TileKernel(WideKernel):
         group = warp // GROUP_WARPS
         query = self.queries.of_group(slot, group)
         turn = group % plan.block_groups
-        unit = turn  # the warpgroup's next unit of the piece
         done = Int32(0)  # units of the warpgroup
-        number = Int32(0)  # of the piece in the share
+        # the piece's number in the share, and the warpgroup's next unit of it: kept here, rather than in registers
+        progress = smem + plan.progress_at + warp * PROGRESS_BYTES
+        ptx.store_shared(progress, 0, [Int32(0), turn])
         if warp == plan.warps - 1:
             self.schedule.warm(p, lane)
         ptx.wait_for_previous_kernel()
         is_last = Int32(0)
         while is_last == 0:
             thread = wg.thread_again()  # what follows from it need not stay in registers all along
+            number, unit = ptx.load_shared(progress, 0, 2)
             piece_at = self.piece_at(smem, number)
             ptx.mbarrier_wait(smem + plan.slot_full_at, number & 1, plan.wait)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # for the compiler: no warp has parted
@@ -217,7 +230,7 @@ class TileKernel(WideKernel):
                 elif is_inner:
                     self.release(smem, K_EMPTY, tile)
                 if (left > plain_from) | (left <= plain_to):
-                    scores = self.restricted(p, smem, number, left, params[0], scores)
+                    scores = self.restricted(p, smem, progress, left, params[0], scores)
                 weights, state = self.attention.softmax(scores, params, state)
                 ptx.mbarrier_wait(self.tile_barrier(smem, V_FULL, tile), parity, plan.wait)
                 out = self.attention.values(weights, keys + plan.tile_bytes, state.out)
@@ -227,6 +240,7 @@ class TileKernel(WideKernel):
                     self.release(smem, V_EMPTY, tile)
                 left -= plan.block_groups
                 done += 1
+            number = ptx.load_shared(progress, 0, 1)[0]
             unit = -left
             had_units = unit + self.units(load_piece(self.piece_at(smem, number))) >= plan.block_groups
             # the tile of the warpgroup's last unit; if it had none, the other's
@@ -250,7 +264,7 @@ class TileKernel(WideKernel):
                 first = load_piece(smem + plan.first_piece_at)
                 if (first.collects == 1) & (number > 0):
                     self.merge.collect(p, warp, Int32(plan.warps), lane, first)
-            number += 1
+            ptx.store_shared(progress, 0, [number + 1, unit])
 
     def tile_of(self, turn: Int32, done: Int32) -> tuple:
         """Stage and parity of a warpgroup's next tile, after ``done`` of them."""
@@ -263,9 +277,9 @@ class TileKernel(WideKernel):
         wg.mbarrier_arrive_once(self.tile_barrier(smem, kind, tile))
 
     @cute.jit
-    def restricted(self, p: Params, smem: Int32, number: Int32, left: Int32, factor: Float32, scores: list):
+    def restricted(self, p: Params, smem: Int32, progress: Int32, left: Int32, factor: Float32, scores: list):
         """The scores of a unit with keys that not every query sees, or under a soft cap; ``left``: units from it on."""
-        piece = load_piece(self.piece_at(smem, number))
+        piece = load_piece(self.piece_at(smem, ptx.load_shared(progress, 0, 1)[0]))
         unit = self.units(piece) - left
         thread = wg.thread_again()
         row = thread // LANES % self.plan.warps_per_block * TILE + (thread % LANES >> 2)

@@ -253,7 +253,7 @@ def test_for_problem_fits_every_arch(arch, head_dim, bits):
 
 @pytest.mark.parametrize(
     ("num_q_heads", "num_kv_heads", "q_len", "q_tile"),
-    [(8, 8, 1, 8), (32, 4, 1, 8), (36, 4, 1, 16), (32, 8, 3, 16), (8, 1, 4, 32), (64, 1, 1, 64), (32, 8, 1024, 64)],
+    [(8, 8, 1, 8), (32, 4, 1, 8), (36, 4, 1, 16), (32, 8, 3, 16), (8, 1, 4, 32), (64, 1, 1, 64), (32, 8, 1024, 128)],
 )
 def test_for_problem_chooses_the_tile(num_q_heads, num_kv_heads, q_len, q_tile):
     config = KernelConfig.for_problem(
@@ -274,7 +274,17 @@ def test_for_problem_chooses_the_tile(num_q_heads, num_kv_heads, q_len, q_tile):
         NON_DEFAULT_CONFIG,
         {"head_dim": 256, "stages": 2, "num_warps": 8, "q_tile": 16},
         {"mma": "wgmma", "q_tile": 32, "num_warps": 12, "stages": 3},
-        {"mma": "wgmma", "q_tile": 64, "num_warps": 16, "warps_per_block": 16, "stages": 3},
+        {"mma": "wgmma", "q_tile": 32, "num_warps": 16, "warps_per_block": 16, "stages": 3},
+        {"mma": "wgmma", "q_tile": 64, "num_warps": 8, "warps_per_block": 4, "stages": 3},
+        {"mma": "wgmma", "q_tile": 64, "num_warps": 8, "warps_per_block": 4, "quant": QuantSpec(k_bits=8), "stages": 2},
+        {
+            "mma": "wgmma",
+            "q_tile": 128,
+            "num_warps": 8,
+            "warps_per_block": 8,
+            "head_dim": 64,
+            "quant": QuantSpec(k_axis="token", k_group=32, k_mean="block", v_group=32, v_symmetric=True),
+        },
         {
             "mma": "wgmma",
             "num_warps": 8,
@@ -301,6 +311,10 @@ def test_smem_bytes_is_what_the_kernel_plans(fields):
         ({"warps_per_block": 2}, InvalidArgument, "warps_per_block=2"),
         ({"q_tile": 136}, InvalidArgument, "q_tile=136: allowed are the multiples of 8 up to 128"),
         ({"q_tile": 24, "num_warps": 16, "warps_per_block": 16}, UnsupportedConfig, "q_tile=24"),
+        ({"q_tile": 72}, InvalidArgument, "q_tile=72: allowed are 64, 128"),
+        ({"q_tile": 64, "num_warps": 12, "warps_per_block": 4}, InvalidArgument, "num_warps=12"),
+        ({"q_tile": 128, "num_warps": 8, "warps_per_block": 4}, InvalidArgument, "warps_per_block=4: allowed are 8"),
+        ({"q_tile": 64, "num_warps": 8, "warps_per_block": 4, "head_dim": 256}, UnsupportedConfig, "head_dim=256"),
     ],
 )
 def test_wgmma_is_checked(fields, error, message):

@@ -99,11 +99,11 @@ def wide_configs() -> list[bd.KernelConfig]:
 
 def test_manifest_has_wgmma_kernels_for_many_columns() -> None:
     tiles = {(config.head_dim, config.q_tile) for config in wide_configs()}
-    assert {(64, 16), (64, 32), (128, 16), (128, 32), (128, 64)} <= tiles
+    assert {(d, n) for d in (64, 128) for n in (16, 32, 64, 128)} <= tiles
     assert not any(config.mma == "wgmma" for config in compiler.manifest("sm120"))
 
 
-@pytest.mark.parametrize(("head_dim", "q_tile"), [(64, 32), (128, 32), (128, 64)])
+@pytest.mark.parametrize(("head_dim", "q_tile"), [(64, 32), (128, 32)])
 def test_wgmma_takes_codes_from_registers(head_dim: int, q_tile: int) -> None:
     config = next(c for c in wide_configs() if (c.head_dim, c.q_tile) == (head_dim, q_tile))
     code = listing(compiled("sm90a")[config].cubin)
@@ -115,6 +115,21 @@ def test_wgmma_takes_codes_from_registers(head_dim: int, q_tile: int) -> None:
     assert waits <= len(products) * 2 // 3
     assert "STSM" in code
     assert "USETMAXREG" in code
+    assert not re.search(r"\b(LDL|STL)\b", code), "registers in local memory"
+
+
+@pytest.mark.parametrize(("head_dim", "q_tile"), [(64, 64), (128, 64), (128, 128)])
+def test_wgmma_over_tiles(head_dim: int, q_tile: int) -> None:
+    """Scores with both operands in shared memory, then P from registers, with a wait for each."""
+    config = next(c for c in wide_configs() if (c.head_dim, c.q_tile) == (head_dim, q_tile))
+    code = listing(compiled("sm90a")[config].cubin)
+    products = re.findall(r"HGMMA\S* .*?;", code)
+    scores = [x for x in products if re.match(r"HGMMA\.64x128x16\.F32 R\d+, gdesc\[UR\d+\],", x)]
+    values = [x for x in products if re.match(rf"HGMMA\.64x{head_dim}x16\.F32 R\d+, R\d+, gdesc\[UR\d+\],", x)]
+    assert (len(scores), len(values)) == (head_dim // 16, 8)
+    assert len(products) == len(scores) + len(values)
+    assert code.count("WARPGROUP.DEPBAR") == 2
+    assert "STSM.16.M88.4" in code
     assert not re.search(r"\b(LDL|STL)\b", code), "registers in local memory"
 
 
@@ -238,10 +253,15 @@ PRESETS = {name: bd.preset(name, 128)[0].for_kernel() for name in ("kv8", "kv4",
         ("kc2", 128, 5, 5, {"softcap": 5.0, "sink_logits": torch.linspace(-1, 2, 5)}),
         ("kv8", 64, 9, 3, {}),
         ("k4v2", 64, 3, 4, {}),
+        ("kv8", 128, 7, 9, {"window": 200}),
+        ("kc4", 128, 16, 8, {}),
+        ("k4v2", 64, 5, 9, {"softcap": 5.0}),
     ],
 )
 def test_many_query_columns(preset: str, head_dim: int, group: int, q_len: int, options: dict) -> None:
-    """wgmma: one or two warpgroups to a block, several pieces and partial results, 16-bit tokens, empty sequences."""
+    """wgmma: one or two warpgroups to a block, or tiles; several pieces and partial results, 16-bit tokens, empty
+    sequences.
+    """
     spec = bd.preset(preset, head_dim)[0].for_kernel()
     config, made = kernel("sm90a", spec, head_dim, group, q_len)
     assert config.mma == "wgmma"
@@ -289,6 +309,13 @@ def test_shares(tokens: list[int], heads: int, grid: int) -> None:
     config, made = kernel("sm90a", spec, 64, 4)
     case = problem([(n, 0) for n in tokens], spec, heads=heads, head_dim=64)
     check(config, made, case, random_q(len(tokens), 1, 4 * heads, 64), grid=grid)
+
+
+def test_partial_results_of_many_rows_in_a_tree() -> None:
+    spec = bd.preset("kc2", 64)[0].for_kernel()
+    config, made = kernel("sm90a", spec, 64, 5, 7)
+    case = problem([(2240, 30), (300, 0)], spec, heads=1, head_dim=64)
+    check(config, made, case, random_q(2, 7, 5, 64), grid=21)
 
 
 def test_a_kernel_that_no_pack_holds_is_compiled_once(tmp_path, monkeypatch) -> None:

@@ -71,14 +71,15 @@ std::int64_t folded_bytes(std::int64_t head_dim, const QuantSpec& q, bool tiles)
 std::int64_t tile_smem_bytes(const KernelConfig& c) {
   constexpr std::int64_t kHalf = 2, kBarrierBytes = 8, kPieceBytes = 80, kPositionBytes = 4, kSharesBytes = 32;
   constexpr std::int64_t kTiles = 4, kBarriersOfStage = 3, kBarriersOfSlots = 4, kBarriersOfTiles = 8;
-  constexpr std::int64_t kTileParamsBytes = 2 * 16, kPlacesBytes = 16, kStateBytes = 8;
+  constexpr std::int64_t kTileParamsBytes = 2 * 16, kPlacesBytes = 16, kStateBytes = 8, kProgressBytes = 8;
   const std::int64_t ring = c.stages * (block_bytes(c.head_dim, c.quant) + folded_bytes(c.head_dim, c.quant, true));
   std::int64_t bytes = round_up(ring, kSmemAlign) + kTiles * kBlockTokens * c.head_dim * kHalf;
-  const std::int64_t copies = c.q_tile == kMinTileColumns ? 2 : 1;  // of the queries: the next piece's are fetched ahead
+  // the next piece's queries are fetched ahead where there is room for them
+  const std::int64_t copies = c.q_tile == kMinTileColumns && c.quant.k_bits + c.quant.v_bits <= 8 ? 2 : 1;
   bytes += c.q_tile * (copies * c.head_dim * kHalf + kPositionBytes) + 3 * kPieceBytes;
   bytes += kBarrierBytes * (kBarriersOfStage * c.stages + kBarriersOfSlots + kBarriersOfTiles);
   bytes = round_up(bytes, 16) + kTileParamsBytes + kPlacesBytes;
-  bytes += c.num_warps / c.warps_per_block * c.q_tile * kStateBytes + kSharesBytes;
+  bytes += c.num_warps / c.warps_per_block * c.q_tile * kStateBytes + c.num_warps * kProgressBytes + kSharesBytes;
   return round_up(bytes, kSmemAlign);
 }
 
