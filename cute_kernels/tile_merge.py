@@ -120,7 +120,9 @@ class TileMerge(WideMerge):
 
     def source(self, p: Params, piece: Piece, index: Int32) -> Int64:
         """The slot of a piece's CTA."""
-        return cutlass.select_(index > 0, self.partial(p, 2 * (piece.first_cta + index)), self.partial(p, piece.first_slot))
+        return cutlass.select_(
+            index > 0, self.partial(p, 2 * (piece.first_cta + index)), self.partial(p, piece.first_slot)
+        )
 
     def combine_warps(self, smem: Int32, column: Int32, item: Int32) -> tuple:
         """As in merge.py: the results of the warpgroups that took turns."""

@@ -82,7 +82,9 @@ class TileWriter:
             ]
             by_channel = self.quant.k_axis == "channel"
             params = (self.channel_params if by_channel else self.token_params)(folded, pair, part, first, lane)
-            self.write(codes, self.fmt.k_codes, self.fmt.k_vector_words, self.quant.k_bits, tiles, params, self.key_at, target)
+            self.write(
+                codes, self.fmt.k_codes, self.fmt.k_vector_words, self.quant.k_bits, tiles, params, self.key_at, target
+            )
 
     def values(self, stage: Int32, folded: Int32, tile: Int32, warp: Int32, lane: Int32) -> None:
         """The warp's slice of V."""
@@ -91,7 +93,9 @@ class TileWriter:
         target = tile + core_row(lane, self.value_step) + warp * (SLICE_TOKENS // CHUNK * self.value_step)
         tiles = [Tile(0, t, c, self.v_fragments[t, c]) for t in range(2) for c in range(self.plan.tiles)]
         params = self.value_params(folded, warp, lane)
-        self.write(codes, self.fmt.v_codes, self.fmt.v_vector_words, self.quant.v_bits, tiles, params, self.value_at, target)
+        self.write(
+            codes, self.fmt.v_codes, self.fmt.v_vector_words, self.quant.v_bits, tiles, params, self.value_at, target
+        )
 
     def write(
         self, codes: Int32, section: Section, vector_words: int, bits: int, tiles: list, params: Callable, at: Callable,

@@ -175,4 +175,3 @@ class WidePlan(Plan):
     def p_group_stride(self) -> int:
         """Between P of one V group and the next, of a team's columns."""
         return self.columns * BLOCK_TOKENS * 2
-
