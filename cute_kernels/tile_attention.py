@@ -1,11 +1,11 @@
 """The arithmetic of a consumer warpgroup over dequantised tiles: scores, softmax and values, by wgmma.
 
 Rows are query columns: a warp has 16 of its warpgroup's 64, a lane the rows g and g + 8 of these (g = lane / 4,
-q = lane % 4). Of an accumulator [64 rows, n] it has, per 8 columns, the values 0, 1 of row g and 2, 3 of row g + 8, columns
-8n + 2q and the next. Two such pairs are the A registers of the next product, so P never leaves the registers.
+q = lane % 4). Of an accumulator [64 rows, n] it has, per 8 columns, the values 0, 1 of row g and 2, 3 of row g + 8,
+columns 8n + 2q and the next. Four such pairs are the A registers of the next product: P never leaves the registers.
 
-V's tile is in units of 2^e, which differ from block to block (fold.py). P takes the factor: with t the running maximum of
-score + e, P = exp2(score + e - t), and the sum of P is divided by 2^e: O needs no rescaling when e changes.
+V's tile is in units of 2^e, which differ from block to block (fold.py). P takes the factor: with t the running maximum
+of score + e, P = exp2(score + e - t), and the sum of P is divided by 2^e: O needs no rescaling when e changes.
 """
 
 from typing import NamedTuple

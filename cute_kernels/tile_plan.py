@@ -43,7 +43,8 @@ class TilePlan(WidePlan):
         return AUXILIARY_REGISTERS
 
     # shared memory: ring | folded parameters | tiles [stage][K, V^T] | slot as in WidePlan | first Piece | barriers
-    # as in WidePlan, then of the tiles: K and V, full and empty | tile parameters | places and states of results | progress | Shares
+    # as in WidePlan, then of the tiles: K and V, full and empty | tile parameters | places and states of results
+    # | progress | Shares
 
     @cached_property
     def tiles_at(self) -> int:

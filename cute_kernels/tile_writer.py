@@ -1,4 +1,4 @@
-"""Tiles of K and V^T in fp16, written by a warpgroup from blocks and 16-bit tokens, in the order in which wgmma reads B.
+"""Tiles of K and V^T in fp16, written from blocks and 16-bit tokens in the order in which wgmma reads B.
 
 A tile is made of core matrices (warpgroup.py), 8 of k by 8 of n: K has tokens as n and channels as k, V^T channels as n
 and tokens as k. An A fragment of the packed words, 16 x 16, is four core matrices: one stmatrix. Of its registers each
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Int32, Int64, cute, range_constexpr
+from cutlass import Int32, Int64, cute
 
 from . import ptx
 from . import warpgroup as wg
@@ -225,7 +225,7 @@ class TileWriter:
                 target += (2 * j + (n & 1)) * wg.CORE_ROW_BYTES
             else:
                 target = tiles + quad * self.key_step + block * wg.CORE_BYTES + row * wg.CORE_ROW_BYTES
-            for x in cutlass.range(self.plan.head_dim // CHUNK // QUAD_LANES, unroll=1):  # 8 channels of each lane
+            for _ in cutlass.range(self.plan.head_dim // CHUNK // QUAD_LANES, unroll=1):  # 8 channels of each lane
                 values = [Int32(0)] * 4
                 if first < held:
                     values = self.halves(p, ptx.load_global(at, 4))

@@ -3,10 +3,10 @@ and launch are those of wide.py.
 
 producer       as in decode.py: one bulk copy per block into a ring of shared-memory stages
 folders        make a block's parameters ready once it has landed (fold.py), announce pieces, fetch their queries
-writers        two warpgroups that turn blocks, then 16-bit tokens, into fp16 tiles, one of K, one of V^T (tile_writer.py),
-               in two stages with "full" and "empty" mbarriers each
+writers        two warpgroups, one for K, one for V: they turn blocks, then 16-bit tokens, into fp16 tiles
+               (tile_writer.py), in two stages with "full" and "empty" mbarriers
 consumers      two warpgroups, over units of 128 tokens (tile_attention.py):
-    S = Q K^T          A = Q from registers, B = K's tile; m64n128k16
+    S = Q K^T          A = Q, B = K's tile; m64n128k16
     P = exp2(S - top)  in registers, which are the A operand of
     O += P V           B = V's tile
                64 query columns: they take turns at the units, so that one's softmax lies under the other's products;
@@ -14,9 +14,9 @@ consumers      two warpgroups, over units of 128 tokens (tile_attention.py):
 pieces         as in wide.py; at the end of one its results lie where its last tiles lay, whose stages are handed on
                after merging
 
-Why not A = codes from registers, as for fewer columns (wide.py)? There a warp's dequantisation and its wgmma follow each
-other, and with 64 columns registers leave nothing to put under a wgmma's latency. A tile costs shared-memory bandwidth,
-which 64 columns do not need otherwise: Q and P stay in registers.
+Why not A = codes from registers, as for fewer columns (wide.py)? There a warp's dequantisation and its wgmma follow
+each other, and with 64 columns registers leave nothing to put under a wgmma's latency. Q is not kept in registers:
+ptxas gives loop-invariant A registers of a wgmma to others.
 """
 
 import cutlass

@@ -52,8 +52,8 @@ def descriptor(address: Int32, column_tiles: int) -> Int32:
 
 
 def mma(acc: list | None, a: list | Int32, b: Int32, columns: int) -> list:
-    """A B + acc of ``wgmma.m64nNk16``, issued: a 4 half2 or a descriptor, b a descriptor, acc a lane's columns / 2 floats
-    (None: 0).
+    """A B + acc of ``wgmma.m64nNk16``, issued: a 4 half2 or a descriptor, b a descriptor, acc a lane's columns / 2
+    floats (None: 0).
     """
     count = columns // 2
     d = ",".join(f"${i}" for i in range(count))
