@@ -2,11 +2,11 @@
 
 from functools import cached_property
 
+from .config import MIN_TILE_COLUMNS
 from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES
 from .plan import BARRIER_BYTES, SMEM_ALIGN, Plan
 from .wide_plan import AUXILIARY_WARPS, GROUP_WARPS, M_TILE, WidePlan
 
-MIN_Q_TILE = 64  # query columns: a wgmma's rows
 WRITER_WARPS = NUM_SLICES  # of K, and as many of V, of which each writes a slice
 TILE_STAGES = 2  # of K and V in fp16
 PARAMS_WORDS = 4  # of a tile: factor, exponent of V's unit, padding
@@ -125,4 +125,4 @@ def decode_plan(config) -> Plan:
     """The plan of a decode kernel."""
     if config.mma != "wgmma":
         return Plan(config)
-    return TilePlan(config) if config.q_tile >= MIN_Q_TILE else WidePlan(config)
+    return TilePlan(config) if config.q_tile >= MIN_TILE_COLUMNS else WidePlan(config)
