@@ -1,8 +1,9 @@
 """The arithmetic of one warp: queries as B operand, scores, softmax and values of its part of a block.
 
-Lists at trace time stand for registers: n is a column tile (8 query columns), c a channel tile, t a token tile.
+Lists at trace time stand for registers: n is a column tile (8 columns of the MMA), c a channel tile, t a token tile.
 A lane is g = lane / 4, q = lane % 4; an accumulator's four values are rows g (0, 1) and g + 8 (2, 3), columns
-2q and 2q + 1. Shared-memory offsets all come from the block's layouts.
+2q and 2q + 1. A kernel of at most 4 query columns has each of them twice, so that these two are the same and a lane
+works on one of them; j counts the different ones. Shared-memory offsets all come from the block's layouts.
 """
 
 from typing import NamedTuple
@@ -26,17 +27,17 @@ HALF2_ONES = 0x3C003C00
 class Query(NamedTuple):
     """A query tile, for all of a piece."""
 
-    tiles: list  # [n][c][2] half2: Q * softmax scale * log2 e / power, as B operand
-    powers: list  # [n][2] of columns 2q, 2q + 1: what normalised the column, a power of two
-    sums: list  # [n][channel group][2]: sums of ``tiles`` over the groups of K per token
-    bounds: list  # [n][2] of (low, high): visible positions of the columns, less the lane's row g
+    tiles: list  # [n][c][2] half2: Q over a power of two, as B operand
+    factors: list  # [n][j] of columns 2q, 2q + 1: makes products with ``tiles`` log2 scores
+    sums: list  # [n][channel group][j]: sums of ``tiles`` over the groups of K per token
+    bounds: list  # [n][j] of (low, high): visible positions of the columns, less the lane's row g
 
 
 class State(NamedTuple):
     """A warp's running result of a piece."""
 
-    top: list  # [n][2] maximum of the scores, log2
-    total: list  # [n][2] sum of P
+    top: list  # [n][j] maximum of the scores, log2
+    total: list  # [n][j] sum of P
     out: list  # [n][c][4] O^T, in units of the codes' powers of two until ``finished``
 
 
@@ -58,6 +59,7 @@ class Attention:
         self.fmt = plan.fmt
         self.tiles = plan.tiles
         self.columns = plan.column_tiles
+        self.lane_columns = plan.lane_columns
         self.k_bits, self.v_bits = plan.quant.k_bits, plan.quant.v_bits
         self.k_group, self.v_group = plan.quant.k_group, plan.quant.v_group
         self.k_per_channel = plan.quant.k_axis == "channel"
@@ -68,14 +70,21 @@ class Attention:
 
     def read_queries(self, p: Params, slot: Int32, lane: Int32) -> Query:
         """The Query that a merge warp prepared in ``slot`` (queries.py)."""
-        tiles, powers, highs = read_slot(self.plan, slot, lane)
+        tiles, factors, highs = read_slot(self.plan, slot, lane)
         bounds = [[(high - (lane >> 2) - p.window, high - (lane >> 2)) for high in column] for column in highs]
         sums = [[] if self.k_per_channel else self.group_sums(t) for t in tiles]
-        return Query(tiles, powers, sums, bounds)
+        return Query(tiles, factors, sums, bounds)
 
     def group_sums(self, tiles: list) -> list:
         per_group = self.k_group // TILE
-        return [row_sums(tiles[j * per_group : (j + 1) * per_group]) for j in range(self.plan.k_groups)]
+        return [self.sums(tiles[j * per_group : (j + 1) * per_group]) for j in range(self.plan.k_groups)]
+
+    def sums(self, operand: list) -> list:
+        """[j] sums of B operands over their k tiles, exactly as the MMAs see them."""
+        total = [Float32(0.0)] * 4
+        for tile in operand:
+            total = ptx.mma(total, [Int32(HALF2_ONES)] * 4, tile)
+        return total[: self.lane_columns]
 
     @cute.jit
     def halves(self, p: Params, registers: list):
@@ -87,8 +96,8 @@ class Attention:
     def first_state(self) -> State:
         columns = range(self.columns)
         return State(
-            [[Float32(FIRST_MAX)] * 2 for _ in columns],
-            [[Float32(0.0)] * 2 for _ in columns],
+            [[Float32(FIRST_MAX)] * self.lane_columns for _ in columns],
+            [[Float32(0.0)] * self.lane_columns for _ in columns],
             [[[Float32(0.0)] * 4 for _ in range(self.tiles)] for _ in columns],
         )
 
@@ -159,9 +168,13 @@ class Attention:
         return [*ptx.half2_floats(first), *ptx.half2_floats(second)]
 
     def scaled_queries(self, quad_base: Int32, row: int, query: Query) -> tuple:
-        """K per channel: Q' = Q * scale, [n][c][2] half2, and the bias sum_c Q' * zero, [n][2]."""
+        """K per channel: Q' = Q * scale, [n][c][2] half2, and the bias sum_c Q * scale * zero, [n][j].
+
+        Zeros may be large, so what Q' was rounded by counts in the bias.
+        """
         scaled = [[] for _ in query.tiles]
-        bias = [[Float32(0.0)] * 4 for _ in query.tiles]
+        chains = 1 if self.plan.moves_registers else 2  # of MMAs; twelve warps have no registers for a second one
+        bias = [[[Float32(0.0)] * 4] * chains for _ in query.tiles]
         zero = [[half2_constant(symmetric_zero(self.k_bits))] * 2] * 2
         for pair in range(self.tiles // 2):
             scale = self.b_params(quad_base, self.fmt.k_scale, row, pair)
@@ -169,50 +182,60 @@ class Attention:
                 zero = self.b_params(quad_base, self.fmt.k_zero, row, pair)
             for n, tiles in enumerate(query.tiles):
                 for i in range(2):
-                    operand = [ptx.mul_half2(tiles[2 * pair + i][r], scale[i][r]) for r in range(2)]
-                    bias[n] = ptx.mma(bias[n], rows_of(zero[i]), operand)
+                    factors = [(tiles[2 * pair + i][r], scale[i][r]) for r in range(2)]
+                    operand = [ptx.mul_half2(*x) for x in factors]
+                    bias[n][0] = ptx.mma(bias[n][0], rows_of(zero[i]), operand)
+                    if self.fmt.k_zero is not None:
+                        lost = [ptx.product_error_half2(*x, operand[r]) for r, x in enumerate(factors)]
+                        bias[n][-1] = ptx.mma(bias[n][-1], rows_of(zero[i]), lost)
                     scaled[n].append(operand)
-        return scaled, [total[:2] for total in bias]
+        bias = [[sum(parts[1:], parts[0]) for parts in zip(*of_tile, strict=True)] for of_tile in bias]
+        return scaled, [x[: self.lane_columns] for x in bias]
 
     def mean_scores(self, quad_base: Int32, query: Query) -> list:
-        """[n][2]: Q times the block's channel mean, 0 without one."""
+        """[n][j]: Q times the block's channel mean, 0 without one."""
         if self.fmt.k_mean is None:
-            return [[Float32(0.0)] * 2 for _ in query.tiles]
+            return [[Float32(0.0)] * self.lane_columns for _ in query.tiles]
         total = [[Float32(0.0)] * 4 for _ in query.tiles]
         for pair in range(self.tiles // 2):
             mean = self.b_params(quad_base, self.fmt.k_mean, 0, pair)
             for n, tiles in enumerate(query.tiles):
                 for i in range(2):
                     total[n] = ptx.mma(total[n], rows_of(mean[i]), tiles[2 * pair + i])
-        return [t[:2] for t in total]
+        return [t[: self.lane_columns] for t in total]
 
     def code_products(self, vectors: list, operand: list, channel_tiles: range) -> list:
-        """codes_k Q over some channel tiles, [n][t][4]; rows are still scaled by the codes' powers of two."""
+        """codes_k Q over some channel tiles, [n][t][r][j]; rows are still scaled by the codes' powers of two."""
         acc = [[[Float32(0.0)] * 4 for _ in range(2)] for _ in operand]
         for c in channel_tiles:
             for t in range(2):
                 a = [extract(vectors, f, self.k_bits) for f in self.k_fragments[t, c]]
                 for n, tiles in enumerate(operand):
                     acc[n][t] = ptx.mma(acc[n][t], a, tiles[c])
-        return acc
+        return [[self.rows(tile) for tile in tiles] for tiles in acc]
 
-    def row_factor(self, t: int, i: int) -> float:
-        """Takes accumulator i of token tile t back from the codes' power of two."""
-        return 1.0 / power(self.k_fragments[t, 0][i // 2])
+    def rows(self, accumulator: list) -> list:
+        """[r][j] of rows g + 8 r, without the columns that are there twice."""
+        return [accumulator[2 * r : 2 * r + self.lane_columns] for r in range(2)]
+
+    def row_factor(self, t: int, r: int) -> float:
+        """Takes row g + 8 r of token tile t back from the codes' power of two."""
+        return 1.0 / power(self.k_fragments[t, 0][r])
 
     def channel_scores(self, vectors: list, scaled: list, bias: list, mean: list, query: Query) -> list:
-        """log2 scores of a slice, [n][t][4], K per channel."""
+        """log2 scores of a slice, [n][t][r][j], K per channel."""
         acc = self.code_products(vectors, scaled, range(self.tiles))
-        for n, powers in enumerate(query.powers):
-            offset = [(bias[n][j] + mean[n][j]) * powers[j] for j in range(2)]
+        for n, factors in enumerate(query.factors):
+            offset = [(b + m) * f for b, m, f in zip(bias[n], mean[n], factors, strict=True)]
             for t in range(2):
-                factor = [powers[i % 2] * self.row_factor(t, i) for i in range(4)]
-                acc[n][t] = [x * factor[i] + offset[i % 2] for i, x in enumerate(acc[n][t])]
+                for r in range(2):
+                    factor = [f * self.row_factor(t, r) for f in factors]
+                    acc[n][t][r] = [x * f + o for x, f, o in zip(acc[n][t][r], factor, offset, strict=True)]
         return acc
 
     def token_scores(self, vectors: list, row_base: Int32, slice_: int, mean: list, query: Query) -> list:
-        """log2 scores of a slice, [n][t][4], K per token: sum over channel groups of scale (codes Q + zero sum Q)."""
-        total = [[[mean[n][i % 2] for i in range(4)] for _ in range(2)] for n in range(self.columns)]
+        """As channel_scores, K per token: sum over channel groups of scale (codes Q + zero sum Q)."""
+        total = [[[mean[n]] * 2 for _ in range(2)] for n in range(self.columns)]
         per_group = self.k_group // TILE
         zero = [Float32(symmetric_zero(self.k_bits))] * 4
         for j in range(self.plan.k_groups):
@@ -222,12 +245,20 @@ class Attention:
                 zero = self.row_params(row_base, self.fmt.k_zero, slice_, j)
             for n in range(self.columns):
                 for t in range(2):
-                    for i, x in enumerate(acc[n][t]):
-                        row = 2 * t + i // 2
-                        value = x * self.row_factor(t, i) + zero[row] * query.sums[n][j][i % 2]
-                        total[n][t][i] = value * scale[row] + total[n][t][i]
+                    for r in range(2):
+                        row = 2 * t + r
+                        values = [
+                            x * self.row_factor(t, r) + zero[row] * of_group
+                            for x, of_group in zip(acc[n][t][r], query.sums[n][j], strict=True)
+                        ]
+                        total[n][t][r] = [x * scale[row] + y for x, y in zip(values, total[n][t][r], strict=True)]
+        return self.log2_scores(total, query)
+
+    def log2_scores(self, products: list, query: Query) -> list:
+        """[n][t][r][j] times the columns' factors."""
         return [
-            [[x * powers[i % 2] for i, x in enumerate(t)] for t in total[n]] for n, powers in enumerate(query.powers)
+            [[[x * f for x, f in zip(row, factors, strict=True)] for row in tile] for tile in tiles]
+            for tiles, factors in zip(products, query.factors, strict=True)
         ]
 
     def soft_capped(self, scores: list, cap: Float32) -> list:
@@ -238,38 +269,39 @@ class Attention:
         def capped(x: Float32) -> Float32:
             return limit - 2.0 * limit * ptx.reciprocal(ptx.exp2(x * inverse) + 1.0)
 
-        return [[[capped(x) for x in tile] for tile in tiles] for tiles in scores]
+        return [[[[capped(x) for x in row] for row in tile] for tile in tiles] for tiles in scores]
 
     @cute.jit
     def visible(self, scores: list, position: Int32, end: Int32, query: Query):
         """Scores with -inf where a key is outside its column's bounds or beyond ``end`` (less the lane's row)."""
         for n in range_constexpr(self.columns):
             for t in range_constexpr(len(scores[n])):
-                for i in range_constexpr(4):
-                    at = position + TILE * t + 8 * (i // 2)
-                    low, high = query.bounds[n][i % 2]
-                    if (at < low) | (at >= cutlass.min(high, end)):
-                        scores[n][t][i] = Float32(-float("inf"))
+                for r in range_constexpr(2):
+                    at = position + TILE * t + 8 * r
+                    for j in range_constexpr(self.lane_columns):
+                        low, high = query.bounds[n][j]
+                        if (at < low) | (at >= cutlass.min(high, end)):
+                            scores[n][t][r][j] = Float32(-float("inf"))
         return scores
 
     @cute.jit
     def softmax(self, scores: list, state: State):
-        """P = exp2(S - maximum), [n][t][4], and the State, rescaled if the maximum must grow."""
+        """P = exp2(S - maximum), [n][t][r][j], and the State, rescaled if the maximum must grow."""
         top, total, out = state
         highest = []
         grown = Boolean(False)
         for n in range_constexpr(self.columns):
             peaks = []
-            for j in range_constexpr(2):
-                peak = ptx.fmax(scores[n][0][j], scores[n][0][j + 2])
+            for j in range_constexpr(self.lane_columns):
+                peak = ptx.fmax(scores[n][0][0][j], scores[n][0][1][j])
                 for t in range_constexpr(1, len(scores[n])):
-                    peak = ptx.fmax(peak, ptx.fmax(scores[n][t][j], scores[n][t][j + 2]))
+                    peak = ptx.fmax(peak, ptx.fmax(scores[n][t][0][j], scores[n][t][1][j]))
                 grown = grown | (peak > top[n][j] + RESCALE_ABOVE)
                 peaks.append(peak)
             highest.append(peaks)
         if ptx.any_lane(grown):
             for n in range_constexpr(self.columns):
-                for j in range_constexpr(2):
+                for j in range_constexpr(self.lane_columns):
                     peak = highest[n][j]
                     for i in range_constexpr(3):
                         peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 4 << i))
@@ -282,13 +314,14 @@ class Attention:
                             out[n][c][i] = out[n][c][i] * factor
         for n in range_constexpr(self.columns):
             for t in range_constexpr(len(scores[n])):
-                for i in range_constexpr(4):
-                    scores[n][t][i] = ptx.exp2(scores[n][t][i] - top[n][i % 2])
+                for r in range_constexpr(2):
+                    for j in range_constexpr(self.lane_columns):
+                        scores[n][t][r][j] = ptx.exp2(scores[n][t][r][j] - top[n][j])
         return scores, State(top, total, out)
 
     def transposed(self, tile: list) -> list:
-        """P of a token tile from accumulator order to B operand: 4 floats -> 2 half2."""
-        return [ptx.transpose8x8(ptx.to_half2(tile[2 * r], tile[2 * r + 1])) for r in range(2)]
+        """P of a token tile, [r][j], from accumulator order to B operand: 2 half2."""
+        return [ptx.transpose8x8(ptx.to_half2(row[0], row[-1])) for row in tile]
 
     def accumulate(self, at: Addresses, p: list, state: State, token: Int32, end: Int32, masked: bool) -> State:
         """O^T += V^T P^T of the warp's slices; ``token``: position of the lane's first token in B order.
@@ -299,8 +332,7 @@ class Attention:
         top, total, out = state
         operand = [[self.transposed(tile) for tile in tiles] for tiles in p]
         for n in range(self.columns):
-            weight = row_sums(operand[n])
-            total[n] = [total[n][j] + weight[j] for j in range(2)]
+            total[n] = [x + y for x, y in zip(total[n], self.sums(operand[n]), strict=True)]
         zeros = [[[Float32(0.0)] * 4 for _ in range(self.plan.v_groups)] for _ in range(self.columns)]
         zero = [[half2_constant(symmetric_zero(self.v_bits))] * 2] * 2
         per_group = self.v_group // TILE
@@ -320,7 +352,9 @@ class Attention:
         for n in range(self.columns):
             for c in range(self.tiles):
                 offset = zeros[n][c // per_group]
-                out[n][c] = [x + offset[i] * self.v_power(c, i) for i, x in enumerate(out[n][c])]
+                for r in range(2):
+                    for i in range(2 * r, 2 * r + self.lane_columns):
+                        out[n][c][i] = out[n][c][i] + offset[i] * self.v_power(c, r)
         return State(top, total, out)
 
     def value_params(
@@ -338,14 +372,14 @@ class Attention:
         kept = cutlass.select_(token + 1 < end, register, register & 0xFFFF)
         return cutlass.select_(token < end, kept, Int32(0))
 
-    def v_power(self, c: int, i: int) -> float:
-        """The codes' power of two in accumulator i of channel tile c."""
-        return power(self.v_fragments[0, c][i // 2])
+    def v_power(self, c: int, r: int) -> float:
+        """The codes' power of two in row g + 8 r of channel tile c."""
+        return power(self.v_fragments[0, c][r])
 
     def finished(self, state: State) -> State:
         """``out`` as O^T itself, after the last block."""
         out = [
-            [[x * (1.0 / self.v_power(c, i)) for i, x in enumerate(tile)] for c, tile in enumerate(o)]
+            [[x * (1.0 / self.v_power(c, i // 2)) for i, x in enumerate(tile)] for c, tile in enumerate(o)]
             for o in state.out
         ]
         return state._replace(out=out)
@@ -377,7 +411,7 @@ class Attention:
             for c in range_constexpr(self.tiles):
                 for n in range_constexpr(self.columns):
                     scores[n][0] = ptx.mma(scores[n][0], keys[4 * c : 4 * c + 4], query.tiles[n][c])
-            scores = [[[x * query.powers[n][i % 2] for i, x in enumerate(scores[n][0])]] for n in range(self.columns)]
+            scores = self.log2_scores([[self.rows(tile) for tile in tiles] for tiles in scores], query)
             if p.softcap > 0.0:
                 scores = self.soft_capped(scores, p.softcap)
             scores = self.visible(scores, position + token, position + held - (lane >> 2), query)
@@ -385,8 +419,7 @@ class Attention:
             top, total, out = state
             operand = [self.transposed(tiles[0]) for tiles in probabilities]
             for n in range_constexpr(self.columns):
-                weight = row_sums([operand[n]])
-                total[n] = [total[n][j] + weight[j] for j in range(2)]
+                total[n] = [x + y for x, y in zip(total[n], self.sums([operand[n]]), strict=True)]
             # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)
             values = [channel_pair(v + rows[i >> 1 & 1], i // 4, i & 1) for i in range(4 * self.tiles)]
             values = self.halves(p, values)
@@ -410,11 +443,3 @@ def saturated(x: Float32) -> Float32:
 def rows_of(pair: list) -> list:
     """The A tile whose 16 rows are all the same 16 values, given as B-order half2 (columns 2q.., 2q + 8..)."""
     return [pair[0], pair[0], pair[1], pair[1]]
-
-
-def row_sums(operand: list) -> list:
-    """Sums of B operands over their k tiles, exactly as the MMAs see them, for columns 2q and 2q + 1."""
-    total = [Float32(0.0)] * 4
-    for tile in operand:
-        total = ptx.mma(total, [Int32(HALF2_ONES)] * 4, tile)
-    return total[:2]

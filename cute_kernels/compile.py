@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .append_plan import AppendPlan
-from .config import KernelConfig, QuantSpec
+from .config import FEW_COLUMNS, MMA_COLUMNS, KernelConfig, QuantSpec
 from .cubin import read_cubin
 from .errors import UnsupportedConfig
 from .layouts import HEAD_DIMS
@@ -35,7 +35,7 @@ from .wide_plan import decode_plan
 GPU_ARCHS = {"sm80": "sm_80", "sm89": "sm_89", "sm90a": "sm_90a", "sm100": "sm_100f", "sm120": "sm_120f"}
 MANIFEST_HEAD_DIMS = (64, 128)
 MANIFEST_GROUPS = (32, 64, 128)
-MANIFEST_COLUMNS = (8, 16, 32, 64)  # query columns
+MANIFEST_COLUMNS = (FEW_COLUMNS, MMA_COLUMNS, 16, 32, 64)  # query columns
 MAX_WORKERS = 8
 
 
@@ -164,7 +164,7 @@ def manifest(arch: str) -> list[KernelConfig]:
     configs = [KernelConfig(kind="merge", arch=arch, head_dim=head_dim) for head_dim in HEAD_DIMS]
     for head_dim in MANIFEST_HEAD_DIMS:
         for columns in MANIFEST_COLUMNS:
-            specs = manifest_specs(head_dim) if columns == min(MANIFEST_COLUMNS) else preset_specs(head_dim)
+            specs = manifest_specs(head_dim) if columns <= MMA_COLUMNS else preset_specs(head_dim)
             configs += [
                 KernelConfig.for_problem(head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch)
                 for spec in specs

@@ -17,6 +17,7 @@ from .errors import InvalidArgument, UnsupportedConfig
 from .layouts import BLOCK_TOKENS
 
 MMA_COLUMNS = 8  # query columns of one m16n8k16
+FEW_COLUMNS = 4  # a tile of so few has each of them twice in the MMA's columns, and half of their arithmetic per lane
 MAX_Q_TILE = 16
 # (num_warps, warps_per_block, stages), the best first as measured on an H100 (docs/performance.md); the first that fits
 # an architecture's shared memory and a lane's registers is taken
@@ -39,6 +40,7 @@ WGMMA_TILINGS = {
     256: {16: ((8, 8),), 32: ((8, 8),)},
 }
 WGMMA_STAGES = (9, 8, 6, 4, 3, 2, 1)
+FEW_COLUMNS_ARCHS = ("sm90a",)  # where it was measured
 HOPPER_ARCHS = ("sm90a", "sm100", "sm120")  # and later: bulk copies, mbarrier.try_wait
 
 _quant_validate = native.function("quant_validate")
@@ -150,7 +152,7 @@ class KernelConfig(Object):
         arch: "sm80", "sm89", "sm90a", "sm100" or "sm120".
         head_dim: 64, 96, 128 or 256.
         quant: QuantSpec of the cache.
-        q_tile: query columns (heads of a group x query tokens) of a tile, a multiple of 8.
+        q_tile: query columns (heads of a group x query tokens) of a tile: 4 (not with wgmma), or a multiple of 8.
         mma: "mma_sync", or "wgmma" (sm90a) for many query columns.
         copy: how blocks reach shared memory: "bulk" (sm90a and later) or "cp_async".
         num_warps: warps that compute.
@@ -223,10 +225,13 @@ class KernelConfig(Object):
             arch = device_arch(0)
         if columns > MMA_COLUMNS and (wide := _wgmma_config(arch, head_dim, quant.for_kernel(), columns)):
             return wide
-        q_tile = min(-(-columns // MMA_COLUMNS) * MMA_COLUMNS, MAX_Q_TILE)
+        q_tile = min(column_tile(columns), MAX_Q_TILE)
+        if arch not in FEW_COLUMNS_ARCHS:
+            q_tile = max(q_tile, MMA_COLUMNS)
         tilings = TILINGS
-        if arch == "sm90a" and quant.k_bits == quant.v_bits == 2 and (quant.k_axis == "channel" or head_dim <= 64):
-            tilings = (TILING_OF_TWO_BITS, *TILINGS)
+        if arch == "sm90a" and quant.k_bits == quant.v_bits == 2:
+            if quant.k_axis == "channel" or head_dim <= 64 or q_tile == FEW_COLUMNS:
+                tilings = (TILING_OF_TWO_BITS, *TILINGS)
         for columns in (q_tile, MMA_COLUMNS):
             for num_warps, warps_per_block, stages in tilings:
                 config = cls(
@@ -246,6 +251,11 @@ class KernelConfig(Object):
                     return config
         config.validate()
         return config
+
+
+def column_tile(columns: int) -> int:
+    """The smallest tile of a kernel with mma.sync that holds so many query columns."""
+    return FEW_COLUMNS if columns <= FEW_COLUMNS else -(-columns // MMA_COLUMNS) * MMA_COLUMNS
 
 
 def _wgmma_config(arch: str, head_dim: int, quant: QuantSpec, columns: int) -> KernelConfig | None:
@@ -270,6 +280,7 @@ def _wgmma_config(arch: str, head_dim: int, quant: QuantSpec, columns: int) -> K
 def _registers(config: KernelConfig) -> int:
     """Registers of a lane for its part of the inner loop's arrays: queries, scores, O, sums of V's zeros, bounds."""
     quant, head_dim = config.quant, config.head_dim
+    tiles = -(-config.q_tile // MMA_COLUMNS)
     queries = head_dim // 8
     if quant.k_axis == "token":
         queries += 10  # scores of one channel group
@@ -278,12 +289,12 @@ def _registers(config: KernelConfig) -> int:
         if quant.k_group < BLOCK_TOKENS // config.warps_per_block:
             queries += head_dim // 16  # the next group's
         if quant.k_bits == 2:
-            queries += 4 * config.q_tile // MMA_COLUMNS  # two token tiles to a word
-    scores = 32 // config.warps_per_block
+            queries += 4 * tiles  # two token tiles to a word
+    scores = 32 // config.warps_per_block // (MMA_COLUMNS * tiles // config.q_tile)
     out = head_dim // 4
     zeros = 6 * head_dim // quant.v_group  # with their parameters
     bounds = 10  # and maximum, sum, power of a lane's columns
-    return config.q_tile // MMA_COLUMNS * (queries + scores + out + zeros + bounds)
+    return tiles * (queries + scores + out + zeros + bounds)
 
 
 def _fits(config: KernelConfig) -> bool:

@@ -187,9 +187,11 @@ class DecodeKernel:
                     parity = parity ^ 1
             state = self.attention.finished(state)
             piece = load_piece(slot + plan.piece_offset)  # again, rather than in registers all the while
-            chunk = piece.first_chunk + group
+            warp, lane = self.place_again(warp, lane)
+            chunk = piece.first_chunk + warp // plan.warps_per_block
             while chunk < piece.end_chunk:
-                state = self.attention.attend_chunk(p, piece, chunk, member, lane, query, state)
+                member_again = warp % plan.warps_per_block
+                state = self.attention.attend_chunk(p, piece, chunk, member_again, lane, query, state)
                 chunk += plan.block_groups
             ptx.mbarrier_wait(smem + plan.merge_empty_at, (done + 1) % 2, plan.wait)  # the first finds it empty
             self.merge.store_state(smem, warp, lane, state)
@@ -204,6 +206,13 @@ class DecodeKernel:
         first = load_piece(smem + plan.first_piece_at)
         if first.collects == 1:
             self.merge.collect(p, warp, team, lane, first)
+
+    def place_again(self, warp: Int32, lane: Int32) -> tuple:
+        """(warp, lane): found anew in kernels of few columns, which otherwise would hold registers in local memory."""
+        if self.plan.copies == 1:
+            return warp, lane
+        thread = wg.thread_again()
+        return thread // LANES, thread % LANES
 
 
 def example_params() -> Params:

@@ -129,8 +129,8 @@ class Merge:
         """Warp results to the scratch: rows [warp][column] of head_dim floats of O, maximum, sum."""
         mine = smem + self.plan.scratch_at + warp * (self.plan.q_tile * self.plan.row_bytes)
         for n in range_constexpr(self.plan.column_tiles):
-            for j in range_constexpr(2):
-                row = mine + (n * COLUMNS + (lane & 3) * 2 + j) * self.plan.row_bytes
+            for j in range_constexpr(self.plan.lane_columns):
+                row = mine + (n * COLUMNS + (lane & 3) * self.plan.lane_columns + j) * self.plan.row_bytes
                 for c in range_constexpr(self.plan.tiles):
                     for r in range_constexpr(2):
                         ptx.store_shared(row + (lane >> 2) * 4, 4 * (TILE * c + 8 * r), [state.out[n][c][2 * r + j]])

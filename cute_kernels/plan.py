@@ -5,7 +5,8 @@ from functools import cached_property
 from .config import HOPPER_ARCHS
 from .layouts import LANES, NUM_SLICES, TILE, block_format
 
-COLUMNS = 8  # query columns of one MMA
+COLUMNS = 8  # of one MMA
+LANE_COLUMNS = 2  # of these in a lane's accumulator
 ROW_PAD = 4  # floats behind a row of the merge scratch: spreads the rows over banks, holds maximum and sum
 SMEM_ALIGN = 128
 BARRIER_BYTES = 8
@@ -35,7 +36,9 @@ class Plan:
         self.tiles = config.head_dim // TILE
         self.hadamard = config.head_dim & -config.head_dim  # size of the transform
         self.q_tile = config.q_tile
-        self.column_tiles = config.q_tile // COLUMNS
+        self.column_tiles = -(-config.q_tile // COLUMNS)
+        self.copies = COLUMNS * self.column_tiles // config.q_tile  # of a query column in a tile
+        self.lane_columns = LANE_COLUMNS // self.copies
         self.k_groups = config.head_dim // quant.k_group if quant.k_axis == "token" else 1  # along channels
         self.v_groups = config.head_dim // quant.v_group
         self.bulk = config.copy == "bulk"
@@ -88,17 +91,17 @@ class Plan:
         return self.head_dim * COLUMNS * 2 // LANES // QUERY_VECTOR
 
     @cached_property
-    def powers_offset(self) -> int:
+    def factors_offset(self) -> int:
         """In a slot, behind the B operands."""
-        return self.q_tile * self.head_dim * 2
+        return self.q_tile * self.copies * self.head_dim * 2
 
     @cached_property
     def highs_offset(self) -> int:
-        return self.powers_offset + self.q_tile * 4
+        return self.factors_offset + self.q_tile * self.copies * 4
 
     @cached_property
     def piece_offset(self) -> int:
-        return self.highs_offset + self.q_tile * 4
+        return self.highs_offset + self.q_tile * self.copies * 4
 
     @cached_property
     def slot_bytes(self) -> int:

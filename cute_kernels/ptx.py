@@ -139,6 +139,15 @@ def mul_half2(a: Int32, b: Int32) -> Int32:
     return asm("mul.rn.f16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[a, b])
 
 
+def product_error_half2(a: Int32, b: Int32, product: Int32) -> Int32:
+    """a b - product: what mul_half2 rounded away, exact unless it is below fp16's range."""
+    return asm(
+        "{ .reg .b32 n; neg.f16x2 n, {$r2}; fma.rn.f16x2 {$w0}, {$r0}, {$r1}, n; }",
+        write_only_types=[Int32],
+        read_only_args=[a, b, product],
+    )
+
+
 def min_max(a: Int32, b: Int32, bfloat: bool, function: str) -> Int32:
     """``function`` ("min" or "max") of two registers of two fp16 or bf16; NaN if one is."""
     kind = "bf16x2" if bfloat else "f16x2"

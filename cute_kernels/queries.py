@@ -1,9 +1,9 @@
 """Queries on their way into the MMAs, and the Hadamard transform.
 
 A merge warp prepares the query tile of a piece while the consumers are still at the piece before: loads its rows,
-rotates and scales them, divides each by a power of two so that fp16 loses no range, and leaves them in one of two
-slots of shared memory as B operands: [column tile][vector][lane] of 16 bytes, then of each column the power, and the
-position behind the last key that it sees.
+rotates them, divides each by a power of two so that fp16 loses no range, and leaves them in one of two slots of shared
+memory as B operands: [column tile][vector][lane] of 16 bytes, then of each column the factor with which its products
+become log2 scores, and the position behind the last key that it sees. Queries that are not rotated are so exact.
 """
 
 import cutlass
@@ -35,7 +35,7 @@ class Queries:
         column, quad = lane >> 2, lane & 3
         for n in range_constexpr(self.plan.column_tiles):
             if warp == n % MERGE_WARPS:
-                row = first_row + n * COLUMNS + column
+                row = first_row + (n * COLUMNS + column) // self.plan.copies
                 token = row // p.group
                 inside = token < p.q_len
                 at = Int64(b * p.q_len + token) * p.num_q_heads + head * p.group + row - token * p.group
@@ -43,20 +43,19 @@ class Queries:
                 at = p.q.toint() + at * (2 * self.plan.head_dim) + Int64(quad) * 4
                 # a lane's pair i holds channels 8 i + 2 quad and the next
                 values = floats(p, [ptx.load_global(at, offset=16 * i)[0] for i in range(2 * self.plan.tiles)])
-                scale = cutlass.select_(inside, p.softmax_scale_log2, Float32(0.0))
+                scale = p.softmax_scale_log2
                 if p.rotate_q == 1:
                     values = hadamard_registers(values, 2)
                     values = hadamard_lanes(values, [1, 2], lane)  # strides 2 and 4
                     values = hadamard_registers(values, self.plan.hadamard // 4, first=2)
                     scale = scale * self.plan.hadamard**-0.5
-                values = [x * scale for x in values]
                 largest = Float32(0.0)
                 for i in range_constexpr(len(values)):
                     largest = ptx.fmax(largest, ptx.fabs(values[i]))
                 for i in range_constexpr(2):
                     largest = ptx.fmax(largest, ptx.shuffle_xor(largest, 1 << i))
                 exponent = ptx.bits(largest) & EXPONENT
-                inverse = ptx.from_bits(0x7F000000 - exponent)  # 1 / 2^e
+                inverse = ptx.from_bits(cutlass.select_(inside, 0x7F000000 - exponent, Int32(0)))  # 1 / 2^e
                 halves = [ptx.to_half2(values[i] * inverse, values[i + 1] * inverse) for i in range(0, len(values), 2)]
                 for v in range_constexpr(self.plan.query_vectors):
                     ptx.store_shared(
@@ -64,15 +63,16 @@ class Queries:
                     )
                 if quad == 0:
                     column_at = slot + column * 4
-                    ptx.store_shared(column_at, self.plan.powers_offset + 4 * COLUMNS * n, [exponent])
+                    factor = ptx.from_bits(exponent) * scale
+                    ptx.store_shared(column_at, self.plan.factors_offset + 4 * COLUMNS * n, [factor])
                     ptx.store_shared(
                         column_at, self.plan.highs_offset + 4 * COLUMNS * n, [length - p.q_len + token + 1]
                     )
 
 
 def read_slot(plan: Plan, slot: Int32, lane: Int32) -> tuple:
-    """(B operands [n][c][2] half2, powers [n][2] and last positions + 1 [n][2] of columns 2q and 2q + 1)."""
-    tiles, powers, highs = [], [], []
+    """(B operands [n][c][2] half2, factors [n][j] and last positions + 1 [n][j] of a lane's columns)."""
+    tiles, factors, highs = [], [], []
     quad = slot + (lane & 3) * 8
     for n in range(plan.column_tiles):
         vectors = [
@@ -80,9 +80,9 @@ def read_slot(plan: Plan, slot: Int32, lane: Int32) -> tuple:
         ]
         halves = [x for vector in vectors for x in vector]
         tiles.append([halves[i : i + 2] for i in range(0, len(halves), 2)])
-        powers.append(ptx.load_shared_floats(quad, plan.powers_offset + 4 * COLUMNS * n, 2))
-        highs.append(ptx.load_shared(quad, plan.highs_offset + 4 * COLUMNS * n, 2))
-    return tiles, powers, highs
+        factors.append(ptx.load_shared_floats(quad, plan.factors_offset + 4 * COLUMNS * n, plan.lane_columns))
+        highs.append(ptx.load_shared(quad, plan.highs_offset + 4 * COLUMNS * n, plan.lane_columns))
+    return tiles, factors, highs
 
 
 def query_offset(plan: Plan, n: int, v: int) -> int:

@@ -26,8 +26,8 @@ def attention(
     scores = torch.einsum("ihd,jhd->hij", q.double(), k) * (softmax_scale or head_dim**-0.5)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    query = torch.arange(tokens - q_len, tokens)[:, None]
-    key = torch.arange(tokens)[None, :]
+    query = torch.arange(tokens - q_len, tokens, device=q.device)[:, None]
+    key = torch.arange(tokens, device=q.device)[None, :]
     visible = key <= query
     if window:
         visible &= key > query - window

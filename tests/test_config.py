@@ -123,7 +123,7 @@ def test_spec_errors_name_the_argument(fields, message):
         ({"arch": "sm70"}, InvalidArgument, "arch=sm70: allowed are sm80, sm89, sm90a, sm100, sm120"),
         ({"head_dim": 80}, InvalidArgument, "head_dim=80: allowed are 64, 96, 128, 256"),
         ({"head_dim": 96}, InvalidArgument, "v_group=128: must divide head_dim=96"),
-        ({"q_tile": 12}, InvalidArgument, "q_tile=12: allowed are the multiples of 8"),
+        ({"q_tile": 12}, InvalidArgument, "q_tile=12: allowed are 4 and the multiples of 8 up to 64"),
         ({"q_tile": 0}, InvalidArgument, "q_tile=0"),
         ({"mma": "wmma"}, InvalidArgument, "mma=wmma"),
         ({"copy": "tma"}, InvalidArgument, "copy=tma: allowed are bulk, cp_async"),
@@ -253,7 +253,17 @@ def test_for_problem_fits_every_arch(arch, head_dim, bits):
 
 @pytest.mark.parametrize(
     ("num_q_heads", "num_kv_heads", "q_len", "q_tile"),
-    [(8, 8, 1, 8), (32, 4, 1, 8), (36, 4, 1, 16), (32, 8, 3, 16), (8, 1, 4, 32), (64, 1, 1, 64), (32, 8, 1024, 64)],
+    [
+        (8, 8, 1, 4),
+        (32, 8, 1, 4),
+        (5, 1, 1, 8),
+        (32, 4, 1, 8),
+        (36, 4, 1, 16),
+        (32, 8, 3, 16),
+        (8, 1, 4, 32),
+        (64, 1, 1, 64),
+        (32, 8, 1024, 64),
+    ],
 )
 def test_for_problem_chooses_the_tile(num_q_heads, num_kv_heads, q_len, q_tile):
     config = KernelConfig.for_problem(
@@ -273,6 +283,7 @@ def test_for_problem_chooses_the_tile(num_q_heads, num_kv_heads, q_len, q_tile):
         {},
         NON_DEFAULT_CONFIG,
         {"head_dim": 256, "stages": 2, "num_warps": 8, "q_tile": 16},
+        {"q_tile": 4, "num_warps": 12, "warps_per_block": 2, "stages": 6},
         {"mma": "wgmma", "q_tile": 32, "num_warps": 12, "stages": 3},
         {"mma": "wgmma", "q_tile": 64, "num_warps": 16, "warps_per_block": 16, "stages": 3},
         {
@@ -300,6 +311,7 @@ def test_smem_bytes_is_what_the_kernel_plans(fields):
         ({"head_dim": 64, "quant": QuantSpec(v_group=64), "ctas_per_sm": 2}, UnsupportedConfig, "ctas_per_sm=2: mma=w"),
         ({"warps_per_block": 2}, InvalidArgument, "warps_per_block=2"),
         ({"q_tile": 136}, InvalidArgument, "q_tile=136: allowed are the multiples of 8 up to 128"),
+        ({"q_tile": 4}, InvalidArgument, "q_tile=4: allowed are the multiples of 8 up to 128"),
         ({"q_tile": 24, "num_warps": 16, "warps_per_block": 16}, UnsupportedConfig, "q_tile=24"),
     ],
 )

@@ -45,7 +45,7 @@ def test_every_format(head_dim: int, index: int, dtype: torch.dtype) -> None:
     q = random_q(len(RAGGED), 1, 8, head_dim, dtype)
     check(problem(RAGGED, spec, **shape, offset=0.0), q)
     # channels with offsets of three standard deviations: Q * scale is rounded per block, and multiplies them
-    check(problem(RAGGED, spec, **shape, offset=3.0), q, slack=1.5)
+    check(problem(RAGGED, spec, **shape, offset=3.0), q)
 
 
 @pytest.mark.parametrize("name", ["kv8", "kv4", "k4v2", "kv2", "kc4", "kc2"])
@@ -96,6 +96,46 @@ def test_flat_attention_over_long_contexts(tokens: int) -> None:
     out = on_gpu(case).decode(q.cuda())
     want, _ = attention(q[0], *case.values[0])
     assert relative_error(out[0].cpu(), want) < 5e-4
+
+
+def hard_data(name: str, heads: int) -> tuple[torch.Tensor, ...]:
+    """q [1, 1, heads, 128], k and v [tokens, 1, 128] in fp16 that make trouble."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    tokens = 1 << 20 if name == "a million tokens" else 40_000
+    q, k, v = (
+        torch.randn(n, 128, generator=generator, device="cuda").half() for n in (heads, tokens, tokens)
+    )  # fmt: skip
+    if name == "outlier channels":
+        k[:, ::16] *= 100
+    elif name == "offsets":
+        k += 500 * torch.sign(k[:1])
+    elif name == "one key takes all":
+        q = q + 8 * k[777]
+    elif name == "equal scores":
+        k[:] = k[0]
+    else:
+        q *= 0.02
+    return q[None, None], k[:, None], v[:, None]
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+@pytest.mark.parametrize("preset", ["kc4", "kc2", "kv2"])
+@pytest.mark.parametrize(
+    "name", ["outlier channels", "offsets", "one key takes all", "equal scores", "a million tokens"]
+)
+def test_hard_data(name: str, preset: str, heads: int) -> None:
+    """The error is at most twice that of torch's attention in fp16 over the same values, or 5e-4."""
+    q, k, v = hard_data(name, heads)
+    spec = bd.preset(preset, 128)[0].for_kernel()
+    pages = bd.quantize(k, v, spec)
+    blocks, tokens = len(pages), len(k)
+    table = torch.arange(blocks, dtype=torch.int32, device="cuda")[None]
+    out = bd.decode(q, pages, table, torch.tensor([tokens], dtype=torch.int32, device="cuda"), spec)
+    k, v = (x[:tokens] for x in bd.dequantize(pages, 128, spec, torch.float32))
+    want = attention(q[0], k, v)[0]
+    rows = [x.transpose(0, 1)[None].half() for x in (q[0], k.expand(-1, heads, -1), v.expand(-1, heads, -1))]
+    torch16 = torch.nn.functional.scaled_dot_product_attention(*rows)[0].transpose(0, 1)
+    assert relative_error(out[0], want) <= max(2 * relative_error(torch16, want), 5e-4)
 
 
 def test_offsets_beyond_32_bits() -> None:

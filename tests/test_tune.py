@@ -23,7 +23,7 @@ GPU = "A GPU"
 DEFAULT = bd.KernelConfig.for_problem(
     head_dim=128, quant=bd.QuantSpec(), num_q_heads=32, num_kv_heads=8, arch="sm90a"
 )  # fmt: skip
-PROBLEM = tuned.problem(128, bd.QuantSpec(), 8)
+PROBLEM = tuned.problem(128, bd.QuantSpec(), 4)
 find_kernel = native.function("find_kernel")
 
 
@@ -46,7 +46,7 @@ def table(tmp_path, monkeypatch) -> Path:
     return path
 
 
-def look_up(device: str = GPU, default: bd.KernelConfig = DEFAULT, columns: int = 8) -> bd.KernelConfig | None:
+def look_up(device: str = GPU, default: bd.KernelConfig = DEFAULT, columns: int = 4) -> bd.KernelConfig | None:
     tuned._known.cache_clear()
     return tuned.lookup(device, default, columns)
 
@@ -85,7 +85,7 @@ def test_results_are_merged(table) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "columns"), [((32, 8), 8), ((32, 32), 8), ((16, 2), 8), ((9, 1), 16), ((8, 2, 3), 16), ((64, 1, 4), 256)]
+    ("heads", "columns"), [((32, 8), 4), ((32, 32), 4), ((16, 2), 8), ((9, 1), 16), ((8, 2, 3), 16), ((64, 1, 4), 256)]
 )
 def test_problems_differ_in_whole_column_tiles(heads: tuple[int, ...], columns: int) -> None:
     assert tuned.query_columns(*heads) == columns
@@ -239,7 +239,7 @@ SHAPES = "1,8,2,300;2,4,4,256;1,12,1,40"
 def test_candidates(arch: str, head_dim: int) -> None:
     problems = tune.find_problems(["kc4", "kv2"], head_dim, parse_shapes(SHAPES), arch)
     formats = [bd.preset(name, head_dim)[0].name() for name in ("kc4", "kv2")]
-    assert [p.key for p in problems] == [f"d{head_dim}_{name}_q{columns}" for name in formats for columns in (8, 16)]
+    assert [p.key for p in problems] == [f"d{head_dim}_{name}_q{columns}" for name in formats for columns in (4, 16)]
     for problem in problems:
         assert [shape.num_kv_heads for shape in problem.shapes] == ([1] if problem.key.endswith("q16") else [2, 4])
         assert problem.configs[0] == problem.default
@@ -249,7 +249,7 @@ def test_candidates(arch: str, head_dim: int) -> None:
             assert (candidate.arch, candidate.head_dim, candidate.quant) == (
                 arch, head_dim, bd.preset(problem.preset, head_dim)[0].for_kernel(),
             )  # fmt: skip
-        assert {c.q_tile for c in problem.configs} <= ({8, 16} if problem.key.endswith("q16") else {8})
+        assert {c.q_tile for c in problem.configs} <= ({8, 16} if problem.key.endswith("q16") else {4, 8})
 
 
 def test_dry_run_lists_them(table, capsys) -> None:
@@ -369,7 +369,7 @@ def test_the_whole_command(table, monkeypatch, capsys) -> None:
     assert out.endswith(f"wrote {table}\n")
     entries = tuned.read(table)[GPU]
     assert sorted(entries) == sorted(
-        tuned.problem(64, bd.preset(name, 64)[0], columns) for name in ("kc4", "kv4") for columns in (8, 16)
+        tuned.problem(64, bd.preset(name, 64)[0], columns) for name in ("kc4", "kv4") for columns in (4, 16)
     )
     for key, found in entries.items():
         assert key in out

@@ -207,8 +207,10 @@ Status KernelConfig::validate() const noexcept {
   BITDECODING_TRY(check_one_of("mma", mma, {"mma_sync", "wgmma"}));
   const bool wide = mma == "wgmma";
   const std::int64_t most_columns = wide ? 128 : 64;
-  if (q_tile < 8 || q_tile > most_columns || q_tile % 8 != 0) {
-    return fail(Status::invalid_argument, "q_tile=", q_tile, ": allowed are the multiples of 8 up to ", most_columns);
+  const bool few = !wide && q_tile == 4;
+  if (!few && (q_tile < 8 || q_tile > most_columns || q_tile % 8 != 0)) {
+    return fail(Status::invalid_argument, "q_tile=", q_tile, ": allowed are ", wide ? "" : "4 and ",
+                "the multiples of 8 up to ", most_columns);
   }
   BITDECODING_TRY(check_one_of("copy", copy, {"bulk", "cp_async"}));
   if (wide) BITDECODING_TRY(check_wgmma(*this));
@@ -278,14 +280,15 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   constexpr std::int64_t kRowPad = 4;
   constexpr std::int64_t kBarrierBytes = 16;  // two mbarriers: per stage, of the scratch, of the slots
   constexpr std::int64_t kPieceBytes = 80;
+  constexpr std::int64_t kMmaColumns = 8;  // a tile of 4 has each of its query columns twice
   const bool wide = mma == "wgmma";
   const std::int64_t ring = stages * (block_bytes(head_dim, quant) + (wide ? folded_bytes(head_dim, quant) : 0));
   const std::int64_t states = wide ? num_warps / warps_per_block : num_warps;
   const std::int64_t scratch = states * q_tile * (head_dim + kRowPad) * static_cast<std::int64_t>(sizeof(float));
   // two slots of 16-bit queries, a power and a position of each, the piece; one slot of queries as operand and as
   // fetched, a position of each, two pieces; the first piece
-  const std::int64_t slots =
-      wide ? q_tile * (4 * head_dim + 4) + 2 * kPieceBytes : 2 * (q_tile * (2 * head_dim + 8) + kPieceBytes);
+  const std::int64_t slots = wide ? q_tile * (4 * head_dim + 4) + 2 * kPieceBytes
+                                  : 2 * (std::max(q_tile, kMmaColumns) * (2 * head_dim + 8) + kPieceBytes);
   std::int64_t bytes = ring + scratch + slots + kPieceBytes + kBarrierBytes * (stages + 2);
   if (wide) {  // more barriers: per stage, per team; floats per warp and column, two per team and column; the shares
     constexpr std::int64_t kSharesBytes = 32;

@@ -20,7 +20,15 @@ from . import cuda, tuned
 from .bench import DTYPES, MAIN_CUDA, MAX_ERROR
 from .candidates import LowBitCache, Shape, parse_shapes
 from .cute_kernels import native
-from .cute_kernels.config import MAX_Q_TILE, MMA_COLUMNS, TILING_OF_TWO_BITS, TILINGS, KernelConfig, device_arch
+from .cute_kernels.config import (
+    FEW_COLUMNS,
+    MAX_Q_TILE,
+    MMA_COLUMNS,
+    TILING_OF_TWO_BITS,
+    TILINGS,
+    KernelConfig,
+    device_arch,
+)
 from .cute_kernels.errors import BitDecodingError, InvalidArgument, KernelNotFound, UnsupportedConfig
 from .cute_kernels.pack import dsl_version, read_pack, write_pack
 from .quantization import PRESETS, preset
@@ -125,7 +133,8 @@ def find_problems(presets: list[str], head_dim: int, shapes: list[Shape], arch: 
 def kernels_for(default: KernelConfig, columns: int) -> Iterator[KernelConfig]:
     """Every kernel that can exist for the problem of ``default``, which comes first."""
     yield default
-    for q_tile in range(MMA_COLUMNS, min(columns, MAX_Q_TILE) + 1, MMA_COLUMNS):
+    few = (FEW_COLUMNS,) if columns <= FEW_COLUMNS else ()
+    for q_tile in (*few, *range(MMA_COLUMNS, min(max(columns, MMA_COLUMNS), MAX_Q_TILE) + 1, MMA_COLUMNS)):
         for ctas_per_sm in CTAS_PER_SM:
             for num_warps, warps_per_block, stages in (TILING_OF_TWO_BITS, *TILINGS):
                 config = KernelConfig(

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cute_kernels.config import MMA_COLUMNS, KernelConfig, QuantSpec
+from .cute_kernels.config import KernelConfig, QuantSpec, column_tile
 from .cute_kernels.errors import BitDecodingError, CacheFormatError, InvalidArgument
 from .cute_kernels.pack import cache_dir, source_digest
 
@@ -60,8 +60,8 @@ def pack_path(table: Path | None = None) -> Path | None:
 
 
 def query_columns(num_q_heads: int, num_kv_heads: int, q_len: int = 1) -> int:
-    """Query columns of a problem, in whole column tiles of an MMA."""
-    return -(-(num_q_heads // num_kv_heads * q_len) // MMA_COLUMNS) * MMA_COLUMNS
+    """Query columns of a problem, in whole column tiles."""
+    return column_tile(num_q_heads // num_kv_heads * q_len)
 
 
 def problem(head_dim: int, quant: QuantSpec, columns: int) -> str:
