@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from bitdecoding.cute_kernels.errors import InvalidArgument
+from torch._inductor.utils import run_and_get_code
 from transformers import LlamaConfig
 
 from bitdecoding import QuantPolicy, bench_model
@@ -23,9 +25,12 @@ def arguments(*words):
 
 def test_command(tmp_path, capsys):
     words = ("--lengths", "300", "--policies", "kv4", "--batches", "2", "--compile", "no", "--steps", "1")
+    words += ("--inductor", "combo_kernels")
     assert bench_model.run(arguments(*words, "--out", str(tmp_path / "new"))) == 0
     report = json.loads((tmp_path / "new" / "bench-model.json").read_text())
     assert [row["candidate"] for row in report["rows"]] == ["transformers", "sdpa", "kv4"]
+    assert report["inductor"] == ["combo_kernels"]
+    assert not torch._inductor.config.combo_kernels
     plain, _, ours = report["rows"]
     assert plain["bits_per_value"] == pytest.approx(32, rel=0.01)  # the model is fp32 on a CPU
     policy = QuantPolicy("kv4")
@@ -53,12 +58,19 @@ def test_steps_are_the_models():
             for x in (layer.kv.tail_k, layer.kv.tail_v, layer.kv.sink_k, layer.kv.sink_v):
                 x.normal_()
         step = bench_model.Step(model, cache, 2, tokens, how)
-        for _ in range(2):
-            step()
+        _, code = run_and_get_code(step)
+        step()
         assert cache.layers[1].kv.seqlens.tolist() == [302, 302]
         assert int(step.position) == 302
         results.append(step.ids)
     assert results[0].equal(results[1])
+    # all that inductor computes for attention comes before append: it and decode overlap
+    layers = [re.findall(r"torch\.ops\.bitdecoding\.(\w+)\.default\(|\b(cpp_fused_\w+)\(", text) for text in code]
+    calls = [[op or "kernel" for op, _ in layer] for layer in layers if any(op for op, _ in layer)]
+    assert calls
+    for order in calls:
+        assert order[order.index("append") + 1] == "decode"
+        assert order.count("kernel") > 2
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -66,6 +78,8 @@ def test_steps_are_the_models():
     (("--batches", "0"), "--batches 0"),
     (("--policies", "kv5"), "kv5"),
     (("--steps", "1000"), "--steps 1000"),
+    (("--inductor", "combos"), "--inductor combos"),
+    (("--inductor", "max_fusion_size"), "--inductor max_fusion_size"),
 ])  # fmt: skip
 def test_bad_arguments(words, message):
     with pytest.raises(InvalidArgument, match=message):

@@ -102,7 +102,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", choices=("layer", "model", "no"), default="layer", help=(
         "what torch.compile sees at once: a layer (seconds), the whole model (a minute each), or nothing"
     ))  # fmt: skip
-    parser.add_argument("--tune-matmuls", action="store_true", help="let inductor search for the fastest products")
+    parser.add_argument("--inductor", nargs="*", default=[], metavar="OPTION", help=(
+        "options of torch._inductor.config to switch on for every candidate: "
+        "coordinate_descent_tuning searches for the fastest products, combo_kernels does several in one kernel"
+    ))  # fmt: skip
     parser.add_argument("--steps", type=int, default=16, help="of a round (default: %(default)s)")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--out", type=Path, default=Path("bitdecoding-bench-model"), metavar="DIR")
@@ -114,12 +117,18 @@ def run(args: argparse.Namespace) -> int:
     for batch in args.batches:
         if batch != "largest" and not (batch.isdigit() and int(batch)):
             raise InvalidArgument(f"--batches {batch}: allowed are numbers from 1 and `largest`")
+    known = torch._inductor.config.get_config_copy()
+    for option in args.inductor:
+        if not isinstance(known.get(option), bool):
+            raise InvalidArgument(
+                f"--inductor {option}: allowed are names of torch._inductor.config that are on or off"
+            )
     if device.type != "cuda" and "largest" in args.batches:
         raise InvalidArgument("--batches largest: needs a GPU")
     if args.steps * (ROUNDS + 1) + WARM_UP > ROOM or args.steps < 1:
         raise InvalidArgument(f"--steps {args.steps}: allowed are 1 to {(ROOM - WARM_UP) // (ROUNDS + 1)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
+    with torch.no_grad(), torch._inductor.config.patch(dict.fromkeys(args.inductor, True)):
         report = measure(args, policies, device)
     print(format_table(report))
     plot(report).savefig(args.out / "bench-model.png", dpi=160)
@@ -144,7 +153,6 @@ def measure(args: argparse.Namespace, policies: list[tuple[str, QuantPolicy]], d
     cases = list(itertools.product(args.batches, args.lengths, candidates))
     rows, left_out = [], []
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    torch._inductor.config.coordinate_descent_tuning = args.tune_matmuls
     for wanted, tokens, (name, policy) in (bar := tqdm(cases, unit=" cases")):
         bar.set_description(f"{name}, {tokens} tokens, batch {wanted}")
         per_sequence = sequence_bytes(config, policy, tokens + ROOM)
@@ -165,7 +173,7 @@ def measure(args: argparse.Namespace, policies: list[tuple[str, QuantPolicy]], d
             "read_gb_per_s": bandwidth,
             "weight_bytes": weights,
             "compile": args.compile,
-            "tune_matmuls": args.tune_matmuls,
+            "inductor": args.inductor,
             "torch": torch.__version__,
             "rows": [asdict(row) for row in rows],
             "left_out": left_out,

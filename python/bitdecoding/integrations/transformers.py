@@ -182,6 +182,8 @@ class BitDecodingLayer(CacheLayerMixin):
             k, v = _reorder(k, order), _reorder(v, order)
 
         q16, k16, v16 = (x.to(kv.dtype).contiguous() for x in (q, k, v))
+        if new_tokens == 1 and torch.compiler.is_compiling():
+            q16, k16, v16 = _in_one_buffer(q16, k16, v16)
         if first and order is not None:
             # with padding behind, causal attention needs no mask
             out = _dense_attention(_reorder(q, order), k, v, None, **options)
@@ -593,6 +595,14 @@ def _special_attention(
     else:
         weights = scores.softmax(-1)
     return functional.dropout(weights, dropout).to(v.dtype).matmul(v)
+
+
+def _in_one_buffer(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as parts of one. torch.compile then makes them all before it appends, rather than the queries between
+    append and decode, which overlap where nothing comes between them.
+    """
+    parts = torch.cat([x.flatten() for x in tensors]).split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
