@@ -13,8 +13,11 @@ PARAMS_WORDS = 4  # of a tile: factor, exponent of V's unit, padding
 PREFETCHING_BITS = 8  # of K and V
 STATE_BYTES = 8  # maximum and sum of a row
 PROGRESS_BYTES = 8
-# of a thread; 640 threads in all. Consumers: scores and O
-CONSUMER_REGISTERS, K_REGISTERS, V_REGISTERS, AUXILIARY_REGISTERS = 168, 48, 40, 56
+# registers of a thread, 640 threads in all; consumers: scores and O, by head_dim; writers: by bits; the last warpgroup has
+# the rest
+ALL_REGISTERS = 480
+CONSUMER_REGISTERS = {64: 152, 128: 168}
+WRITER_REGISTERS = {8: 40, 4: 40, 2: 48}
 
 
 class TilePlan(WidePlan):
@@ -36,11 +39,19 @@ class TilePlan(WidePlan):
 
     @cached_property
     def consumer_registers(self) -> int:
-        return CONSUMER_REGISTERS
+        return CONSUMER_REGISTERS[self.head_dim]
+
+    @cached_property
+    def k_registers(self) -> int:
+        return WRITER_REGISTERS[self.quant.k_bits]
+
+    @cached_property
+    def v_registers(self) -> int:
+        return WRITER_REGISTERS[self.quant.v_bits]
 
     @cached_property
     def auxiliary_registers(self) -> int:
-        return AUXILIARY_REGISTERS
+        return ALL_REGISTERS - self.groups * self.consumer_registers - self.k_registers - self.v_registers
 
     # shared memory: ring | folded parameters | tiles [stage][K, V^T] | slot as in WidePlan | first Piece | barriers
     # as in WidePlan, then of the tiles: K and V, full and empty | tile parameters | places and states of results

@@ -24,7 +24,8 @@ from .tile_plan import WRITER_WARPS, TilePlan
 PAIR = 2 * TILE  # channels of two channel tiles, which share vectors of K
 CHUNK = wg.CORE_ROW_BYTES // 2  # values of a core matrix's row
 QUAD_LANES = 4  # that share a row of a fragment
-WORDS_AT_ONCE = 4  # of codes that a lane loads before it uses them
+# bits -> words of codes that a lane loads before it uses them; all of them at 2 bits, whose Multipliers are many
+WORDS_AT_ONCE = {8: 4, 4: 4, 2: 8}
 
 
 class Tile(NamedTuple):
@@ -106,7 +107,7 @@ class TileWriter:
         """
         tiles = sorted(tiles, key=lambda tile: (tile.slice, tile.fragments[0].vector))
         vectors = list(dict.fromkeys((tile.slice, tile.fragments[0].vector) for tile in tiles))
-        count = WORDS_AT_ONCE // len({f.word for tile in tiles for f in tile.fragments})
+        count = WORDS_AT_ONCE[bits] // len({f.word for tile in tiles for f in tile.fragments})
         # the bits of the codes in turn, so that few Multipliers are needed at a time
         tiles.sort(key=lambda tile: (tile.fragments[0].bit, tile.t))
         for first in range(0, len(vectors), count):

@@ -34,13 +34,11 @@ from .tile_attention import EXPONENT_16_BIT, State, TileAttention
 from .tile_merge import TileMerge
 from .tile_plan import (
     GROUP_WARPS,
-    K_REGISTERS,
     M_TILE,
     PARAMS_WORDS,
     PROGRESS_BYTES,
     STATE_BYTES,
     TILE_STAGES,
-    V_REGISTERS,
     WRITER_WARPS,
     TilePlan,
 )
@@ -87,10 +85,10 @@ class TileKernel(WideKernel):
             wg.take_registers(plan.consumer_registers)
             self.consume(p, smem, warp, lane)
         elif warp < plan.warps + WRITER_WARPS:
-            wg.give_registers(K_REGISTERS)
+            wg.give_registers(plan.k_registers)
             self.write(p, smem, False, warp - plan.warps, lane)
         elif warp < plan.auxiliaries:
-            wg.give_registers(V_REGISTERS)
+            wg.give_registers(plan.v_registers)
             self.write(p, smem, True, warp - (plan.warps + WRITER_WARPS), lane)
         else:
             wg.give_registers(plan.auxiliary_registers)

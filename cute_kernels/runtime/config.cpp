@@ -124,8 +124,8 @@ Status check_wgmma(const KernelConfig& config) {
     return Status::ok;
   }
   if (config.quant.v_group < 64) {
-    return fail(Status::unsupported_config, "v_group=", config.quant.v_group, ": mma=wgmma has 64 and 128 for q_tile=",
-                config.q_tile);
+    return fail(Status::unsupported_config, "v_group=", config.quant.v_group,
+                ": mma=wgmma has 64 and 128 for q_tile=", config.q_tile);
   }
   const WideTiling tiling(config);
   if (config.q_tile % (8 * tiling.splits) != 0) {
