@@ -20,7 +20,7 @@ from .wide_merge import WideMerge
 
 RADIX_SHIFT = 2  # four CTAs to a node of the tree
 CHILDREN = (1 << RADIX_SHIFT) - 1  # whose partial results the fourth merges with its own
-ROWS = 4  # items that a thread merges at once, for as many rows
+ROWS = 2  # items that a thread merges at once, for as many rows
 
 
 class TileMerge(WideMerge):

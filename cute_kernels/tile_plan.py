@@ -13,11 +13,10 @@ PARAMS_WORDS = 4  # of a tile: factor, exponent of V's unit, padding
 PREFETCHING_BITS = 8  # of K and V
 STATE_BYTES = 8  # maximum and sum of a row
 PROGRESS_BYTES = 8
-# registers of a thread, 640 threads in all; consumers: scores and O, by head_dim; writers: by bits; the last warpgroup has
-# the rest
+# registers of a thread, 640 threads in all; consumers: scores and O; the last warpgroup has the rest
 ALL_REGISTERS = 480
-CONSUMER_REGISTERS = {64: 152, 128: 168}
-WRITER_REGISTERS = {8: 40, 4: 40, 2: 48}
+CONSUMER_REGISTERS = 168
+WRITER_REGISTERS, MORE_WRITER_REGISTERS = 40, 48  # more: for parameters of several groups, or of 2-bit codes
 
 
 class TilePlan(WidePlan):
@@ -39,15 +38,16 @@ class TilePlan(WidePlan):
 
     @cached_property
     def consumer_registers(self) -> int:
-        return CONSUMER_REGISTERS[self.head_dim]
+        return CONSUMER_REGISTERS
 
     @cached_property
     def k_registers(self) -> int:
-        return WRITER_REGISTERS[self.quant.k_bits]
+        more = self.quant.k_bits == 2 or self.quant.k_axis == "token" or self.k_rows > 1
+        return MORE_WRITER_REGISTERS if more else WRITER_REGISTERS
 
     @cached_property
     def v_registers(self) -> int:
-        return WRITER_REGISTERS[self.quant.v_bits]
+        return MORE_WRITER_REGISTERS if self.quant.v_bits == 2 else WRITER_REGISTERS
 
     @cached_property
     def auxiliary_registers(self) -> int:

@@ -92,11 +92,14 @@ class TileWriter:
         layout = self.fmt.v_codes.layout
         codes = stage + lane * (layout(2, 0) // 8) + warp * (layout(SLICE_TOKENS, 0) // 8)
         target = tile + core_row(lane, self.value_step) + warp * (SLICE_TOKENS // CHUNK * self.value_step)
-        tiles = [Tile(0, t, c, self.v_fragments[t, c]) for t in range(2) for c in range(self.plan.tiles)]
         params = self.value_params(folded, warp, lane)
-        self.write(
-            codes, self.fmt.v_codes, self.fmt.v_vector_words, self.quant.v_bits, tiles, params, self.value_at, target
-        )
+        section, words, bits = self.fmt.v_codes, self.fmt.v_vector_words, self.quant.v_bits
+        # a group's parameters at a time; but words of 2-bit codes belong to both halves of head_dim
+        at_once = self.plan.tiles if bits == 2 else self.quant.v_group // TILE
+        for first in range(0, self.plan.tiles, at_once):
+            channels = range(first, first + at_once)
+            tiles = [Tile(0, t, c, self.v_fragments[t, c]) for t in range(2) for c in channels]
+            self.write(codes, section, words, bits, tiles, params, self.value_at, target)
 
     def write(
         self, codes: Int32, section: Section, vector_words: int, bits: int, tiles: list, params: Callable, at: Callable,
