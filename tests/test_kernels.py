@@ -18,6 +18,7 @@ from attention_reference import attention, relative_error
 from bitdecoding.cute_kernels import compile as compiler
 from bitdecoding.cute_kernels.cubin import read_cubin
 from bitdecoding.cute_kernels.schedule import Params
+from bitdecoding.cute_kernels.tile_plan import TilePlan
 from dsl import listing, sass
 from ptx_interpreter import Memory, run
 from test_cpu_decode import Problem, problem, random_q
@@ -75,8 +76,12 @@ def test_instructions_in_ptx(arch: str) -> None:
         assert ("cp.async.bulk.shared::cluster.global" in made.ptx) == bulk, config.name()
         if config.mma == "mma_sync":  # the others fetch queries so
             assert ("cp.async.cg.shared.global" in made.ptx) != bulk, config.name()
-        assert "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" in made.ptx
-        assert "movmatrix.sync.aligned.m8n8.trans.b16" in made.ptx
+        if isinstance(compiler.plan_of(config), TilePlan):
+            assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16" in made.ptx
+            assert "stmatrix.sync.aligned.m8n8.x4.shared.b16" in made.ptx
+        else:
+            assert "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" in made.ptx
+            assert "movmatrix.sync.aligned.m8n8.trans.b16" in made.ptx
         assert "ldmatrix" not in made.ptx
         assert ".local" not in made.ptx
 
