@@ -86,13 +86,6 @@ class Attention:
             total = ptx.mma(total, [Int32(HALF2_ONES)] * 4, tile)
         return total[: self.lane_columns]
 
-    @cute.jit
-    def halves(self, p: Params, registers: list):
-        """Registers of two 16-bit values of the model's dtype as fp16; bf16 beyond its range saturates."""
-        if p.bfloat16 == 1:
-            registers = [ptx.to_half2(*[saturated(x) for x in ptx.bfloat2_floats(register)]) for register in registers]
-        return registers
-
     def first_state(self) -> State:
         columns = range(self.columns)
         return State(
@@ -407,7 +400,7 @@ class Attention:
                 at = (Int64(piece.b * capacity + row) * p.num_kv_heads + piece.head) * (2 * self.plan.head_dim)
                 rows.append(at + Int64(lane & 3) * 4)
             scores = [[[Float32(0.0)] * 4] for _ in range(self.columns)]
-            keys = self.halves(p, [channel_pair(k + rows[i & 1], i // 4, i >> 1 & 1) for i in range(4 * self.tiles)])
+            keys = halves(p, [channel_pair(k + rows[i & 1], i // 4, i >> 1 & 1) for i in range(4 * self.tiles)])
             for c in range_constexpr(self.tiles):
                 for n in range_constexpr(self.columns):
                     scores[n][0] = ptx.mma(scores[n][0], keys[4 * c : 4 * c + 4], query.tiles[n][c])
@@ -422,7 +415,7 @@ class Attention:
                 total[n] = [x + y for x, y in zip(total[n], self.sums([operand[n]]), strict=True)]
             # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)
             values = [channel_pair(v + rows[i >> 1 & 1], i // 4, i & 1) for i in range(4 * self.tiles)]
-            values = self.halves(p, values)
+            values = halves(p, values)
             for c in range_constexpr(self.tiles):
                 a = [ptx.transpose8x8(x) for x in values[4 * c : 4 * c + 4]]
                 for n in range_constexpr(self.columns):
@@ -434,6 +427,14 @@ class Attention:
 def channel_pair(row: Int64, c: int, half: int) -> Int32:
     """Channels 2q, 2q + 1 of half ``half`` of channel tile c of a 16-bit row; row includes the lane's 4 q bytes."""
     return ptx.load_global(row, offset=2 * (TILE * c + 8 * half))[0]
+
+
+@cute.jit
+def halves(p: Params, registers: list):
+    """Registers of two 16-bit values of the model's dtype as fp16; bf16 beyond its range saturates."""
+    if p.bfloat16 == 1:
+        registers = [ptx.to_half2(*[saturated(x) for x in ptx.bfloat2_floats(register)]) for register in registers]
+    return registers
 
 
 def saturated(x: Float32) -> Float32:

@@ -143,13 +143,13 @@ class Fold:
             token = 2 * (lane + LANES * i)
             for j in range_constexpr(self.plan.v_groups):
                 at = 2 * layout(j, 2 * LANES * i)
-                scale = ptx.half2_floats(ptx.load_shared(stage + pairs, self.fmt.v_scale.offset + at, 1)[0])
+                scale = self.pair(stage + pairs, self.fmt.v_scale, at)
                 held = [cutlass.select_(token + e < valid, scale[e], Float32(0.0)) for e in range(2)]
                 ptx.store_shared(
                     folded + lane * 8, self.plan.folded_v_scale_at + (j * BLOCK_TOKENS + 2 * LANES * i) * 4, held
                 )
                 if cutlass.const_expr(self.fmt.v_zero is not None):
-                    zero = ptx.half2_floats(ptx.load_shared(stage + pairs, self.fmt.v_zero.offset + at, 1)[0])
+                    zero = self.pair(stage + pairs, self.fmt.v_zero, at)
                     zero = [cutlass.select_(token + e < valid, zero[e] * UNIT, Float32(0.0)) for e in range(2)]
                     target = self.plan.folded_v_offset_at + at
                     ptx.store_shared(folded + pairs, target, [ptx.to_half2(zero[0], zero[1])])
@@ -157,6 +157,10 @@ class Fold:
     def pairs(self, lane: Int32) -> Int32:
         """Offset of the tokens 2 lane in V's parameters."""
         return at_runtime(lambda pair: 2 * self.fmt.v_scale.layout(0, 2 * pair), lane, LANES)
+
+    def pair(self, base: Int32, section, at: int) -> tuple:
+        """Two parameters that lie together, as fp32."""
+        return ptx.half2_floats(ptx.load_shared(base, section.offset + at, 1)[0])
 
 
 class TileFold(Fold):
@@ -192,9 +196,6 @@ class TileFold(Fold):
                     offset.append(cutlass.select_(held, relative * zero[e] * UNIT, Float32(0.0)))
                 ptx.store_shared(folded + pairs, self.plan.folded_v_multiplier_at + at, [ptx.to_half2(*multiplier)])
                 ptx.store_shared(folded + pairs, self.plan.folded_v_offset_at + at, [ptx.to_half2(*offset)])
-
-    def pair(self, base: Int32, section, at: int) -> tuple:
-        return ptx.half2_floats(ptx.load_shared(base, section.offset + at, 1)[0])
 
 
 def at_runtime(place, index: Int32, count: int) -> Int32:

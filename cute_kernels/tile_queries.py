@@ -5,10 +5,8 @@ from cutlass import Int32, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
-from .attention import saturated
 from .layouts import LANES
 from .merge import CONSUMER_BARRIER
-from .queries import floats, hadamard_lanes, hadamard_registers
 from .schedule import Params, Piece, quotient
 from .tile_plan import M_TILE
 from .wide_queries import WideQueries
@@ -30,12 +28,8 @@ class TileQueries(WideQueries):
             fetched = [self.fetched(slot, warp, lane, piece, i) for i in rows]
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # all have them
         for i in range_constexpr(len(rows)):
-            values = floats(p, self.fetched(slot, warp, lane, piece, i) if fetched is None else fetched[i])
-            if p.rotate_q == 1:
-                values = hadamard_registers(values, 2 * self.words)
-                values = hadamard_lanes(values, [1 << b for b in range(5)], lane)
-            values = [saturated(x * scale) for x in values]
-            halves = [ptx.to_half2(values[j], values[j + 1]) for j in range(0, len(values), 2)]
+            registers = self.fetched(slot, warp, lane, piece, i) if fetched is None else fetched[i]
+            halves = self.scaled(p, registers, scale, lane)
             row = warp + i * plan.warps
             halves = [cutlass.select_(row < piece.columns, x, Int32(0)) for x in halves]
             ptx.store_shared(self.place(slot, row, lane), 0, halves)

@@ -14,7 +14,7 @@ from cutlass import Int32, Int64, cute
 
 from . import ptx
 from . import warpgroup as wg
-from .attention import saturated
+from .attention import halves
 from .fold import at_runtime
 from .fragments import extract, fragments, half2_constant
 from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, Section
@@ -232,7 +232,7 @@ class TileWriter:
             for _ in cutlass.range(self.plan.head_dim // CHUNK // QUAD_LANES, unroll=1):  # 8 channels of each lane
                 values = [Int32(0)] * 4
                 if first < held:
-                    values = self.halves(p, ptx.load_global(at, 4))
+                    values = halves(p, ptx.load_global(at, 4))
                 if cutlass.const_expr(is_value):
                     cute.arch.sync_warp()
                     wg.store_matrices(target, 0, values)
@@ -241,13 +241,6 @@ class TileWriter:
                     ptx.store_shared(target, 0, values)
                     target += QUAD_LANES * self.key_step
                 at += QUAD_LANES * wg.CORE_ROW_BYTES
-
-    @cute.jit
-    def halves(self, p: Params, registers: list):
-        """Registers of two 16-bit values of the model's dtype as fp16; bf16 beyond its range saturates."""
-        if p.bfloat16 == 1:
-            registers = [ptx.to_half2(*[saturated(x) for x in ptx.bfloat2_floats(register)]) for register in registers]
-        return registers
 
 
 def core_row(lane: Int32, step: int) -> Int32:

@@ -12,7 +12,7 @@ from cutlass import Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
-from .attention import FIRST_MAX, HALF2_ONES, channel_pair, saturated
+from .attention import FIRST_MAX, HALF2_ONES, channel_pair, halves
 from .fold import UNIT
 from .fragments import extract, fragments, half2_constant
 from .layouts import BLOCK_TOKENS, HALF_BITS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS, symmetric_zero
@@ -572,13 +572,6 @@ class WideAttention:
 
     # -- 16-bit tokens -----------------------------------------------------------------------------------------------
 
-    @cute.jit
-    def halves(self, p: Params, registers: list):
-        """Registers of two 16-bit values of the model's dtype as fp16; bf16 beyond its range saturates."""
-        if p.bfloat16 == 1:
-            registers = [ptx.to_half2(*[saturated(x) for x in ptx.bfloat2_floats(register)]) for register in registers]
-        return registers
-
     def address(self, p: Params, base: Int64, piece: Piece, capacity: Int32, token: Int32, held: Int32) -> Int64:
         """Of a 16-bit token's row, of the last one for those beyond it; with the lane's quad."""
         token = cutlass.min(token, held - 1)
@@ -624,7 +617,7 @@ class WideAttention:
                 keys = [
                     channel_pair(rows[s][i & 1], c, i >> 1 & 1) for c in range(first, first + batch) for i in range(4)
                 ]
-                keys = self.halves(p, keys)
+                keys = halves(p, keys)
                 for c in range_constexpr(batch):
                     a[s, first + c] = keys[4 * c : 4 * c + 4]
             acc = self.issue(acc, a, range(first, first + batch), query, first > 0)
@@ -644,7 +637,7 @@ class WideAttention:
             a = {}
             for m in range_constexpr(self.value_tiles):
                 values = [channel_pair(rows[i >> 1 & 1], GROUP_WARPS * m, i & 1) for i in range(4)]
-                values = self.halves(p, values)
+                values = halves(p, values)
                 a[m, t] = [ptx.transpose8x8(x) for x in values]
             out = self.issue(out, a, range(t, t + 1), [operand] * self.value_tiles, False)
             wg.wait(0)

@@ -67,18 +67,23 @@ class WideQueries:
             halves = [Int32(0)] * self.words
             if column < piece.columns:
                 fetched = slot + column * (2 * plan.head_dim) + lane * (4 * self.words)
-                values = floats(p, ptx.load_shared(fetched, plan.fetched_offset, self.words))
-                if p.rotate_q == 1:
-                    values = hadamard_registers(values, 2 * self.words)
-                    values = hadamard_lanes(values, [1 << b for b in range(5)], lane)
-                values = [saturated(x * scale) for x in values]
-                halves = [ptx.to_half2(values[j], values[j + 1]) for j in range(0, len(values), 2)]
+                halves = self.scaled(p, ptx.load_shared(fetched, plan.fetched_offset, self.words), scale, lane)
             ptx.store_shared(self.place(slot, column, lane), 0, halves)
             if lane == 0:
                 token = quotient(piece.first_row + column, p.group)
                 ptx.store_shared(slot + column * 4, plan.highs_offset, [first_seen + token])
             column += plan.warps
         wg.fence_async()
+
+    @cute.jit
+    def scaled(self, p: Params, registers: list, scale: Float32, lane: Int32):
+        """A lane's channels of a query, rotated if queries are, times ``scale``, as fp16."""
+        values = floats(p, registers)
+        if p.rotate_q == 1:
+            values = hadamard_registers(values, 2 * self.words)
+            values = hadamard_lanes(values, [1 << b for b in range(5)], lane)
+        values = [saturated(x * scale) for x in values]
+        return [ptx.to_half2(values[j], values[j + 1]) for j in range(0, len(values), 2)]
 
     def place(self, slot: Int32, column: Int32, lane: Int32) -> Int32:
         """Address of a lane's channels of a column."""
