@@ -69,12 +69,7 @@ class TileKernel(WideKernel):
         lane = thread % LANES
         smem = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint()
         if thread == 0:
-            for stage in range_constexpr(plan.stages):
-                ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1)
-                ptx.mbarrier_init(smem + (plan.ready_at + BARRIER_BYTES * stage), LANES)
-                ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), 2 * WRITER_WARPS)
-            ptx.mbarrier_init(smem + plan.slot_full_at, 2 * LANES * plan.folders)
-            ptx.mbarrier_init(smem + plan.slot_empty_at, plan.warps + 2 * WRITER_WARPS)
+            self.init_ring(smem, 2 * WRITER_WARPS, plan.warps + 2 * WRITER_WARPS)
             for tile in range_constexpr(TILE_STAGES):
                 for kind in range_constexpr(4):
                     ptx.mbarrier_init(self.tile_barrier(smem, kind, Int32(tile)), self.arrivals(kind))

@@ -50,12 +50,7 @@ class WideKernel(DecodeKernel):
         lane = thread % LANES
         smem = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint()
         if thread == 0:
-            for stage in range_constexpr(plan.stages):
-                ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1)
-                ptx.mbarrier_init(smem + (plan.ready_at + BARRIER_BYTES * stage), LANES)
-                ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), plan.warps_per_block)
-            ptx.mbarrier_init(smem + plan.slot_full_at, 2 * LANES * plan.folders)
-            ptx.mbarrier_init(smem + plan.slot_empty_at, plan.warps)
+            self.init_ring(smem, plan.warps_per_block, plan.warps)
             for team in range_constexpr(plan.teams):
                 ptx.mbarrier_init(smem + (plan.free_at + BARRIER_BYTES * team), plan.team_warps)
             ptx.fence_mbarrier_init()
@@ -70,6 +65,16 @@ class WideKernel(DecodeKernel):
                 self.produce(p, smem, lane)
             elif warp <= plan.warps + plan.folders:
                 self.fold_blocks(p, smem, warp - (plan.warps + 1), lane)
+
+    def init_ring(self, smem: Int32, block_readers: int, piece_readers: int) -> None:
+        """Initialise the barriers of the ring and of the slot; the readers are warps."""
+        plan = self.plan
+        for stage in range(plan.stages):
+            ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1)
+            ptx.mbarrier_init(smem + (plan.ready_at + BARRIER_BYTES * stage), LANES)
+            ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), block_readers)
+        ptx.mbarrier_init(smem + plan.slot_full_at, 2 * LANES * plan.folders)
+        ptx.mbarrier_init(smem + plan.slot_empty_at, piece_readers)
 
     @cute.jit
     def fold_blocks(self, p: Params, smem: Int32, folder: Int32, lane: Int32):
