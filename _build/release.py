@@ -31,7 +31,7 @@ except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-ARCHS = ("cpu", "sm80", "sm89", "sm90a", "sm100", "sm120")
+ARCHS = ("cpu", "sm80", "sm86", "sm89", "sm90a", "sm100", "sm120")
 TOOLKITS = ("cu12", "cu13")
 PACKS = "bitdecoding/lib/packs/"
 

@@ -33,7 +33,14 @@ from .tile_plan import TilePlan, decode_plan
 from .wide_plan import WidePlan
 
 # "a": instructions of this architecture only; "f": runs on its family (sm_100 and 103, sm_120 and 121)
-GPU_ARCHS = {"sm80": "sm_80", "sm89": "sm_89", "sm90a": "sm_90a", "sm100": "sm_100f", "sm120": "sm_120f"}
+GPU_ARCHS = {
+    "sm80": "sm_80",
+    "sm86": "sm_86",
+    "sm89": "sm_89",
+    "sm90a": "sm_90a",
+    "sm100": "sm_100f",
+    "sm120": "sm_120f",
+}
 MANIFEST_HEAD_DIMS = (64, 128)
 MANIFEST_GROUPS = (32, 64, 128)
 MANIFEST_COLUMNS = (FEW_COLUMNS, MMA_COLUMNS, 16, 32, 64, 128)  # query columns

@@ -25,12 +25,13 @@ TILINGS = (
     (8, 2, 8), (8, 4, 8), (8, 2, 4), (8, 4, 4),
     (4, 2, 8), (4, 4, 8), (4, 2, 4), (4, 4, 4), (4, 2, 2), (4, 4, 2), (4, 4, 1), (2, 2, 1), (1, 1, 1),
 )  # fmt: skip
-# where a block has more arithmetic than bytes: three warps that compute on a scheduler instead of two
-TILING_OF_TWO_BITS = (12, 2, 12)
+# where a block has more arithmetic than bytes: three warps that compute on a scheduler instead of two (sm90a); copies
+# further ahead
+TILING_OF_TWO_BITS = {"bulk": (12, 2, 12), "cp_async": (8, 2, 12)}
 # copy -> num_warps -> estimated registers of a lane (see _registers) that ptxas can hold without spilling. With the
 # producer and three merge warps, 12 warps put three on a scheduler (168 registers each), 8 warps two (255); cp.async
 # takes more of them.
-MAX_REGISTERS = {"bulk": {12: 100, 8: 102, 4: 190, 2: 190, 1: 190}, "cp_async": {8: 0, 4: 190, 2: 190, 1: 190}}
+MAX_REGISTERS = {"bulk": {12: 100, 8: 102, 4: 190, 2: 190, 1: 190}, "cp_async": {8: 102, 4: 190, 2: 190, 1: 190}}
 MAX_REGISTERS_OF_TWO_TILES = {"bulk": 170, "cp_async": 190}  # of query columns
 # wgmma kernels, as measured on an H100: head_dim -> query columns of a tile -> (num_warps, warps_per_block), the best
 # first; of the rings the deepest that fits is taken. They beat mma.sync from 16 columns on. From MIN_TILE_COLUMNS on
@@ -42,7 +43,6 @@ WGMMA_TILINGS = {
 }
 MIN_TILE_COLUMNS, MIN_STAGES = 64, 2
 WGMMA_STAGES = (9, 8, 6, 4, 3, 2, 1)
-FEW_COLUMNS_ARCHS = ("sm90a",)  # where it was measured
 HOPPER_ARCHS = ("sm90a", "sm100", "sm120")  # and later: bulk copies, mbarrier.try_wait
 
 _quant_validate = native.function("quant_validate")
@@ -151,7 +151,7 @@ class KernelConfig(Object):
     Attributes:
         kind: "decode"; "append" for the kernel of append and quantize, "merge" for that of merge. What these do not
             need stays at its default and is no part of the name: the fields from q_tile on, and quant for merge.
-        arch: "sm80", "sm89", "sm90a", "sm100" or "sm120".
+        arch: "sm80", "sm86", "sm89", "sm90a", "sm100" or "sm120".
         head_dim: 64, 96, 128 or 256.
         quant: QuantSpec of the cache.
         q_tile: query columns (heads of a group x query tokens) of a tile: 4 (not with wgmma), or a multiple of 8.
@@ -228,12 +228,12 @@ class KernelConfig(Object):
         if columns > MMA_COLUMNS and (wide := _wgmma_config(arch, head_dim, quant.for_kernel(), columns)):
             return wide
         q_tile = min(column_tile(columns), MAX_Q_TILE)
-        if arch not in FEW_COLUMNS_ARCHS:
-            q_tile = max(q_tile, MMA_COLUMNS)
+        copy = "bulk" if arch in HOPPER_ARCHS else "cp_async"
         tilings = TILINGS
-        if arch == "sm90a" and quant.k_bits == quant.v_bits == 2:
-            if quant.k_axis == "channel" or head_dim <= 64 or q_tile == FEW_COLUMNS:
-                tilings = (TILING_OF_TWO_BITS, *TILINGS)
+        if quant.k_bits == quant.v_bits == 2:
+            has_registers = quant.k_axis == "channel" or head_dim <= 64 or q_tile == FEW_COLUMNS
+            if copy == "cp_async" or (arch == "sm90a" and has_registers):
+                tilings = (TILING_OF_TWO_BITS[copy], *TILINGS)
         for columns in (q_tile, MMA_COLUMNS):
             for num_warps, warps_per_block, stages in tilings:
                 config = cls(
@@ -241,14 +241,14 @@ class KernelConfig(Object):
                     head_dim=head_dim,
                     quant=quant.for_kernel(),
                     q_tile=columns,
-                    copy="bulk" if arch in HOPPER_ARCHS else "cp_async",
+                    copy=copy,
                     num_warps=num_warps,
                     warps_per_block=warps_per_block,
                     stages=stages,
                 )
-                limit = MAX_REGISTERS[config.copy][num_warps]
+                limit = MAX_REGISTERS[copy][num_warps]
                 if columns > MMA_COLUMNS:
-                    limit = min(limit, MAX_REGISTERS_OF_TWO_TILES[config.copy])
+                    limit = min(limit, MAX_REGISTERS_OF_TWO_TILES[copy])
                 if _registers(config) <= limit and _fits(config):
                     return config
         config.validate()

@@ -33,12 +33,12 @@ class Fold:
         self.quant = plan.quant
         self.words = plan.head_dim // LANES // 2  # half2 of a lane when a warp holds a value per channel
 
-    def block(self, stage: Int32, folded: Int32, valid: Int32, power: Float32, lane: Int32) -> None:
-        """Fold the block in ``stage``, whose first ``valid`` tokens count; power: that of the queries."""
+    def block(self, stage: Int32, folded: Int32, valid: Int32, factor: Float32, lane: Int32) -> None:
+        """Fold the block in ``stage``, whose first ``valid`` tokens count; factor: that of the queries."""
         if self.quant.k_axis == "channel":
-            self.keys_per_channel(stage, folded, valid, power, lane)
+            self.keys_per_channel(stage, folded, valid, factor, lane)
         else:
-            self.keys_per_token(stage, folded, valid, power, lane)
+            self.keys_per_token(stage, folded, valid, factor, lane)
         self.values(stage, folded, valid, lane)
 
     # -- K -----------------------------------------------------------------------------------------------------------
@@ -60,11 +60,11 @@ class Fold:
         step = ptx.bits(ptx.fmax(largest, Float32(SMALLEST_STEP))) & EXPONENT
         return ptx.from_bits(step), ptx.from_bits(0x7F000000 - step)
 
-    def store_factor(self, folded: Int32, step: Float32, power: Float32, lane: Int32) -> None:
-        ptx.store_shared(folded, 0, [step * power * (1.0 / UNIT)])  # the same from all lanes
+    def store_factor(self, folded: Int32, step: Float32, factor: Float32, lane: Int32) -> None:
+        ptx.store_shared(folded, 0, [step * factor * (1.0 / UNIT)])  # the same from all lanes
 
     @cute.jit
-    def keys_per_channel(self, stage: Int32, folded: Int32, valid: Int32, power: Float32, lane: Int32):
+    def keys_per_channel(self, stage: Int32, folded: Int32, valid: Int32, factor: Float32, lane: Int32):
         largest = Float32(0.0)
         mean = [Float32(0.0)] * (2 * self.words)
         if cutlass.const_expr(self.fmt.k_mean is not None):
@@ -77,7 +77,7 @@ class Fold:
                 for i in range_constexpr(len(scale)):
                     largest = ptx.fmax(largest, scale[i])
         step, inverse = self.exponent(largest)
-        self.store_factor(folded, step, power, lane)
+        self.store_factor(folded, step, factor, lane)
         for row in range_constexpr(self.plan.k_rows):
             scale = self.channels(stage, self.fmt.k_scale, row, lane)
             zero = [Float32(symmetric_zero(self.quant.k_bits))] * len(scale)
@@ -95,7 +95,7 @@ class Fold:
             self.store_channels(folded, at + 2 * self.plan.head_dim, offset, lane)
 
     @cute.jit
-    def keys_per_token(self, stage: Int32, folded: Int32, valid: Int32, power: Float32, lane: Int32):
+    def keys_per_token(self, stage: Int32, folded: Int32, valid: Int32, factor: Float32, lane: Int32):
         """A lane has the rows g, g + 8, g + 16, g + 24 of a slice, for all channel groups."""
         slice_, g = lane >> 3, lane & 7
         layout = self.fmt.k_scale.layout  # (token, channel group) -> fp16 element
@@ -112,7 +112,7 @@ class Fold:
             for i in range_constexpr(4):
                 largest = ptx.fmax(largest, cutlass.select_(token + 8 * i < valid, scale[i], Float32(0.0)))
         step, inverse = self.exponent(largest)
-        self.store_factor(folded, step, power, lane)
+        self.store_factor(folded, step, factor, lane)
         for j in range_constexpr(self.plan.k_groups):
             scale = self.row_params(rows, self.fmt.k_scale, j)
             zero = [Float32(symmetric_zero(self.quant.k_bits))] * 4

@@ -118,7 +118,7 @@ class TileAttention:
         """
         if p.softcap > 0.0:
             inverse = ptx.reciprocal(p.softcap) * 2.0 * factor
-            limit = p.softcap * LOG2E * ptx.from_bits(0x7F000000 - ptx.bits(factor))
+            limit = ptx.reciprocal(inverse) * (2.0 * LOG2E)
             for i in range_constexpr(len(scores)):
                 # cap * tanh(s / cap); tanh through exp2, since tanh.approx has 11 bits only
                 x = ptx.reciprocal(ptx.exp2(scores[i] * inverse) + 1.0)

@@ -21,7 +21,7 @@ class TileQueries(WideQueries):
         consumers must call it.
         """
         plan = self.plan
-        scale = self.scale(p) / self.power(p)
+        scale = self.scale(p)
         rows = range(plan.q_tile // plan.warps)
         fetched = None
         if cutlass.const_expr(not plan.prefetches):

@@ -159,7 +159,7 @@ class TileKernel(WideKernel):
                     ptx.mbarrier_wait(self.tile_barrier(smem, empty, tile), tile_parity, plan.wait)
                     if cutlass.const_expr(not of_values):
                         if (warp == 0) & (lane == 0):
-                            params = [self.queries.power(p), Float32(EXPONENT_16_BIT)]
+                            params = [self.queries.factor(p), Float32(EXPONENT_16_BIT)]
                             ptx.store_shared(self.params_at(smem, tile), 0, params)
                     self.writer.copy(p, target, of_values, warp, lane, piece, piece.end_chunk - left)
                 wg.fence_async()

@@ -92,7 +92,7 @@ class WideKernel(DecodeKernel):
                 ptx.store_shared(smem + plan.shares_at, 4 * i, [shares[i]])
         cute.arch.sync_warp()
         number = Int32(0)  # of the piece in the share
-        power = self.queries.power(p)
+        factor = self.queries.factor(p)
         stage = folder
         parity = Int32(0)
         block = folder  # the warp's next block, counted over the share
@@ -106,7 +106,7 @@ class WideKernel(DecodeKernel):
                 cute.arch.sync_warp()  # lanes that leave the wait one by one would do all of it twice
                 folded = smem + plan.folded_at + stage * plan.folded_bytes
                 in_block = valid - block * BLOCK_TOKENS
-                self.fold.block(smem + stage * plan.fmt.block_bytes, folded, in_block, power, lane)
+                self.fold.block(smem + stage * plan.fmt.block_bytes, folded, in_block, factor, lane)
                 ptx.mbarrier_arrive(smem + plan.ready_at + stage * BARRIER_BYTES)
                 block += plan.folders
                 stage += plan.folders
@@ -198,8 +198,8 @@ class WideKernel(DecodeKernel):
             chunk = piece.first_chunk + group
             end_chunk = piece.end_chunk
             while chunk < end_chunk:
-                power = self.queries.power(p)
-                state = self.attention.attend_chunk(p, smem, team, piece_at, chunk, query, power, state)
+                factor = self.queries.factor(p)
+                state = self.attention.attend_chunk(p, smem, team, piece_at, chunk, query, factor, state)
                 chunk += plan.block_groups
             free_parity = state.parity
             self.attention.store_state(smem, team, state)

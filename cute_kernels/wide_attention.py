@@ -362,11 +362,11 @@ class WideAttention:
     ):  # fmt: skip
         """Scores after the soft cap, and -inf where a key is invisible; ``position`` of the lane's row g.
 
-        factor: the power of two with which scores become log2 scores.
+        factor: with which scores become log2 scores.
         """
         if p.softcap > 0.0:
             inverse = ptx.reciprocal(p.softcap) * 2.0 * factor
-            limit = p.softcap * LOG2E * ptx.from_bits(0x7F000000 - ptx.bits(factor))
+            limit = ptx.reciprocal(inverse) * (2.0 * LOG2E)
             for s in range_constexpr(len(scores)):
                 for i in range_constexpr(len(scores[s])):
                     # cap * tanh(s / cap); tanh through exp2, since tanh.approx has 11 bits only
@@ -579,7 +579,7 @@ class WideAttention:
 
     @cute.jit
     def attend_chunk(
-        self, p: Params, smem: Int32, team: Team, piece_at: Int32, chunk: Int32, query: Int32, power: Float32,
+        self, p: Params, smem: Int32, team: Team, piece_at: Int32, chunk: Int32, query: Int32, factor: Float32,
         state: State
     ):  # fmt: skip
         """The team's 128 tokens of a 16-bit unit, read from global memory; sinks come first, then the tail."""
@@ -592,13 +592,15 @@ class WideAttention:
             held = piece.tail
             position = piece.packed_end
         if token < held:
-            state = self.attend_tokens(p, smem, team, piece, k, v, capacity, token, held, position, query, power, state)
+            state = self.attend_tokens(
+                p, smem, team, piece, k, v, capacity, token, held, position, query, factor, state
+            )
         return state
 
     @cute.jit
     def attend_tokens(
         self, p: Params, smem: Int32, team: Team, piece: Piece, k: Int64, v: Int64, capacity: Int32, token: Int32,
-        held: Int32, position: Int32, query: Int32, power: Float32, state: State
+        held: Int32, position: Int32, query: Int32, factor: Float32, state: State
     ):  # fmt: skip
         """Attend to tokens ``token`` .. ``held`` - 1 of a buffer, 128 at most; its first one is at ``position``."""
         place = self.place(smem)
@@ -623,8 +625,8 @@ class WideAttention:
             acc = self.issue(acc, a, range(first, first + batch), query, first > 0)
             wg.wait(0)
         acc = [wg.pin(tile) for tile in acc]
-        acc = self.restricted(p, acc, power, position + token + place.row, position + held, self.highs(smem, place))
-        state = self.weigh(smem, team, acc, power, [None], state)
+        acc = self.restricted(p, acc, factor, position + token + place.row, position + held, self.highs(smem, place))
+        state = self.weigh(smem, team, acc, factor, [None], state)
         total, out, parity = state
         # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)
         channels = quad + Int64(place.channel - (place.lane >> 2)) * 2

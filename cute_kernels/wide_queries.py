@@ -2,7 +2,7 @@
 
 The slot holds, per split of the columns, Q^T in core matrices (warpgroup.py), then the next piece's queries as they lie
 in memory, then of each column the position behind the last key that it sees.
-Q * softmax scale * log2 e is divided by one power of two, so that fp16 loses no range of q.
+Queries that are not rotated are exact operands; softmax scale and log2 e meet the scores.
 """
 
 import cutlass
@@ -12,7 +12,7 @@ from . import ptx
 from . import warpgroup as wg
 from .attention import saturated
 from .layouts import LANES
-from .queries import EXPONENT, floats, hadamard_lanes, hadamard_registers
+from .queries import floats, hadamard_lanes, hadamard_registers
 from .schedule import Params, Piece, quotient
 from .wide_plan import WidePlan
 
@@ -28,14 +28,13 @@ class WideQueries:
         self.words = plan.head_dim // LANES // 2  # half2 of a lane when a warp holds a row
 
     def scale(self, p: Params) -> Float32:
-        """What q is multiplied with, all in all."""
-        rotated = Float32(self.plan.hadamard**-0.5)
-        return p.softmax_scale_log2 * cutlass.select_(p.rotate_q == 1, rotated, Float32(1.0))
+        """What q is multiplied with to be the operand."""
+        rotated = Float32(self.plan.hadamard**-0.5 / ROTATED_ROOM)
+        return cutlass.select_(p.rotate_q == 1, rotated, Float32(1.0))
 
-    def power(self, p: Params) -> Float32:
-        """The power of two that the operand leaves out: what remains of the scale is at most 1 (1/16 if rotated)."""
-        exponent = ptx.from_bits(ptx.bits(self.scale(p)) & EXPONENT)
-        return exponent * cutlass.select_(p.rotate_q == 1, Float32(2.0 * ROTATED_ROOM), Float32(2.0))
+    def factor(self, p: Params) -> Float32:
+        """With which products with the operand become log2 scores."""
+        return p.softmax_scale_log2 * cutlass.select_(p.rotate_q == 1, Float32(ROTATED_ROOM), Float32(1.0))
 
     @cute.jit
     def fetch(self, p: Params, smem: Int32, folder: Int32, lane: Int32, b: Int32, tile: tuple):
@@ -61,7 +60,7 @@ class WideQueries:
         """Make the fetched queries the B operand; columns beyond the piece's are zero."""
         plan = self.plan
         first_seen = piece.window_start + p.window - p.q_len + 1
-        scale = self.scale(p) / self.power(p)
+        scale = self.scale(p)
         column = warp
         while column < plan.q_tile:
             halves = [Int32(0)] * self.words

@@ -120,7 +120,7 @@ def test_spec_errors_name_the_argument(fields, message):
     ("fields", "error", "message"),
     [
         ({"kind": "encode"}, InvalidArgument, "kind=encode: allowed are decode, append, merge"),
-        ({"arch": "sm70"}, InvalidArgument, "arch=sm70: allowed are sm80, sm89, sm90a, sm100, sm120"),
+        ({"arch": "sm70"}, InvalidArgument, "arch=sm70: allowed are sm80, sm86, sm89, sm90a, sm100, sm120"),
         ({"head_dim": 80}, InvalidArgument, "head_dim=80: allowed are 64, 96, 128, 256"),
         ({"head_dim": 96}, InvalidArgument, "v_group=128: must divide head_dim=96"),
         ({"q_tile": 12}, InvalidArgument, "q_tile=12: allowed are 4 and the multiples of 8 up to 64"),
@@ -236,7 +236,7 @@ def test_format_version_is_the_same_in_both_languages():
     assert native.function("format_version")() == FORMAT_VERSION
 
 
-@pytest.mark.parametrize("arch", ["sm80", "sm89", "sm90a", "sm100", "sm120"])
+@pytest.mark.parametrize("arch", ["sm80", "sm86", "sm89", "sm90a", "sm100", "sm120"])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_for_problem_fits_every_arch(arch, head_dim, bits):
@@ -245,8 +245,8 @@ def test_for_problem_fits_every_arch(arch, head_dim, bits):
     config = KernelConfig.for_problem(head_dim=head_dim, quant=spec, num_q_heads=32, num_kv_heads=8, arch=arch)
     config.validate()
     assert config.quant == spec.for_kernel()
-    assert config.copy == ("cp_async" if arch in ("sm80", "sm89") else "bulk")
-    limit = {"sm80": 99, "sm89": 99, "sm90a": 227, "sm100": 227, "sm120": 99}[arch] * 1024
+    assert config.copy == ("cp_async" if arch in ("sm80", "sm86", "sm89") else "bulk")
+    limit = {"sm80": 163, "sm86": 99, "sm89": 99, "sm90a": 227, "sm100": 227, "sm120": 99}[arch] * 1024
     assert block_format(head_dim, spec).block_bytes * config.stages < config.smem_bytes()
     assert (config.smem_bytes() + 1024) * config.ctas_per_sm <= limit + 1024
 
@@ -351,7 +351,7 @@ def test_for_problem_rejects_head_counts():
 @pytest.mark.parametrize(
     ("capability", "arch"),
     [
-        *[((7, 5), ""), ((8, 0), "sm80"), ((8, 6), "sm80"), ((8, 9), "sm89")],
+        *[((7, 5), ""), ((8, 0), "sm80"), ((8, 6), "sm86"), ((8, 7), "sm80"), ((8, 9), "sm89")],
         *[((9, 0), "sm90a"), ((10, 3), "sm100"), ((11, 0), ""), ((12, 0), "sm120")],
     ],
 )

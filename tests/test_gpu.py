@@ -59,7 +59,8 @@ def test_presets_rotate_queries_and_outputs(name: str) -> None:
 def test_any_number_of_query_heads(group: int) -> None:
     case = problem([(300, 0), (128, 30)], KV4, heads=3, head_dim=128)
     check(case, random_q(2, 1, 3 * group, 128))
-    check(case, random_q(2, 3, 3 * group, 128), slack=1.5 if 3 * group > 8 else 1.0)  # wgmma rounds Q * scale, too
+    tiles = 3 * group > 32  # of K and V as fp16
+    check(case, random_q(2, 3, 3 * group, 128), slack=1.5 if tiles else 1.0)
 
 
 @pytest.mark.parametrize("name", ["kv8", "kv4", "k4v2", "kv2", "kc4", "kc2"])

@@ -36,21 +36,32 @@ BULK_ARCHS = ("sm90a", "sm120")
 
 @lru_cache(maxsize=None)
 def compiled(arch: str) -> dict[bd.KernelConfig, compiler.Compiled]:
-    """The decode kernels of an architecture's manifest; but for FULL_ARCH of the formats whose turn it is (CASES)."""
-    turn = {(d, compiler.manifest_specs(d)[i]) for a, d, i in CASES if a == arch} | {(128, bd.QuantSpec())}
-    configs = [
-        config
-        for config in compiler.manifest(arch)
-        if config.kind == "decode" and (arch == FULL_ARCH or (config.head_dim, config.quant) in turn)
-    ]
+    """The decode kernels of an architecture's manifest; but for FULL_ARCH those that the tests run (CASES), and one of
+    two query tiles.
+    """
+    configs = [config for config in compiler.manifest(arch) if config.kind == "decode"]
+    if arch != FULL_ARCH:
+        tested = {choose(arch, compiler.manifest_specs(d)[i], d, group_of(i)) for a, d, i in CASES if a == arch}
+        tested |= {choose(arch, bd.QuantSpec(), 128, group) for group in (1, 16)}
+        assert tested <= set(configs)
+        configs = [config for config in configs if config in tested]
     return dict(zip(configs, compiler.compile_all(configs, compiler.compile_config), strict=True))
+
+
+def choose(arch: str, spec: bd.QuantSpec, head_dim: int, group: int, q_len: int = 1) -> bd.KernelConfig:
+    return bd.KernelConfig.for_problem(
+        head_dim=head_dim, quant=spec, num_q_heads=group, num_kv_heads=1, q_len=q_len, arch=arch
+    )
+
+
+def group_of(index: int) -> int:
+    """Query heads of the test of a format: tiles of 4 and of 8 columns take turns."""
+    return (3, 5)[index // 2 % 2]
 
 
 def kernel(arch: str, spec: bd.QuantSpec, head_dim: int, group: int, q_len: int = 1):
     """(config, Compiled) of the manifest that serves a problem."""
-    config = bd.KernelConfig.for_problem(
-        head_dim=head_dim, quant=spec, num_q_heads=group, num_kv_heads=1, q_len=q_len, arch=arch
-    )
+    config = choose(arch, spec, head_dim, group, q_len)
     return config, compiled(arch)[config]
 
 
@@ -224,9 +235,10 @@ CASES = [case for n, case in enumerate(CASES) if n % 4 == (n // 4) % 4]
 def test_every_format(arch: str, head_dim: int, index: int) -> None:
     spec = compiler.manifest_specs(head_dim)[index]
     dtype = (torch.float16, torch.bfloat16)[index % 2]
-    config, made = kernel(arch, spec, head_dim, 3)
+    group = group_of(index)
+    config, made = kernel(arch, spec, head_dim, group)
     case = problem(RAGGED, spec, heads=1, head_dim=head_dim, num_sink=3 * (index % 3), dtype=dtype)
-    check(config, made, case, random_q(3, 1, 3, head_dim, dtype), async_copies=("late", "early")[index % 2])
+    check(config, made, case, random_q(3, 1, group, head_dim, dtype), async_copies=("late", "early")[index % 2])
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -73,7 +73,10 @@ def test_a_wheel_that_was_changed_is_not_installed(tmp_path):
         ({"BITDECODING_ARCH": "cpu"}, "0.1.0"),
         ({"BITDECODING_ARCH": "sm90a"}, "0.1.0+cu12.sm90a"),
         ({"BITDECODING_ARCH": "sm90a;sm80", "BITDECODING_CUDA": "cu13"}, "0.1.0+cu13.sm80.sm90a"),
-        ({"BITDECODING_ARCH": "sm70"}, "BITDECODING_ARCH: 'sm70': allowed are sm80, sm89, sm90a, sm100, sm120 and cpu"),
+        (
+            {"BITDECODING_ARCH": "sm70"},
+            "BITDECODING_ARCH: 'sm70': allowed are sm80, sm86, sm89, sm90a, sm100, sm120 and cpu",
+        ),
         ({"BITDECODING_ARCH": "sm80", "BITDECODING_CUDA": "11"}, "BITDECODING_CUDA: '11': allowed are cu12, cu13"),
     ],
 )

@@ -177,7 +177,7 @@ bool read_name(NameReader& in, KernelConfig* c) {
   QuantSpec& q = c->quant;
   std::string axis;
   if (!(in.one_of({"decode", "append", "merge"}, &c->kind) && in.literal("_"))) return false;
-  if (!in.one_of({"sm80", "sm89", "sm90a", "sm100", "sm120"}, &c->arch)) return false;
+  if (!in.one_of({"sm80", "sm86", "sm89", "sm90a", "sm100", "sm120"}, &c->arch)) return false;
   if (!(in.literal("_d") && in.number(&c->head_dim))) return false;
   if (c->kind == "merge") return in.at_end();
   if (!(in.literal("_k") && in.number(&q.k_bits) && in.one_of({"c", "t"}, &axis) && in.number(&q.k_group)))
@@ -230,7 +230,7 @@ std::string QuantSpec::name() const {
 
 Status KernelConfig::validate() const noexcept {
   BITDECODING_TRY(check_one_of("kind", kind, {"decode", "append", "merge"}));
-  BITDECODING_TRY(check_one_of("arch", arch, {"sm80", "sm89", "sm90a", "sm100", "sm120"}));
+  BITDECODING_TRY(check_one_of("arch", arch, {"sm80", "sm86", "sm89", "sm90a", "sm100", "sm120"}));
   BITDECODING_TRY(check_one_of("head_dim", head_dim, {64, 96, 128, 256}));
   if (kind == "merge") {  // knows no blocks
     BITDECODING_TRY(check_one_of("quant", quant.name(), {QuantSpec{}.name()}));
@@ -263,7 +263,7 @@ Status KernelConfig::validate() const noexcept {
     return fail(Status::invalid_argument, "stages=", stages,
                 ": must be a multiple of num_warps / warps_per_block=", num_warps / warps_per_block);
   }
-  if (copy == "bulk" && (arch == "sm80" || arch == "sm89")) {
+  if (copy == "bulk" && arch.rfind("sm8", 0) == 0) {
     return fail(Status::unsupported_config, "copy=bulk: needs sm90a or later, arch=", arch, " has cp_async only");
   }
   if (ctas_per_sm < 1 || ctas_per_sm > 8) {
@@ -335,14 +335,14 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
 }
 
 std::int64_t smem_limit(const std::string& arch) noexcept {
-  // 8.0 itself has 163, but its kernels serve 8.6 too
-  if (arch == "sm80" || arch == "sm89" || arch == "sm120") return 99 * kKilobyte;
+  if (arch == "sm80") return 163 * kKilobyte;
+  if (arch == "sm86" || arch == "sm89" || arch == "sm120") return 99 * kKilobyte;
   if (arch == "sm90a" || arch == "sm100") return 227 * kKilobyte;
   return 0;
 }
 
 const char* arch_of(int major, int minor) noexcept {
-  if (major == 8) return minor == 9 ? "sm89" : "sm80";  // 8.0 code runs on 8.6 and 8.7
+  if (major == 8) return minor == 9 ? "sm89" : minor == 6 ? "sm86" : "sm80";  // 8.0 code runs on 8.7
   if (major == 9) return "sm90a";
   if (major == 10) return "sm100";
   if (major == 12) return "sm120";

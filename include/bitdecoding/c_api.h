@@ -80,7 +80,7 @@ typedef struct bitdecoding_device {
   int32_t index;
   int32_t major, minor; /* compute capability */
   int32_t num_sms;
-  char arch[16]; /* of the kernels that run there: sm80, sm89, sm90a, sm100 or sm120; "": none */
+  char arch[16]; /* of the kernels that run there: sm80, sm86, sm89, sm90a, sm100 or sm120; "": none */
 } bitdecoding_device;
 #define BITDECODING_DEVICE_INIT {sizeof(bitdecoding_device), 0, 0, 0, 0, ""}
 

@@ -136,7 +136,7 @@ def kernels_for(default: KernelConfig, columns: int) -> Iterator[KernelConfig]:
     few = (FEW_COLUMNS,) if columns <= FEW_COLUMNS else ()
     for q_tile in (*few, *range(MMA_COLUMNS, min(max(columns, MMA_COLUMNS), MAX_Q_TILE) + 1, MMA_COLUMNS)):
         for ctas_per_sm in CTAS_PER_SM:
-            for num_warps, warps_per_block, stages in (TILING_OF_TWO_BITS, *TILINGS):
+            for num_warps, warps_per_block, stages in (TILING_OF_TWO_BITS[default.copy], *TILINGS):
                 config = KernelConfig(
                     arch=default.arch,
                     head_dim=default.head_dim,

@@ -466,8 +466,8 @@ def _cp_arrive(d, ins, noinc: bool) -> Callable:
 
 
 def _bulk(d, ins, rest: list[str]) -> Callable:
-    if rest[:1] == ["prefetch"]:
-        return lambda w, mask: None
+    if rest == ["prefetch", "L2", "global"]:
+        return _bulk_prefetch(d, ins)
     if rest == ["commit_group"]:
         return lambda w, mask: w.bulk_stores.append([])
     if rest[:1] == ["wait_group"]:
@@ -487,6 +487,21 @@ def _bulk(d, ins, rest: list[str]) -> Callable:
     if rest == ["global", "shared::cta", "bulk_group"]:
         return _bulk_store(d, ins)
     raise UnknownInstruction("form of cp.async.bulk")
+
+
+def _bulk_prefetch(d, ins) -> Callable:
+    """Nothing changes, but the memory must be there."""
+    source, size = _address(d, ins.operands[0]), d.source(ins.operands[1], "u32")
+
+    def run(w, mask):
+        launch = w.cta.launch
+        for lane in np.flatnonzero(ALL if mask is None else mask):
+            at, nbytes = int(source(w.r)[lane]), int(w.r[size][lane])
+            if nbytes % 16:
+                raise OutOfBounds(f"prefetch of {nbytes} bytes: not a multiple of 16")
+            launch.memory.locate(np.array([at]), nbytes, align=16)
+
+    return run
 
 
 def _bulk_load(d, ins) -> Callable:
