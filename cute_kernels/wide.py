@@ -2,11 +2,11 @@
 
 producer       as in decode.py: one bulk copy per block into a ring of shared-memory stages
 folders        make a block's parameters ready once it has landed (fold.py); "ready" mbarriers
-consumers      warpgroups in teams (wide_plan.py); a team takes every n-th block for its query columns:
+consumers      warpgroups in teams (wide_attention.py); a team takes every n-th block for its query columns:
     S^T = K Q^T            A = K from registers: per register one AND, one HFMA2 with the folded scale and offset;
                            B = Q^T in shared memory; m64nNk16
     P = exp2(S - top)      P^T times V's scale to shared memory by stmatrix.trans; the barrier that the team needs
-                           anyway tells whether ``top`` was too low
+                           anyway tells whether ``top`` was too low (wide_softmax.py)
     O^T += V^T P^T         A = V from registers, (code + zero); B = P^T; the tokens of a block are k
 16-bit tokens  sinks and tail, 128 at a time: the same, with K and V from global memory
 pieces         the folders announce them: they find out the next piece and fetch its queries while the consumers
@@ -161,7 +161,7 @@ class WideKernel(DecodeKernel):
         is_last = Int32(0)
         while is_last == 0:
             lane = wg.thread_again() % LANES
-            team = self.attention.team(smem, warp, lane)
+            team = self.attention.places.team(smem, warp, lane)
             piece_at = self.piece_at(smem, number)
             ptx.mbarrier_wait(smem + plan.slot_full_at, number & 1, plan.wait)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # also for the compiler: no warp has parted

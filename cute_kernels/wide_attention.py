@@ -1,65 +1,24 @@
-"""The arithmetic of a team of warpgroups: scores, softmax and values of a block, by wgmma.
+"""The arithmetic of a team of warpgroups: scores and values of a block, by wgmma; between them wide_softmax.py.
 
 Lists at trace time stand for registers: s is a tile of 64 tokens, m one of 64 channels, n a column tile (8 query
 columns), c a channel tile of K, t a token tile of V. A lane is g = lane / 4, q = lane % 4; of an accumulator tile it
 has rows g (values 0, 1) and g + 8 (2, 3) of its warp's 16, columns 8n + 2q and the next, as with mma.m16n8k16.
 """
 
-from typing import NamedTuple
-
 import cutlass
 from cutlass import Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
-from .attention import FIRST_MAX, HALF2_ONES, channel_pair, halves
+from .attention import FIRST_MAX, channel_pair, halves
 from .fold import UNIT
 from .fragments import extract, fragments, half2_constant
 from .layouts import BLOCK_TOKENS, HALF_BITS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS, symmetric_zero
-from .merge import MINUS_INFINITY
-from .plan import BARRIER_BYTES, COLUMNS
-from .queries import LOG2E
+from .plan import COLUMNS
 from .schedule import Params, Piece, load_piece
+from .wide_places import TEAM_BARRIER, Place, Team, WidePlaces
 from .wide_plan import GROUP_WARPS, M_TILE, WidePlan
-
-P_LIMIT = 2.0  # of a lane's sum of P in a column: keeps P * scale within fp16 for every scale of the quantiser
-HEADROOM = 3.0  # log2 by which a raised maximum lies above the scores: with many columns one would grow at every block
-TEAM_BARRIER = 3  # named barriers from here on, one per team
-
-
-class Team(NamedTuple):
-    """What the loop over blocks needs of a warp's place; shared-memory addresses include the lane's part."""
-
-    barrier: Int32  # the team's named barrier
-    k_codes: Int32  # byte offsets within a stage
-    k_shift: Int32  # bits
-    v_codes: Int32
-    v_shift: Int32
-    k_folded: Int32  # byte offsets within a stage's folded parameters
-    v_folded: Int32
-    p_store: Int32  # address
-    p_operand: Int32  # descriptor
-
-
-class Place(NamedTuple):
-    """The rest of it, found out anew where it is needed."""
-
-    lane: Int32
-    index: Int32  # of the team
-    member: Int32  # warp of the team
-    group: Int32  # warpgroup of the team
-    row: Int32  # token of the lane's row g in its first score tile
-    channel: Int32  # channel of the lane's row g in its first value tile
-    results: Int32  # address of the team's rows in the merge scratch
-    exchange: Int32  # address of the team's floats [warp][column], then ``top`` and its last change [column]
-
-
-class State(NamedTuple):
-    """A warp's running result of a piece; what is subtracted from the scores, ``top``, lies in shared memory."""
-
-    total: list  # rows g (and g + 8) of an accumulator of the sums of P; row n: for columns 2q, 2q + 1 of tile n
-    out: list  # [m] accumulators of O^T * UNIT, until ``finished``
-    parity: Int32  # of the ``free`` barrier
+from .wide_softmax import State, WideSoftmax
 
 
 class WideAttention:
@@ -67,6 +26,8 @@ class WideAttention:
 
     def __init__(self, plan: WidePlan):
         self.plan = plan
+        self.places = WidePlaces(plan)
+        self.softmax = WideSoftmax(plan, self.places)
         self.fmt = plan.fmt
         self.k_bits, self.v_bits = plan.quant.k_bits, plan.quant.v_bits
         self.k_per_channel = plan.quant.k_axis == "channel"
@@ -74,133 +35,8 @@ class WideAttention:
         self.value_tiles = plan.value_tiles_per_group
         self.column_tiles = plan.column_tiles
         self.step_bytes = 2 * self.column_tiles * wg.CORE_BYTES  # of a B operand: one k step of 16
-        self.top_offset = plan.team_warps * plan.columns * 4  # in ``exchange``
         self.k_fragments = fragments(self.fmt.k_codes, "k", plan.head_dim, self.fmt.k_vector_words)
         self.v_fragments = fragments(self.fmt.v_codes, "v", plan.head_dim, self.fmt.v_vector_words)
-
-    # -- places ------------------------------------------------------------------------------------------------------
-
-    def team(self, smem: Int32, warp: Int32, lane: Int32) -> Team:
-        plan, fmt = self.plan, self.fmt
-        index = warp // plan.team_warps
-        group, warp = self.group(warp), warp % GROUP_WARPS
-        k, v = fmt.k_codes.layout, fmt.v_codes.layout
-        # K: slice ``warp``, token tile ``group`` of it if there are two warpgroups
-        k_codes = warp * (k(SLICE_TOKENS, 0) // 8) + lane * (k(0, 2) // 8)
-        k_shift = Int32(0)
-        if plan.team_groups == 2 and k(TILE, 0) >= WORD_BITS:
-            k_codes += group * (k(TILE, 0) // 8)
-        elif plan.team_groups == 2:
-            k_shift = group * k(TILE, 0)
-        # V: channel tile ``warp`` of the group's first M tile
-        tile = group * (GROUP_WARPS * self.value_tiles) + warp
-        v_codes = lane * (v(2, 0) // 8)
-        v_shift = Int32(0)
-        for b in range((plan.tiles - 1).bit_length()):
-            if v(0, TILE << b) >= WORD_BITS:
-                v_codes += (tile >> b & 1) * (v(0, TILE << b) // 8)
-            else:
-                v_shift += (tile >> b & 1) * v(0, TILE << b)
-        # folded parameters
-        quad = (lane & 3) * 16
-        k_folded = v_folded = quad
-        row = self.row(warp, group, lane)
-        if not self.k_per_channel:
-            k_folded = row * 8
-        elif plan.k_rows > 1:
-            k_folded += (warp * SLICE_TOKENS) // plan.quant.k_group * (4 * plan.head_dim)
-        if plan.v_groups > 1:
-            v_folded += self.first_v_group(group) * (2 * fmt.v_scale.layout(1, 0))
-        # P^T
-        p = self.results(smem, index)
-        matrix = lane >> 3
-        k_step = wg.CORE_BYTES * self.column_tiles
-        p_store = p + (matrix & 1) * k_step + (matrix >> 1) * wg.CORE_BYTES + (lane & 7) * wg.CORE_ROW_BYTES
-        p_store += (warp * SLICE_TOKENS + group * TILE) // wg.CORE_ROWS * k_step
-        if plan.p_groups > 1:
-            p += self.first_v_group(group) * plan.p_group_stride
-        return Team(
-            barrier=TEAM_BARRIER + index,
-            k_codes=k_codes,
-            k_shift=k_shift,
-            v_codes=v_codes,
-            v_shift=v_shift,
-            k_folded=k_folded,
-            v_folded=v_folded,
-            p_store=p_store,
-            p_operand=wg.descriptor(cute.arch.make_warp_uniform(p), self.column_tiles),
-        )
-
-    def place(self, smem: Int32) -> Place:
-        plan = self.plan
-        thread = wg.thread_again()
-        lane, warp = thread % LANES, thread // LANES
-        index, member, group = warp // plan.team_warps, warp % plan.team_warps, self.group(warp)
-        channel = (group * (GROUP_WARPS * self.value_tiles) + warp % GROUP_WARPS) * TILE + (lane >> 2)
-        return Place(
-            lane=lane,
-            index=index,
-            member=member,
-            group=group,
-            row=self.row(warp % GROUP_WARPS, group, lane),
-            channel=channel,
-            results=self.results(smem, index),
-            exchange=smem + plan.exchange_at + index * plan.exchange_bytes,
-        )
-
-    def highs(self, smem: Int32, place: Place) -> Int32:
-        """Address of the positions behind the last keys that columns 2q and 2q + 1 of the team see."""
-        first = place.index % self.plan.splits * self.plan.columns
-        return smem + (self.plan.slots_at + self.plan.highs_offset) + first * 4 + (place.lane & 3) * 8
-
-    def top(self, smem: Int32, team: Team) -> Int32:
-        """Address of the lane's part of ``top``; found anew, as the next ones, to hold no register for it."""
-        team_at = self.plan.exchange_at + self.top_offset - TEAM_BARRIER * self.plan.exchange_bytes
-        return smem + team_at + wg.pin([team.barrier])[0] * self.plan.exchange_bytes + (wg.thread_again() & 3) * 8
-
-    def row_again(self) -> Int32:
-        """Token of the lane's row g in its first score tile."""
-        thread = wg.thread_again()
-        return self.row(thread // LANES % GROUP_WARPS, self.group(thread // LANES), thread % LANES)
-
-    def free(self, smem: Int32, team: Team) -> Int32:
-        """The mbarrier that says that the team's P may be overwritten; as such."""
-        return smem + self.plan.free_at + (wg.pin([team.barrier])[0] - TEAM_BARRIER) * BARRIER_BYTES
-
-    def group(self, warp: Int32) -> Int32:
-        """Warpgroup of the team."""
-        return warp % self.plan.team_warps // GROUP_WARPS if self.plan.team_groups > 1 else Int32(0)
-
-    def row(self, warp: Int32, group: Int32, lane: Int32) -> Int32:
-        return warp * SLICE_TOKENS + group * TILE + (lane >> 2)
-
-    def first_v_group(self, group: Int32) -> Int32:
-        """V group of a warpgroup's first M tile."""
-        return group * (self.value_tiles * M_TILE) // self.plan.quant.v_group
-
-    def results(self, smem: Int32, index: Int32) -> Int32:
-        """A team's rows in the merge scratch, where P lies until the piece is finished."""
-        plan = self.plan
-        block_group, split = index // plan.splits, index % plan.splits
-        return smem + plan.scratch_at + (block_group * plan.q_tile + split * plan.columns) * plan.row_bytes
-
-    def first_state(self, smem: Int32, parity: Int32) -> State:
-        """Of a piece; the team meets at the end."""
-        place = self.place(smem)
-        self.store_top(place, [[Float32(FIRST_MAX)] * 2] * self.column_tiles)
-        wg.barrier(TEAM_BARRIER + place.index, LANES * self.plan.team_warps)
-        count = self.column_tiles * 4
-        return State(
-            [Float32(0.0)] * (2 * self.total_rows()), [[Float32(0.0)] * count for _ in range(self.value_tiles)], parity
-        )
-
-    @cute.jit
-    def store_top(self, place: Place, top: list, row: int = 0):
-        """Write ``top`` (row 0) or its change (row 1) [n][2], which all warps know, once."""
-        if (place.member == 0) & (place.lane < 4):
-            for n in range_constexpr(self.column_tiles):
-                at = self.top_offset + 4 * (row * self.plan.columns + COLUMNS * n)
-                ptx.store_shared(place.exchange + place.lane * 8, at, top[n])
 
     # -- a block -----------------------------------------------------------------------------------------------------
 
@@ -218,13 +54,13 @@ class WideAttention:
         factor = ptx.load_shared_floats(folded, 0, 1)[0]
         values = Values(self, team, stage, folded)
         if (block < plain[0]) | (block >= plain[1]):
-            place = self.place(smem)
+            place = self.places.place(smem)
             piece = load_piece(piece_at)
-            position = piece.first_position + block * BLOCK_TOKENS + place.row
-            scores = self.restricted(p, scores, factor, position, piece.packed_end, self.highs(smem, place))
+            position = piece.first_position + block * BLOCK_TOKENS
+            scores = self.softmax.restricted(p, smem, place, scores, factor, position, piece.packed_end)
         scales = []
         for j in range_constexpr(self.plan.p_groups):
-            at = folded + self.row_again() * 4
+            at = folded + self.places.row_again() * 4
             offset = self.plan.folded_v_scale_at + j * BLOCK_TOKENS * 4
             scales.append(
                 [
@@ -234,7 +70,7 @@ class WideAttention:
             )
         if cutlass.const_expr(self.plan.ahead):
             values.load(0)
-        state = self.weigh(smem, team, scores, factor, scales, state)
+        state = self.softmax.weigh(smem, team, scores, factor, scales, state)
         if cutlass.const_expr(not self.plan.ahead):
             values.load(0)
         return self.accumulate(smem, team, values, empty, state)
@@ -354,154 +190,6 @@ class WideAttention:
             offsets = [wg.add_half2(x, mean[r // 2]) for r, x in enumerate(offsets)]
         return [scale, scale8, scale, scale8], offsets
 
-    # -- softmax -----------------------------------------------------------------------------------------------------
-
-    @cute.jit
-    def restricted(
-        self, p: Params, scores: list, factor: Float32, position: Int32, end: Int32, highs: Int32
-    ):  # fmt: skip
-        """Scores after the soft cap, and -inf where a key is invisible; ``position`` of the lane's row g.
-
-        factor: with which scores become log2 scores.
-        """
-        if p.softcap > 0.0:
-            inverse = ptx.reciprocal(p.softcap) * 2.0 * factor
-            limit = ptx.reciprocal(inverse) * (2.0 * LOG2E)
-            for s in range_constexpr(len(scores)):
-                for i in range_constexpr(len(scores[s])):
-                    # cap * tanh(s / cap); tanh through exp2, since tanh.approx has 11 bits only
-                    x = ptx.reciprocal(ptx.exp2(scores[s][i] * inverse) + 1.0)
-                    scores[s][i] = limit - 2.0 * limit * x
-        for n in range_constexpr(self.column_tiles):
-            bounds = ptx.load_shared(highs, 4 * COLUMNS * n, 2)
-            for j in range_constexpr(2):
-                low = bounds[j] - p.window
-                last = cutlass.min(bounds[j], end) - 1 - position
-                first = low - position
-                for s in range_constexpr(len(scores)):
-                    for r in range_constexpr(2):  # no predicates: the compiler would run out of them
-                        at = TILE * s + 8 * r
-                        hidden = ptx.sign_mask((at - first) | (last - at))
-                        x = ptx.bits(scores[s][4 * n + 2 * r + j])
-                        x = (x & ~hidden) | (hidden & MINUS_INFINITY)
-                        scores[s][4 * n + 2 * r + j] = ptx.from_bits(x)
-        return scores
-
-    @cute.jit
-    def weigh(self, smem: Int32, team: Team, scores: list, factor: Float32, scales: list, state: State):
-        """P = exp2(S factor - top), times the scales of V, to shared memory; the State with new sums.
-
-        P is written with the old ``top``; where that was too low, which a barrier finds out, it is raised and P
-        written again.
-        """
-        total, out, parity = state
-        threads = LANES * self.plan.team_warps
-        ptx.mbarrier_wait(self.free(smem, team), parity, self.plan.wait)
-        parts, largest = self.write(smem, team, scores, factor, scales)
-        wg.fence_async()
-        if wg.barrier_any(team.barrier, threads, largest > P_LIMIT):
-            place = self.place(smem)
-            tops = []
-            for n in range_constexpr(self.column_tiles):
-                tops.append([Float32(0.0)] * 2)
-                for j in range_constexpr(2):
-                    peak = scores[0][4 * n + j]
-                    for s in range_constexpr(self.score_tiles):
-                        peak = ptx.fmax(peak, ptx.fmax(scores[s][4 * n + j], scores[s][4 * n + j + 2]))
-                    for i in range_constexpr(3):
-                        peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 4 << i))
-                    tops[n][j] = peak * factor
-            if place.lane < 4:
-                mine = place.exchange + place.member * (4 * self.plan.columns) + place.lane * 8
-                for n in range_constexpr(self.column_tiles):
-                    ptx.store_shared(mine, 4 * COLUMNS * n, tops[n])
-            wg.barrier(team.barrier, threads)
-            shrinks = []
-            for n in range_constexpr(self.column_tiles):
-                at = place.exchange + (place.lane & 3) * 8
-                found = [
-                    ptx.load_shared_floats(at, 4 * (w * self.plan.columns + COLUMNS * n), 2)
-                    for w in range(self.plan.team_warps)
-                ]
-                top = ptx.load_shared_floats(self.top(smem, team), 4 * COLUMNS * n, 2)
-                shrinks.append([Float32(0.0)] * 2)
-                for j in range_constexpr(2):
-                    peak = found[0][j]
-                    for w in range_constexpr(1, self.plan.team_warps):
-                        peak = ptx.fmax(peak, found[w][j])
-                    raised = ptx.fmax(top[j], peak + HEADROOM)
-                    shrinks[n][j] = ptx.exp2(top[j] - raised)
-                    tops[n][j] = raised
-                    for m in range_constexpr(self.value_tiles):
-                        for i in range_constexpr(j, 4, 2):
-                            out[m][4 * n + i] = out[m][4 * n + i] * shrinks[n][j]
-            wg.barrier(team.barrier, threads)  # all have read the old ones
-            self.store_top(place, tops)
-            self.store_top(place, shrinks, 1)
-            wg.barrier(team.barrier, threads)
-            tile = cutlass.min(place.lane >> 2, self.column_tiles - 1)
-            at = self.top_offset + 4 * self.plan.columns
-            for r in range_constexpr(self.total_rows()):
-                row = place.exchange + tile * (4 * COLUMNS) + (place.lane & 3) * 8
-                shrink = ptx.load_shared_floats(row, at + r * (8 * 4 * COLUMNS), 2)
-                total[2 * r] = total[2 * r] * shrink[0]
-                total[2 * r + 1] = total[2 * r + 1] * shrink[1]
-            again = wg.pin([factor])[0]  # or the compiler would keep all scores times factor from before
-            parts, largest = self.write(smem, team, scores, again, scales)
-            wg.fence_async()
-            wg.barrier(team.barrier, threads)
-        return State(self.summed(total, parts), out, parity)
-
-    def total_rows(self) -> int:
-        """Registers pairs of ``total`` in use: rows g, and g + 8 with more than 8 column tiles."""
-        return -(-self.column_tiles // 8)
-
-    def summed(self, total: list, parts: list) -> list:
-        """``total`` with the lane's sums of P added, which an MMA adds up over the rows g: its A has a row of ones per
-        column tile.
-        """
-        row = (wg.thread_again() % LANES) >> 2
-        for n in range(0, self.column_tiles, 2):
-            b = [ptx.transpose8x8(part) for part in parts[n : n + 2]]
-            ones = [cutlass.select_(row == (n + i) % 8, Int32(HALF2_ONES), Int32(0)) for i in range(len(b))]
-            a = [Int32(0)] * 4
-            for i in range(len(b)):
-                a[2 * i + n // 8] = ones[i]
-            unused = [Float32(0.0)] * (4 - len(total))
-            total = ptx.mma([*total, *unused], a, [*b, Int32(0)][:2])[: len(total)]
-        return total
-
-    def write(self, smem: Int32, team: Team, scores: list, factor: Float32, scales: list) -> tuple:
-        """Write P^T as B operands, one per V group -> [n] half2 sums of P over the lane's rows, the largest of them."""
-        parts = []
-        largest = Float32(0.0)
-        k_step = wg.CORE_BYTES * self.column_tiles
-        tops = self.top(smem, team)
-        pairs = [list(range(n, min(n + 2, self.column_tiles))) for n in range(0, self.column_tiles, 2)]
-        for pair in pairs:
-            p = {}
-            for n in pair:
-                top = ptx.load_shared_floats(tops, 4 * COLUMNS * n, 2)
-                for s in range(self.score_tiles):
-                    p[n, s] = [ptx.exp2(scores[s][4 * n + i] * factor - top[i % 2]) for i in range(4)]
-                part = [p[n, 0][j] + p[n, 0][j + 2] for j in range(2)]
-                for s in range(1, self.score_tiles):
-                    part = [part[j] + (p[n, s][j] + p[n, s][j + 2]) for j in range(2)]
-                parts.append(ptx.to_half2(*part))
-                largest = ptx.fmax(largest, ptx.fmax(*part))
-            for j, scale in enumerate(scales):
-                for s in range(self.score_tiles):
-                    halves = []
-                    for n in pair:
-                        for r in range(2):
-                            x = p[n, s][2 * r : 2 * r + 2]
-                            if scale is not None:
-                                x = [v * scale[s][r] for v in x]
-                            halves.append(ptx.to_half2(*x))
-                    offset = j * self.plan.p_group_stride + pair[0] * wg.CORE_BYTES + 2 * s * k_step
-                    wg.store_matrices(team.p_store, offset, halves)
-        return parts, largest
-
     # -- values ------------------------------------------------------------------------------------------------------
 
     def p_operands(self, team: Team) -> list:
@@ -533,7 +221,7 @@ class WideAttention:
                 values.load(first + batch)
         wg.wait(0)
         out = [wg.pin(x) for x in out]
-        wg.mbarrier_arrive_once(self.free(smem, team))
+        wg.mbarrier_arrive_once(self.places.free(smem, team))
         return State(total, out, parity ^ 1)
 
     def v_shares_words(self) -> bool:
@@ -603,7 +291,7 @@ class WideAttention:
         held: Int32, position: Int32, query: Int32, factor: Float32, state: State
     ):  # fmt: skip
         """Attend to tokens ``token`` .. ``held`` - 1 of a buffer, 128 at most; its first one is at ``position``."""
-        place = self.place(smem)
+        place = self.places.place(smem)
         query = wg.uniform(query)
         quad = Int64(place.lane & 3) * 4
         tiles = self.plan.tiles
@@ -625,8 +313,8 @@ class WideAttention:
             acc = self.issue(acc, a, range(first, first + batch), query, first > 0)
             wg.wait(0)
         acc = [wg.pin(tile) for tile in acc]
-        acc = self.restricted(p, acc, factor, position + token + place.row, position + held, self.highs(smem, place))
-        state = self.weigh(smem, team, acc, factor, [None], state)
+        acc = self.softmax.restricted(p, smem, place, acc, factor, position + token, position + held)
+        state = self.softmax.weigh(smem, team, acc, factor, [None], state)
         total, out, parity = state
         # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)
         channels = quad + Int64(place.channel - (place.lane >> 2)) * 2
@@ -644,16 +332,26 @@ class WideAttention:
             out = self.issue(out, a, range(t, t + 1), [operand] * self.value_tiles, False)
             wg.wait(0)
             out = [wg.pin(x) for x in out]
-        wg.mbarrier_arrive_once(self.free(smem, team))
+        wg.mbarrier_arrive_once(self.places.free(smem, team))
         return State(total, out, parity ^ 1)
 
     def first_operand(self, team: Team, place: Place) -> Int32:
         """B descriptor of P^T of the first V group, which is where unscaled P goes."""
         if self.plan.p_groups == 1:
             return team.p_operand
-        return team.p_operand - self.first_v_group(place.group) * (self.plan.p_group_stride // wg.DESCRIPTOR_UNIT)
+        v_group = self.places.first_v_group(place.group)
+        return team.p_operand - v_group * (self.plan.p_group_stride // wg.DESCRIPTOR_UNIT)
 
-    # -- the end of a piece ------------------------------------------------------------------------------------------
+    # -- a piece: its beginning, its end -------------------------------------------------------------------------------
+
+    def first_state(self, smem: Int32, parity: Int32) -> State:
+        """Of a piece; the team meets at the end."""
+        place = self.places.place(smem)
+        self.softmax.store_top(place, [[Float32(FIRST_MAX)] * 2] * self.column_tiles)
+        wg.barrier(TEAM_BARRIER + place.index, LANES * self.plan.team_warps)
+        count = self.column_tiles * 4
+        total = [Float32(0.0)] * (2 * self.softmax.total_rows())
+        return State(total, [[Float32(0.0)] * count for _ in range(self.value_tiles)], parity)
 
     @cute.jit
     def store_state(self, smem: Int32, team: Team, state: State):
@@ -661,10 +359,10 @@ class WideAttention:
         plan = self.plan
         threads = LANES * plan.team_warps
         total, out, _ = state
-        place = self.place(smem)
+        place = self.places.place(smem)
         lane, mine = place.lane, place.results
         sums = place.exchange + place.member * (4 * plan.columns) + (lane & 3) * 8
-        for r in range_constexpr(self.total_rows()):
+        for r in range_constexpr(self.softmax.total_rows()):
             tile = (lane >> 2) + 8 * r
             if tile < self.column_tiles:
                 ptx.store_shared(sums + tile * (4 * COLUMNS), 0, total[2 * r : 2 * r + 2])
@@ -683,7 +381,7 @@ class WideAttention:
                         ptx.load_shared_floats(place.exchange + lane * 8, 4 * (w * plan.columns + COLUMNS * n), 2)
                         for w in range(plan.team_warps)
                     ]
-                    top = ptx.load_shared_floats(self.top(smem, team), 4 * COLUMNS * n, 2)
+                    top = ptx.load_shared_floats(self.places.top(smem, team), 4 * COLUMNS * n, 2)
                     for j in range_constexpr(2):
                         weight = parts[0][j]
                         for w in range_constexpr(1, plan.team_warps):

@@ -125,8 +125,13 @@ class WidePlan(Plan):
         return self.exchange_at + self.teams * self.exchange_bytes
 
     @cached_property
+    def top_offset(self) -> int:
+        """In ``exchange``."""
+        return self.team_warps * self.columns * 4
+
+    @cached_property
     def exchange_bytes(self) -> int:
-        return (self.team_warps + 2) * self.columns * 4
+        return self.top_offset + 2 * self.columns * 4
 
     @cached_property
     def smem_bytes(self) -> int:

@@ -1,0 +1,199 @@
+"""The softmax of a team of warpgroups: from accumulators of scores to P as wgmma's B operand, and the sums of P.
+
+Names and lists as in wide_attention.py. A team agrees about what is subtracted from a column's scores, ``top``, which
+lies in shared memory. P is written with the old one; only where that was too low does the team meet to raise it.
+"""
+
+from typing import NamedTuple
+
+import cutlass
+from cutlass import Float32, Int32, cute, range_constexpr
+
+from . import ptx
+from . import warpgroup as wg
+from .attention import HALF2_ONES
+from .layouts import LANES, TILE
+from .merge import MINUS_INFINITY
+from .plan import COLUMNS
+from .queries import LOG2E
+from .schedule import Params
+from .wide_places import Place, Team, WidePlaces
+from .wide_plan import WidePlan
+
+P_LIMIT = 2.0  # of a lane's sum of P in a column: keeps P * scale within fp16 for every scale of the quantiser
+HEADROOM = 3.0  # log2 by which a raised maximum lies above the scores: with many columns one would grow at every block
+
+
+class State(NamedTuple):
+    """A warp's running result of a piece; what is subtracted from the scores, ``top``, lies in shared memory."""
+
+    total: list  # rows g (and g + 8) of an accumulator of the sums of P; row n: for columns 2q, 2q + 1 of tile n
+    out: list  # [m] accumulators of O^T * UNIT, until ``finished``
+    parity: Int32  # of the ``free`` barrier
+
+
+class WideSoftmax:
+    """The softmax of one kernel."""
+
+    def __init__(self, plan: WidePlan, places: WidePlaces):
+        self.plan = plan
+        self.places = places
+        self.score_tiles = plan.score_tiles_per_group
+        self.value_tiles = plan.value_tiles_per_group
+        self.column_tiles = plan.column_tiles
+
+    @cute.jit
+    def restricted(
+        self, p: Params, smem: Int32, place: Place, scores: list, factor: Float32, position: Int32, end: Int32
+    ):  # fmt: skip
+        """Scores after the soft cap, and -inf where a key is invisible.
+
+        factor: with which scores become log2 scores; position: of the tokens' first; end: behind their last one.
+        """
+        position += place.row
+        highs = self.places.highs(smem, place)
+        if p.softcap > 0.0:
+            inverse = ptx.reciprocal(p.softcap) * 2.0 * factor
+            limit = ptx.reciprocal(inverse) * (2.0 * LOG2E)
+            for s in range_constexpr(len(scores)):
+                for i in range_constexpr(len(scores[s])):
+                    # cap * tanh(s / cap); tanh through exp2, since tanh.approx has 11 bits only
+                    x = ptx.reciprocal(ptx.exp2(scores[s][i] * inverse) + 1.0)
+                    scores[s][i] = limit - 2.0 * limit * x
+        for n in range_constexpr(self.column_tiles):
+            bounds = ptx.load_shared(highs, 4 * COLUMNS * n, 2)
+            for j in range_constexpr(2):
+                low = bounds[j] - p.window
+                last = cutlass.min(bounds[j], end) - 1 - position
+                first = low - position
+                for s in range_constexpr(len(scores)):
+                    for r in range_constexpr(2):  # no predicates: the compiler would run out of them
+                        at = TILE * s + 8 * r
+                        hidden = ptx.sign_mask((at - first) | (last - at))
+                        x = ptx.bits(scores[s][4 * n + 2 * r + j])
+                        x = (x & ~hidden) | (hidden & MINUS_INFINITY)
+                        scores[s][4 * n + 2 * r + j] = ptx.from_bits(x)
+        return scores
+
+    @cute.jit
+    def weigh(self, smem: Int32, team: Team, scores: list, factor: Float32, scales: list, state: State):
+        """P = exp2(S factor - top), times the scales of V, to shared memory; the State with new sums.
+
+        P is written with the old ``top``; where that was too low, which a barrier finds out, it is raised and P
+        written again.
+        """
+        total, out, parity = state
+        threads = LANES * self.plan.team_warps
+        ptx.mbarrier_wait(self.places.free(smem, team), parity, self.plan.wait)
+        parts, largest = self.write(smem, team, scores, factor, scales)
+        wg.fence_async()
+        if wg.barrier_any(team.barrier, threads, largest > P_LIMIT):
+            place = self.places.place(smem)
+            tops = []
+            for n in range_constexpr(self.column_tiles):
+                tops.append([Float32(0.0)] * 2)
+                for j in range_constexpr(2):
+                    peak = scores[0][4 * n + j]
+                    for s in range_constexpr(self.score_tiles):
+                        peak = ptx.fmax(peak, ptx.fmax(scores[s][4 * n + j], scores[s][4 * n + j + 2]))
+                    for i in range_constexpr(3):
+                        peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 4 << i))
+                    tops[n][j] = peak * factor
+            if place.lane < 4:
+                mine = place.exchange + place.member * (4 * self.plan.columns) + place.lane * 8
+                for n in range_constexpr(self.column_tiles):
+                    ptx.store_shared(mine, 4 * COLUMNS * n, tops[n])
+            wg.barrier(team.barrier, threads)
+            shrinks = []
+            for n in range_constexpr(self.column_tiles):
+                at = place.exchange + (place.lane & 3) * 8
+                found = [
+                    ptx.load_shared_floats(at, 4 * (w * self.plan.columns + COLUMNS * n), 2)
+                    for w in range(self.plan.team_warps)
+                ]
+                top = ptx.load_shared_floats(self.places.top(smem, team), 4 * COLUMNS * n, 2)
+                shrinks.append([Float32(0.0)] * 2)
+                for j in range_constexpr(2):
+                    peak = found[0][j]
+                    for w in range_constexpr(1, self.plan.team_warps):
+                        peak = ptx.fmax(peak, found[w][j])
+                    raised = ptx.fmax(top[j], peak + HEADROOM)
+                    shrinks[n][j] = ptx.exp2(top[j] - raised)
+                    tops[n][j] = raised
+                    for m in range_constexpr(self.value_tiles):
+                        for i in range_constexpr(j, 4, 2):
+                            out[m][4 * n + i] = out[m][4 * n + i] * shrinks[n][j]
+            wg.barrier(team.barrier, threads)  # all have read the old ones
+            self.store_top(place, tops)
+            self.store_top(place, shrinks, 1)
+            wg.barrier(team.barrier, threads)
+            tile = cutlass.min(place.lane >> 2, self.column_tiles - 1)
+            at = self.plan.top_offset + 4 * self.plan.columns
+            for r in range_constexpr(self.total_rows()):
+                row = place.exchange + tile * (4 * COLUMNS) + (place.lane & 3) * 8
+                shrink = ptx.load_shared_floats(row, at + r * (8 * 4 * COLUMNS), 2)
+                total[2 * r] = total[2 * r] * shrink[0]
+                total[2 * r + 1] = total[2 * r + 1] * shrink[1]
+            again = wg.pin([factor])[0]  # or the compiler would keep all scores times factor from before
+            parts, largest = self.write(smem, team, scores, again, scales)
+            wg.fence_async()
+            wg.barrier(team.barrier, threads)
+        return State(self.summed(total, parts), out, parity)
+
+    def total_rows(self) -> int:
+        """Registers pairs of ``total`` in use: rows g, and g + 8 with more than 8 column tiles."""
+        return -(-self.column_tiles // 8)
+
+    def summed(self, total: list, parts: list) -> list:
+        """``total`` with the lane's sums of P added, which an MMA adds up over the rows g: its A has a row of ones per
+        column tile.
+        """
+        row = (wg.thread_again() % LANES) >> 2
+        for n in range(0, self.column_tiles, 2):
+            b = [ptx.transpose8x8(part) for part in parts[n : n + 2]]
+            ones = [cutlass.select_(row == (n + i) % 8, Int32(HALF2_ONES), Int32(0)) for i in range(len(b))]
+            a = [Int32(0)] * 4
+            for i in range(len(b)):
+                a[2 * i + n // 8] = ones[i]
+            unused = [Float32(0.0)] * (4 - len(total))
+            total = ptx.mma([*total, *unused], a, [*b, Int32(0)][:2])[: len(total)]
+        return total
+
+    def write(self, smem: Int32, team: Team, scores: list, factor: Float32, scales: list) -> tuple:
+        """Write P^T as B operands, one per V group -> [n] half2 sums of P over the lane's rows, the largest of them."""
+        parts = []
+        largest = Float32(0.0)
+        k_step = wg.CORE_BYTES * self.column_tiles
+        tops = self.places.top(smem, team)
+        pairs = [list(range(n, min(n + 2, self.column_tiles))) for n in range(0, self.column_tiles, 2)]
+        for pair in pairs:
+            p = {}
+            for n in pair:
+                top = ptx.load_shared_floats(tops, 4 * COLUMNS * n, 2)
+                for s in range(self.score_tiles):
+                    p[n, s] = [ptx.exp2(scores[s][4 * n + i] * factor - top[i % 2]) for i in range(4)]
+                part = [p[n, 0][j] + p[n, 0][j + 2] for j in range(2)]
+                for s in range(1, self.score_tiles):
+                    part = [part[j] + (p[n, s][j] + p[n, s][j + 2]) for j in range(2)]
+                parts.append(ptx.to_half2(*part))
+                largest = ptx.fmax(largest, ptx.fmax(*part))
+            for j, scale in enumerate(scales):
+                for s in range(self.score_tiles):
+                    halves = []
+                    for n in pair:
+                        for r in range(2):
+                            x = p[n, s][2 * r : 2 * r + 2]
+                            if scale is not None:
+                                x = [v * scale[s][r] for v in x]
+                            halves.append(ptx.to_half2(*x))
+                    offset = j * self.plan.p_group_stride + pair[0] * wg.CORE_BYTES + 2 * s * k_step
+                    wg.store_matrices(team.p_store, offset, halves)
+        return parts, largest
+
+    @cute.jit
+    def store_top(self, place: Place, top: list, row: int = 0):
+        """Write ``top`` (row 0) or its change (row 1) [n][2], which all warps know, once."""
+        if (place.member == 0) & (place.lane < 4):
+            for n in range_constexpr(self.column_tiles):
+                at = self.plan.top_offset + 4 * (row * self.plan.columns + COLUMNS * n)
+                ptx.store_shared(place.exchange + place.lane * 8, at, top[n])
