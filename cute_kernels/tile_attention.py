@@ -61,7 +61,7 @@ class TileAttention:
 
     def step(self, columns: int) -> int:
         """Of a descriptor, from a k step of 16 to the next."""
-        return TILE // CORE * columns * wg.CORE_BYTES // wg.DESCRIPTOR_UNIT
+        return wg.operand_layout(CORE * columns, BLOCK_TOKENS)(0, TILE) // wg.DESCRIPTOR_UNIT
 
     def values(self, weights: list, tile: Int32, out: list) -> list:
         """O += P V, issued; weights: half2 of P in accumulator order, tile: address of V^T."""

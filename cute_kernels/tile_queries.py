@@ -9,6 +9,7 @@ from .layouts import LANES
 from .merge import CONSUMER_BARRIER
 from .schedule import Params, Piece, quotient
 from .tile_plan import M_TILE
+from .wide_plan import HIGH_BYTES
 from .wide_queries import WideQueries
 
 
@@ -37,7 +38,7 @@ class TileQueries(WideQueries):
         if row < plan.q_tile:
             first_seen = piece.window_start + p.window - p.q_len + 1
             high = first_seen + quotient(piece.first_row + row, p.group)
-            ptx.store_shared(slot + row * 4, plan.highs_offset, [high])
+            ptx.store_shared(slot + row * HIGH_BYTES, plan.highs_offset, [high])
         wg.fence_async()
 
     def fetched(self, slot: Int32, warp: Int32, lane: Int32, piece: Piece, i: int) -> list:
@@ -48,7 +49,8 @@ class TileQueries(WideQueries):
 
     def highs(self, slot: Int32, row: Int32) -> list:
         """Of rows ``row`` and row + 8 the position behind the last key that the query sees."""
-        return [ptx.load_shared(slot + row * 4, self.plan.highs_offset + 32 * r, 1)[0] for r in range(2)]
+        base, step = slot + row * HIGH_BYTES, wg.CORE_ROWS * HIGH_BYTES
+        return [ptx.load_shared(base, self.plan.highs_offset + r * step, 1)[0] for r in range(2)]
 
     def of_group(self, slot: Int32, group: Int32) -> Int32:
         """A descriptor of a warpgroup's first k step."""

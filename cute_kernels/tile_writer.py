@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import cutlass
 from cutlass import Int32, Int64, cute
+from pycute import Layout
 
 from . import ptx
 from . import warpgroup as wg
@@ -22,8 +23,10 @@ from .schedule import Params, Piece
 from .tile_plan import WRITER_WARPS, TilePlan
 
 PAIR = 2 * TILE  # channels of two channel tiles, which share vectors of K
-CHUNK = wg.CORE_ROW_BYTES // 2  # values of a core matrix's row
+CHUNK = wg.CORE_DEPTH  # values of a core matrix's row, and its rows
 QUAD_LANES = 4  # that share a row of a fragment
+UNIT_CHUNKS = SLICE_TOKENS // CHUNK  # of a warp's tokens of a 16-bit unit
+COPY_CHANNELS = QUAD_LANES * CHUNK  # that a warp copies at once
 # bits -> words of codes that a lane loads before it uses them; all of them at 2 bits, whose Multipliers are many
 WORDS_AT_ONCE = {8: 4, 4: 4, 2: 8}
 
@@ -58,8 +61,8 @@ class TileWriter:
         self.quant = plan.quant
         self.k_fragments = fragments(self.fmt.k_codes, "k", plan.head_dim, self.fmt.k_vector_words)
         self.v_fragments = fragments(self.fmt.v_codes, "v", plan.head_dim, self.fmt.v_vector_words)
-        self.key_step = plan.key_columns * wg.CORE_BYTES  # bytes from 8 of k to the next
-        self.value_step = plan.value_columns * wg.CORE_BYTES
+        self.key_tile = wg.operand_layout(BLOCK_TOKENS, plan.head_dim)  # (token, channel) -> byte
+        self.value_tile = wg.operand_layout(plan.head_dim, BLOCK_TOKENS)  # (channel, token) -> byte
         # K is dealt to the warps by pairs of channel tiles and, if there are less of these than warps, by slices
         self.pair_warps = min(WRITER_WARPS, plan.head_dim // PAIR)
         self.key_slices = NUM_SLICES * self.pair_warps // WRITER_WARPS
@@ -72,8 +75,8 @@ class TileWriter:
         pair, part = warp % self.pair_warps, warp // self.pair_warps
         codes = stage + lane * (layout(0, 2) // 8) + part * (self.key_slices * layout(SLICE_TOKENS, 0) // 8)
         codes += at_runtime(lambda i: layout(0, PAIR * i) // 8, pair, self.pair_warps)
-        target = tile + core_row(lane, self.key_step) + pair * (PAIR // CHUNK * self.key_step)
-        target += part * (self.key_slices * SLICE_TOKENS // CHUNK * wg.CORE_BYTES)
+        target = tile + core_row(self.key_tile, lane) + pair * self.key_tile(0, PAIR)
+        target += part * self.key_tile(self.key_slices * SLICE_TOKENS, 0)
         for first in range(0, self.plan.tiles, 2 * self.pair_warps):
             tiles = [
                 Tile(s, t, c, self.k_fragments[t, c])
@@ -91,7 +94,7 @@ class TileWriter:
         """The warp's slice of V."""
         layout = self.fmt.v_codes.layout
         codes = stage + lane * (layout(2, 0) // 8) + warp * (layout(SLICE_TOKENS, 0) // 8)
-        target = tile + core_row(lane, self.value_step) + warp * (SLICE_TOKENS // CHUNK * self.value_step)
+        target = tile + core_row(self.value_tile, lane) + warp * self.value_tile(0, SLICE_TOKENS)
         params = self.value_params(folded, warp, lane)
         section, words, bits = self.fmt.v_codes, self.fmt.v_vector_words, self.quant.v_bits
         # a group's parameters at a time; but words of 2-bit codes belong to both halves of head_dim
@@ -133,11 +136,10 @@ class TileWriter:
                     wg.store_matrices(target, at(tile), a, transposed=False)
 
     def key_at(self, tile: Tile) -> int:
-        token = tile.slice * SLICE_TOKENS + tile.t * TILE
-        return tile.c * (TILE // CHUNK * self.key_step) + token // CHUNK * wg.CORE_BYTES
+        return self.key_tile(tile.slice * SLICE_TOKENS + tile.t * TILE, tile.c * TILE)
 
     def value_at(self, tile: Tile) -> int:
-        return tile.t * (TILE // CHUNK * self.value_step) + tile.c * (TILE // CHUNK * wg.CORE_BYTES)
+        return self.value_tile(tile.c * TILE, tile.t * TILE)
 
     # -- parameters: functions of a Tile, which load when first asked --------------------------------------------------
 
@@ -216,37 +218,38 @@ class TileWriter:
         row_bytes = p.num_kv_heads * (2 * self.plan.head_dim)  # from a token to the next
         source += Int64(piece.b * capacity) * row_bytes + piece.head * (2 * self.plan.head_dim)
         thread = wg.thread_again()
-        # K: lanes of a row of four core matrices each, tokens fastest; V: of four lanes to a token
-        row, quad = (thread >> 2 & 7, thread & 3) if is_value else (thread & 7, thread >> 3 & 3)
-        for i in cutlass.range(SLICE_TOKENS // CHUNK, unroll=1):
-            block = warp * (SLICE_TOKENS // CHUNK) + i  # of 8 tokens
-            token = cutlass.min(first + block * CHUNK + row, held - 1)
+        matrix, line = thread >> 3 & 3, thread & 7
+        # a lane's token of 8, and its 8 channels of 32; K: tokens fastest, V: channels
+        row, quad = (thread >> 2 & 7, thread & 3) if is_value else (line, matrix)
+        for i in cutlass.range(UNIT_CHUNKS, unroll=1):
+            chunk = warp * UNIT_CHUNKS + i  # of 8 tokens
+            token = cutlass.min(first + chunk * CHUNK + row, held - 1)
             at = source + Int64(token) * row_bytes + quad * wg.CORE_ROW_BYTES
             if cutlass.const_expr(is_value):
-                # matrix j has of the lanes' 8 channels each 2j and the next, so its rows are of four core matrices
-                j, n = thread >> 3 & 3, thread & 7
-                target = tiles + block * self.value_step + (n >> 1) * wg.CORE_BYTES
-                target += (2 * j + (n & 1)) * wg.CORE_ROW_BYTES
+                # a matrix has of the lanes' 8 channels each two that follow: its rows are of four core matrices
+                target = tiles + chunk * self.value_tile(0, CHUNK) + (line >> 1) * self.value_tile(CHUNK, 0)
+                target += (2 * matrix + (line & 1)) * self.value_tile(1, 0)
             else:
-                target = tiles + quad * self.key_step + block * wg.CORE_BYTES + row * wg.CORE_ROW_BYTES
-            for _ in cutlass.range(self.plan.head_dim // CHUNK // QUAD_LANES, unroll=1):  # 8 channels of each lane
+                target = tiles + quad * self.key_tile(0, CHUNK) + chunk * self.key_tile(CHUNK, 0)
+                target += row * self.key_tile(1, 0)
+            for _ in cutlass.range(self.plan.head_dim // COPY_CHANNELS, unroll=1):
                 values = [Int32(0)] * 4
                 if first < held:
                     values = halves(p, ptx.load_global(at, 4))
                 if cutlass.const_expr(is_value):
                     cute.arch.sync_warp()
                     wg.store_matrices(target, 0, values)
-                    target += QUAD_LANES * wg.CORE_BYTES
+                    target += self.value_tile(COPY_CHANNELS, 0)
                 else:
                     ptx.store_shared(target, 0, values)
-                    target += QUAD_LANES * self.key_step
+                    target += self.key_tile(0, COPY_CHANNELS)
                 at += QUAD_LANES * wg.CORE_ROW_BYTES
 
 
-def core_row(lane: Int32, step: int) -> Int32:
-    """Where a lane's row of four core matrices begins: two along n, then the next two along k, ``step`` bytes on."""
-    matrix = lane >> 3
-    return (matrix & 1) * wg.CORE_BYTES + (matrix >> 1) * step + (lane & 7) * wg.CORE_ROW_BYTES
+def core_row(tile: Layout, lane: Int32) -> Int32:
+    """Byte of a lane's row of four core matrices: two along n, then the next two along k."""
+    matrix, row = lane >> 3, lane & 7
+    return (matrix & 1) * tile(CHUNK, 0) + (matrix >> 1) * tile(0, CHUNK) + row * tile(1, 0)
 
 
 def by_column(pair: list) -> list:

@@ -8,10 +8,12 @@ of such registers across the fences. PTX ISA: "wgmma.mma_async", "stmatrix", "se
 from cutlass import Boolean, Float32, Int32, cute
 from cutlass._mlir.dialects import llvm, nvvm
 from cutlass.cutlass_dsl import T, dsl_user_op
+from pycute import Layout, make_layout
 
 CORE_ROWS = 8  # a core matrix: 8 rows of 16 bytes, contiguous
 CORE_ROW_BYTES = 16
 CORE_BYTES = CORE_ROWS * CORE_ROW_BYTES
+CORE_DEPTH = CORE_ROW_BYTES // 2  # fp16 of a row
 DESCRIPTOR_UNIT = 16  # bytes that one step of a descriptor's fields stands for
 
 asm = cute.arch.inline_ptx
@@ -49,6 +51,14 @@ def descriptor(address: Int32, column_tiles: int) -> Int32:
     half).
     """
     return ((address & 0x3FFFF) >> 4) | (column_tiles * CORE_BYTES // DESCRIPTOR_UNIT) << 16
+
+
+def operand_layout(columns: int, depth: int) -> Layout:
+    """(column or, of A, row; k) -> byte of such an operand."""
+    tiles = columns // CORE_ROWS
+    column = Layout((CORE_ROWS, tiles), (CORE_ROW_BYTES, CORE_BYTES))
+    k = Layout((CORE_DEPTH, depth // CORE_DEPTH), (CORE_ROW_BYTES // CORE_DEPTH, tiles * CORE_BYTES))
+    return make_layout(column, k)
 
 
 def mma(acc: list | None, a: list | Int32, b: Int32, columns: int) -> list:

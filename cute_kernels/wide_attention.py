@@ -34,7 +34,7 @@ class WideAttention:
         self.score_tiles = plan.score_tiles_per_group
         self.value_tiles = plan.value_tiles_per_group
         self.column_tiles = plan.column_tiles
-        self.step_bytes = 2 * self.column_tiles * wg.CORE_BYTES  # of a B operand: one k step of 16
+        self.step = self.places.p_layout(0, TILE) // wg.DESCRIPTOR_UNIT  # of a B operand's descriptor: one k step of 16
         self.k_fragments = fragments(self.fmt.k_codes, "k", plan.head_dim, self.fmt.k_vector_words)
         self.v_fragments = fragments(self.fmt.v_codes, "v", plan.head_dim, self.fmt.v_vector_words)
 
@@ -156,8 +156,7 @@ class WideAttention:
         for k in steps:
             for i in range(len(acc)):
                 operand = operands[i] if isinstance(operands, list) else operands
-                step = operand + k * self.step_bytes // wg.DESCRIPTOR_UNIT
-                acc[i] = wg.mma(acc[i], a[i, k], step, self.plan.columns)
+                acc[i] = wg.mma(acc[i], a[i, k], operand + k * self.step, self.plan.columns)
         wg.commit()
         return acc
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from cutlass import Int32, cute
 
 from . import warpgroup as wg
-from .layouts import LANES, SLICE_TOKENS, TILE, WORD_BITS
+from .layouts import BLOCK_TOKENS, LANES, SLICE_TOKENS, TILE, WORD_BITS
 from .plan import BARRIER_BYTES
-from .wide_plan import GROUP_WARPS, M_TILE, WidePlan
+from .wide_plan import GROUP_WARPS, HIGH_BYTES, M_TILE, WidePlan
 
 TEAM_BARRIER = 3  # named barriers from here on, one per team
 
@@ -49,6 +49,7 @@ class WidePlaces:
     def __init__(self, plan: WidePlan):
         self.plan = plan
         self.fmt = plan.fmt
+        self.p_layout = wg.operand_layout(plan.columns, BLOCK_TOKENS)  # (column, token) -> byte of P^T
         self.k_per_channel = plan.quant.k_axis == "channel"
 
     def team(self, smem: Int32, warp: Int32, lane: Int32) -> Team:
@@ -84,10 +85,10 @@ class WidePlaces:
             v_folded += self.first_v_group(group) * (2 * fmt.v_scale.layout(1, 0))
         # P^T
         p = self.results(smem, index)
-        matrix = lane >> 3
-        k_step = wg.CORE_BYTES * plan.column_tiles
-        p_store = p + (matrix & 1) * k_step + (matrix >> 1) * wg.CORE_BYTES + (lane & 7) * wg.CORE_ROW_BYTES
-        p_store += (warp * SLICE_TOKENS + group * TILE) // wg.CORE_ROWS * k_step
+        matrix, row = lane >> 3, lane & 7
+        k_step, column_step = self.p_layout(0, wg.CORE_DEPTH), self.p_layout(wg.CORE_ROWS, 0)
+        p_store = p + (matrix & 1) * k_step + (matrix >> 1) * column_step + row * self.p_layout(1, 0)
+        p_store += (warp * SLICE_TOKENS + group * TILE) // wg.CORE_DEPTH * k_step
         if plan.p_groups > 1:
             p += self.first_v_group(group) * plan.p_group_stride
         return Team(
@@ -122,7 +123,8 @@ class WidePlaces:
     def highs(self, smem: Int32, place: Place) -> Int32:
         """Address of the positions behind the last keys that columns 2q and 2q + 1 of the team see."""
         first = place.index % self.plan.splits * self.plan.columns
-        return smem + (self.plan.slots_at + self.plan.highs_offset) + first * 4 + (place.lane & 3) * 8
+        column = first + (place.lane & 3) * 2
+        return smem + (self.plan.slots_at + self.plan.highs_offset) + column * HIGH_BYTES
 
     def top(self, smem: Int32, team: Team) -> Int32:
         """Address of the lane's part of ``top``; found anew, as the next ones, to hold no register for it."""

@@ -20,6 +20,7 @@ AUXILIARY_REGISTERS = 56  # what they need at least; with accumulators that leav
 TIGHT_REGISTERS = 32
 ALIGN = 16
 PIECE_BYTES = 4 * PIECE_WORDS
+HIGH_BYTES = 4  # of a query column's position behind the last key that it sees
 SHARES_BYTES = 32  # the Shares (schedule.py), which the folders leave here
 PIECES = 2  # that follow each other are kept, besides the first one
 

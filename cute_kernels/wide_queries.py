@@ -14,7 +14,7 @@ from .attention import saturated
 from .layouts import LANES
 from .queries import floats, hadamard_lanes, hadamard_registers
 from .schedule import Params, Piece, quotient
-from .wide_plan import WidePlan
+from .wide_plan import HIGH_BYTES, WidePlan
 
 ROTATED_ROOM = 16.0  # rotated channels are larger than any one of q
 COPY_BYTES = 16  # of one cp.async
@@ -26,6 +26,7 @@ class WideQueries:
     def __init__(self, plan: WidePlan):
         self.plan = plan
         self.words = plan.head_dim // LANES // 2  # half2 of a lane when a warp holds a row
+        self.layout = wg.operand_layout(plan.columns, plan.head_dim)  # (column, channel) -> byte of a split's Q^T
 
     def scale(self, p: Params) -> Float32:
         """What q is multiplied with to be the operand."""
@@ -70,7 +71,7 @@ class WideQueries:
             ptx.store_shared(self.place(slot, column, lane), 0, halves)
             if lane == 0:
                 token = quotient(piece.first_row + column, p.group)
-                ptx.store_shared(slot + column * 4, plan.highs_offset, [first_seen + token])
+                ptx.store_shared(slot + column * HIGH_BYTES, plan.highs_offset, [first_seen + token])
             column += plan.warps
         wg.fence_async()
 
@@ -89,9 +90,9 @@ class WideQueries:
         plan = self.plan
         split, column = column // plan.columns, column % plan.columns
         at = slot + split * (plan.columns * plan.head_dim * 2)
-        at += column // wg.CORE_ROWS * wg.CORE_BYTES + column % wg.CORE_ROWS * wg.CORE_ROW_BYTES
+        at += column // wg.CORE_ROWS * self.layout(wg.CORE_ROWS, 0) + column % wg.CORE_ROWS * self.layout(1, 0)
         channel_bytes = lane * (4 * self.words)
-        at += channel_bytes // wg.CORE_ROW_BYTES * (plan.column_tiles * wg.CORE_BYTES)
+        at += channel_bytes // wg.CORE_ROW_BYTES * self.layout(0, wg.CORE_DEPTH)
         return at + channel_bytes % wg.CORE_ROW_BYTES
 
     def operand(self, slot: Int32, split: Int32) -> Int32:

@@ -18,7 +18,7 @@ from .plan import COLUMNS
 from .queries import LOG2E
 from .schedule import Params
 from .wide_places import Place, Team, WidePlaces
-from .wide_plan import WidePlan
+from .wide_plan import HIGH_BYTES, WidePlan
 
 P_LIMIT = 2.0  # of a lane's sum of P in a column: keeps P * scale within fp16 for every scale of the quantiser
 HEADROOM = 3.0  # log2 by which a raised maximum lies above the scores: with many columns one would grow at every block
@@ -61,7 +61,7 @@ class WideSoftmax:
                     x = ptx.reciprocal(ptx.exp2(scores[s][i] * inverse) + 1.0)
                     scores[s][i] = limit - 2.0 * limit * x
         for n in range_constexpr(self.column_tiles):
-            bounds = ptx.load_shared(highs, 4 * COLUMNS * n, 2)
+            bounds = ptx.load_shared(highs, HIGH_BYTES * COLUMNS * n, 2)
             for j in range_constexpr(2):
                 low = bounds[j] - p.window
                 last = cutlass.min(bounds[j], end) - 1 - position
@@ -163,7 +163,6 @@ class WideSoftmax:
         """Write P^T as B operands, one per V group -> [n] half2 sums of P over the lane's rows, the largest of them."""
         parts = []
         largest = Float32(0.0)
-        k_step = wg.CORE_BYTES * self.column_tiles
         tops = self.places.top(smem, team)
         pairs = [list(range(n, min(n + 2, self.column_tiles))) for n in range(0, self.column_tiles, 2)]
         for pair in pairs:
@@ -186,7 +185,7 @@ class WideSoftmax:
                             if scale is not None:
                                 x = [v * scale[s][r] for v in x]
                             halves.append(ptx.to_half2(*x))
-                    offset = j * self.plan.p_group_stride + pair[0] * wg.CORE_BYTES + 2 * s * k_step
+                    offset = j * self.plan.p_group_stride + self.places.p_layout(COLUMNS * pair[0], TILE * s)
                     wg.store_matrices(team.p_store, offset, halves)
         return parts, largest
 
