@@ -138,7 +138,7 @@ class Attention:
                 scores[n] += tiles[n]
         if cutlass.const_expr(general):
             if p.softcap > 0.0:
-                scores = self.soft_capped(scores, p.softcap)
+                scores = soft_capped(scores, p.softcap)
             scores = self.visible(scores, position, end - (lane >> 2), query)
         probabilities, state = self.softmax(scores, state)
         return self.accumulate(at, probabilities, state, position + (lane & 3) * 2, end, general)
@@ -253,16 +253,6 @@ class Attention:
             [[[x * f for x, f in zip(row, factors, strict=True)] for row in tile] for tile in tiles]
             for tiles, factors in zip(products, query.factors, strict=True)
         ]
-
-    def soft_capped(self, scores: list, cap: Float32) -> list:
-        """cap * tanh(s / cap) on log2 scores; tanh through exp2, since tanh.approx has 11 bits only."""
-        inverse = ptx.reciprocal(cap) * 2.0  # exp2(log2 score * 2 / cap) = e^(2 s / cap)
-        limit = cap * LOG2E
-
-        def capped(x: Float32) -> Float32:
-            return limit - 2.0 * limit * ptx.reciprocal(ptx.exp2(x * inverse) + 1.0)
-
-        return [[[[capped(x) for x in row] for row in tile] for tile in tiles] for tiles in scores]
 
     @cute.jit
     def visible(self, scores: list, position: Int32, end: Int32, query: Query):
@@ -406,7 +396,7 @@ class Attention:
                     scores[n][0] = ptx.mma(scores[n][0], keys[4 * c : 4 * c + 4], query.tiles[n][c])
             scores = self.log2_scores([[self.rows(tile) for tile in tiles] for tiles in scores], query)
             if p.softcap > 0.0:
-                scores = self.soft_capped(scores, p.softcap)
+                scores = soft_capped(scores, p.softcap)
             scores = self.visible(scores, position + token, position + held - (lane >> 2), query)
             probabilities, state = self.softmax(scores, state)
             top, total, out = state
@@ -422,6 +412,27 @@ class Attention:
                     out[n][c] = ptx.mma(out[n][c], a, operand[n])
             state = State(top, total, out)
         return state
+
+
+def soft_capped(scores: list, cap: Float32, factor: Float32 | None = None) -> list:
+    """cap * tanh(s / cap) of log2 scores s, or of what times ``factor`` are log2 scores, as such; lists may be nested.
+
+    tanh through exp2, since tanh.approx has 11 bits only.
+    """
+    inverse = ptx.reciprocal(cap) * 2.0  # exp2(log2 score * 2 / cap) = e^(2 s / cap)
+    if factor is None:
+        limit = cap * LOG2E
+    else:
+        inverse = inverse * factor
+        limit = ptx.reciprocal(inverse) * (2.0 * LOG2E)
+
+    def capped(x: list | Float32) -> list | Float32:
+        if isinstance(x, list):
+            return [capped(y) for y in x]
+        share = ptx.reciprocal(ptx.exp2(x * inverse) + 1.0)
+        return limit - 2.0 * limit * share
+
+    return capped(scores)
 
 
 def channel_pair(row: Int64, c: int, half: int) -> Int32:

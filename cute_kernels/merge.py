@@ -285,6 +285,13 @@ class Merge:
         return Int64(self.plan.q_tile * self.plan.head_dim + column * 2) * 4
 
 
+def masked(word: Int32, mask: Int32) -> Float32:
+    """The number with the bits ``word``, -inf if the mask is -1 instead of 0: without the predicate of a select, of
+    which the compiler runs out in wgmma kernels.
+    """
+    return ptx.from_bits((word & ~mask) | (mask & MINUS_INFINITY))
+
+
 def marked(x: Float32) -> Int32:
     """The bits of a number, of -0 if it is 0: never a zero word."""
     word = ptx.bits(x)

@@ -15,12 +15,11 @@ from cutlass import Float32, Int32, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
-from .attention import FIRST_MAX
+from .attention import FIRST_MAX, soft_capped
 from .fold import UNIT
 from .layouts import BLOCK_TOKENS, LANES, TILE
-from .merge import MINUS_INFINITY
+from .merge import masked
 from .plan import QUAD
-from .queries import LOG2E
 from .schedule import Params
 from .tile_plan import M_TILE, STATE_BYTES, TilePlan
 
@@ -117,22 +116,17 @@ class TileAttention:
         g and g + 8 the position behind the last key that the query sees.
         """
         if p.softcap > 0.0:
-            inverse = ptx.reciprocal(p.softcap) * 2.0 * factor
-            limit = ptx.reciprocal(inverse) * (2.0 * LOG2E)
-            for i in range_constexpr(len(scores)):
-                # cap * tanh(s / cap); tanh through exp2, since tanh.approx has 11 bits only
-                x = ptx.reciprocal(ptx.exp2(scores[i] * inverse) + 1.0)
-                scores[i] = limit - 2.0 * limit * x
+            scores = soft_capped(scores, p.softcap, factor)
         first_column = (wg.thread_again() & 3) * 2
         for r in range_constexpr(2):
             last = cutlass.min(highs[r], end) - 1 - position - first_column
             first = highs[r] - p.window - position - first_column
             for n in range_constexpr(BLOCK_TOKENS // CORE):
-                for j in range_constexpr(2):  # no predicates: the compiler would run out of them
+                for j in range_constexpr(2):
                     at = CORE * n + j
                     hidden = ptx.sign_mask((at - first) | (last - at))
-                    x = ptx.bits(scores[4 * n + 2 * r + j])
-                    scores[4 * n + 2 * r + j] = ptx.from_bits((x & ~hidden) | (hidden & MINUS_INFINITY))
+                    i = 4 * n + 2 * r + j
+                    scores[i] = masked(ptx.bits(scores[i]), hidden)
         return scores
 
     @cute.jit

@@ -11,7 +11,7 @@ from cutlass import Float32, Int32, Int64, cute, range_constexpr
 from . import ptx
 from .attention import FIRST_MAX
 from .layouts import LANES
-from .merge import MINUS_INFINITY, combine, least, marked
+from .merge import combine, least, marked, masked
 from .plan import QUAD
 from .schedule import Params, Piece
 from .tile_attention import CORE, result_at
@@ -112,8 +112,8 @@ class TileMerge(WideMerge):
             parts, values = [(peak, weight)], [value]
             for j in range_constexpr(CHILDREN):
                 absent = ptx.sign_mask(count - 1 - j)
-                top = ptx.from_bits((found[i][j][0] & ~absent) | (absent & MINUS_INFINITY))
-                parts.append((top, ptx.from_bits(found[i][j][1])))
+                top, part = found[i][j]
+                parts.append((masked(top, absent), ptx.from_bits(part)))
                 values.append([ptx.from_bits(word) for word in words[i][j]])
             merged.append(combine(parts, values))
         return merged

@@ -7,7 +7,7 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from .attention import FIRST_MAX
-from .merge import MINUS_INFINITY, Merge, least
+from .merge import Merge, least, masked
 from .schedule import Params, Piece
 
 
@@ -45,7 +45,7 @@ class WideMerge(Merge):
                 for i in range_constexpr(sources):
                     self.store_partial(slots[i], 0, zeros)
             absent = ptx.sign_mask(cutlass.min(piece.ctas - 1 - done, sources - 1) - mine)
-            top = ptx.from_bits((found[0] & ~absent) | (absent & MINUS_INFINITY))
+            top = masked(found[0], absent)
             before = peak
             peak = ptx.fmax(peak, top)
             for i in steps:

@@ -11,11 +11,10 @@ from cutlass import Float32, Int32, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
-from .attention import HALF2_ONES
+from .attention import HALF2_ONES, soft_capped
 from .layouts import LANES, TILE
-from .merge import MINUS_INFINITY
+from .merge import masked
 from .plan import COLUMNS
-from .queries import LOG2E
 from .schedule import Params
 from .wide_places import Place, Team, WidePlaces
 from .wide_plan import HIGH_BYTES, WidePlan
@@ -53,13 +52,7 @@ class WideSoftmax:
         position += place.row
         highs = self.places.highs(smem, place)
         if p.softcap > 0.0:
-            inverse = ptx.reciprocal(p.softcap) * 2.0 * factor
-            limit = ptx.reciprocal(inverse) * (2.0 * LOG2E)
-            for s in range_constexpr(len(scores)):
-                for i in range_constexpr(len(scores[s])):
-                    # cap * tanh(s / cap); tanh through exp2, since tanh.approx has 11 bits only
-                    x = ptx.reciprocal(ptx.exp2(scores[s][i] * inverse) + 1.0)
-                    scores[s][i] = limit - 2.0 * limit * x
+            scores = soft_capped(scores, p.softcap, factor)
         for n in range_constexpr(self.column_tiles):
             bounds = ptx.load_shared(highs, HIGH_BYTES * COLUMNS * n, 2)
             for j in range_constexpr(2):
@@ -67,12 +60,11 @@ class WideSoftmax:
                 last = cutlass.min(bounds[j], end) - 1 - position
                 first = low - position
                 for s in range_constexpr(len(scores)):
-                    for r in range_constexpr(2):  # no predicates: the compiler would run out of them
+                    for r in range_constexpr(2):
                         at = TILE * s + 8 * r
                         hidden = ptx.sign_mask((at - first) | (last - at))
-                        x = ptx.bits(scores[s][4 * n + 2 * r + j])
-                        x = (x & ~hidden) | (hidden & MINUS_INFINITY)
-                        scores[s][4 * n + 2 * r + j] = ptx.from_bits(x)
+                        i = 4 * n + 2 * r + j
+                        scores[s][i] = masked(ptx.bits(scores[s][i]), hidden)
         return scores
 
     @cute.jit
