@@ -16,7 +16,7 @@ from .fragments import extract, fragments, half2_constant, power
 from .layouts import NUM_SLICES, SLICE_TOKENS, TILE, Section, b_order, symmetric_zero
 from .plan import Plan
 from .queries import LOG2E, read_slot
-from .schedule import Params, Piece
+from .schedule import Params, Piece, tokens_of
 
 FIRST_MAX = -1.0e30  # running maximum before the first key: finite, so that masked scores give exp2(-inf) = 0
 RESCALE_ABOVE = 1.0  # log2; P <= 2 keeps P * scale within fp16 for every scale of the quantiser
@@ -373,14 +373,8 @@ class Attention:
     def attend_chunk(
         self, p: Params, piece: Piece, chunk: Int32, member: Int32, lane: Int32, query: Query, state: State
     ):
-        """A warp's 16 tokens of a 16-bit unit, read from global memory; sinks come first, then the tail."""
-        k, v, capacity = p.sink_k.toint(), p.sink_v.toint(), p.num_sink
-        token, held, position = chunk * self.plan.chunk, piece.sinks, Int32(0)
-        if chunk >= piece.sink_chunks:
-            k, v, capacity = p.tail_k.toint(), p.tail_v.toint(), p.tail_capacity
-            token = (chunk - piece.sink_chunks) * self.plan.chunk
-            held = piece.tail
-            position = piece.packed_end
+        """A warp's 16 tokens of a 16-bit unit, read from global memory."""
+        k, v, capacity, token, held, position = tokens_of(p, piece, chunk, self.plan.chunk)
         token += member * TILE
         if token < held:
             # byte offsets of the lane's rows g and g + 8; rows beyond the last are read as the last, and masked

@@ -58,13 +58,7 @@ class DecodeKernel:
         lane = thread % LANES
         smem = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint()
         if thread == 0:
-            for stage in range_constexpr(self.plan.stages):
-                ptx.mbarrier_init(smem + (self.plan.full_at + BARRIER_BYTES * stage), 1 if self.plan.bulk else LANES)
-                ptx.mbarrier_init(smem + (self.plan.empty_at + BARRIER_BYTES * stage), self.plan.warps_per_block)
-            ptx.mbarrier_init(smem + self.plan.merge_full_at, self.plan.warps * LANES)
-            ptx.mbarrier_init(smem + self.plan.merge_empty_at, MERGE_WARPS * LANES)
-            for slot in range_constexpr(SLOTS):
-                ptx.mbarrier_init(smem + (self.plan.slot_full_at + BARRIER_BYTES * slot), MERGE_WARPS * LANES)
+            self.init_barriers(smem)
             if cutlass.const_expr(self.plan.bulk):
                 ptx.fence_mbarrier_init()
         cute.arch.sync_threads()  # the barriers are initialised
@@ -74,12 +68,27 @@ class DecodeKernel:
                 wg.take_registers(self.plan.consumer_registers)
             self.consume(p, smem, warp, lane)
         else:
-            if cutlass.const_expr(self.plan.moves_registers):
-                wg.give_registers(self.plan.auxiliary_registers)
-            if warp == self.plan.warps:
-                self.produce(p, smem, lane)
-            else:
-                self.merge.help(p, smem, warp - (self.plan.warps + 1), lane)
+            self.assist(p, smem, warp, lane)
+
+    def init_barriers(self, smem: Int32) -> None:
+        plan = self.plan
+        for stage in range(plan.stages):
+            ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1 if plan.bulk else LANES)
+            ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), plan.warps_per_block)
+        ptx.mbarrier_init(smem + plan.merge_full_at, plan.warps * LANES)
+        ptx.mbarrier_init(smem + plan.merge_empty_at, MERGE_WARPS * LANES)
+        for slot in range(SLOTS):
+            ptx.mbarrier_init(smem + (plan.slot_full_at + BARRIER_BYTES * slot), MERGE_WARPS * LANES)
+
+    @cute.jit
+    def assist(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
+        """What the warps behind the consumers do."""
+        if cutlass.const_expr(self.plan.moves_registers):
+            wg.give_registers(self.plan.auxiliary_registers)
+        if warp == self.plan.warps:
+            self.produce(p, smem, lane)
+        else:
+            self.merge.help(p, smem, warp - (self.plan.warps + 1), lane)
 
     # -- producer ----------------------------------------------------------------------------------------------
 

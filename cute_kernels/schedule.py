@@ -151,6 +151,27 @@ def load_piece(address: Int32) -> Piece:
     return Piece(*[word for i in range(0, len(Piece._fields), 4) for word in ptx.load_shared(address, 4 * i, 4)])
 
 
+def whole_blocks(piece: Piece) -> tuple:
+    """(first, end) of the piece's blocks that every query sees as a whole."""
+    first = piece.window_start - piece.first_position + BLOCK_TOKENS - 1 >> BLOCK_SHIFT
+    return first, piece.seen_by_all - piece.first_position >> BLOCK_SHIFT
+
+
+@cute.jit
+def tokens_of(p: Params, piece: Piece, chunk: Int32, size: int):
+    """(K, V, capacity, first token, tokens held, position of token 0) of the buffer that has the piece's 16-bit chunk,
+    of ``size`` tokens: sinks come first, then the tail.
+    """
+    k, v, capacity = p.sink_k.toint(), p.sink_v.toint(), p.num_sink
+    token, held, position = chunk * size, piece.sinks, Int32(0)
+    if chunk >= piece.sink_chunks:
+        k, v, capacity = p.tail_k.toint(), p.tail_v.toint(), p.tail_capacity
+        token = (chunk - piece.sink_chunks) * size
+        held = piece.tail
+        position = piece.packed_end
+    return k, v, capacity, token, held, position
+
+
 def quotient(x: Int32, divisor: Int32) -> Int32:
     """x // divisor for positive divisors, x >= 0 and quotients below 2^21: a third of the instructions of ``//``."""
     guess = ptx.truncated(ptx.floating(x) * ptx.reciprocal(ptx.floating(divisor)))  # off by one at most

@@ -27,7 +27,7 @@ class TilePlan(WidePlan):
         self.groups = self.warps // GROUP_WARPS  # consumer warpgroups
         self.states = self.block_groups  # results of a piece that the CTA merges
         self.folders = next(n for n in (3, 2, 1) if self.stages % n == 0)
-        self.auxiliaries = self.warps + 2 * WRITER_WARPS  # the first warp of the last warpgroup
+        self.auxiliaries = self.warps + 2 * WRITER_WARPS
         self.threads = LANES * (self.auxiliaries + AUXILIARY_WARPS)
         self.key_columns = BLOCK_TOKENS // 8  # core matrices of K along its n: tokens
         self.value_columns = self.head_dim // 8  # of V^T: channels

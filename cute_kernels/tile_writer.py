@@ -19,7 +19,7 @@ from .attention import halves
 from .fold import at_runtime
 from .fragments import extract, fragments, half2_constant
 from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, Section
-from .schedule import Params, Piece
+from .schedule import Params, Piece, tokens_of
 from .tile_plan import WRITER_WARPS, TilePlan
 
 PAIR = 2 * TILE  # channels of two channel tiles, which share vectors of K
@@ -207,14 +207,11 @@ class TileWriter:
 
     @cute.jit
     def copy(self, p: Params, tiles: Int32, is_value: bool, warp: Int32, lane: Int32, piece: Piece, chunk: Int32):
-        """The warp's 32 tokens of a 16-bit unit, into the tile of K or V at ``tiles``; sinks come first, then the tail.
-        Beyond the unit's tokens the last one is repeated; of an empty unit V is zero.
+        """The warp's 32 tokens of a 16-bit unit, into the tile of K or V at ``tiles``. Beyond the unit's tokens the
+        last one is repeated; of an empty unit V is zero.
         """
-        source, capacity = (p.sink_v if is_value else p.sink_k).toint(), p.num_sink
-        first, held = chunk * self.plan.chunk, piece.sinks
-        if chunk >= piece.sink_chunks:
-            source, capacity = (p.tail_v if is_value else p.tail_k).toint(), p.tail_capacity
-            first, held = (chunk - piece.sink_chunks) * self.plan.chunk, piece.tail
+        k, v, capacity, first, held, _ = tokens_of(p, piece, chunk, self.plan.chunk)
+        source = v if is_value else k
         row_bytes = p.num_kv_heads * (2 * self.plan.head_dim)  # from a token to the next
         source += Int64(piece.b * capacity) * row_bytes + piece.head * (2 * self.plan.head_dim)
         thread = wg.thread_again()

@@ -20,16 +20,15 @@ ptxas gives loop-invariant A registers of a wgmma to others.
 """
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, cute, range_constexpr
+from cutlass import Boolean, Float32, Int32, cute
 
 from . import ptx
 from . import warpgroup as wg
-from .decode import MAX_WINDOW
 from .fold import TileFold
 from .layouts import BLOCK_TOKENS, LANES, TILE
 from .merge import CONSUMER_BARRIER
 from .plan import BARRIER_BYTES
-from .schedule import BLOCK_SHIFT, Params, Piece, Schedule, load_piece
+from .schedule import Params, Piece, Schedule, load_piece, whole_blocks
 from .tile_attention import EXPONENT_16_BIT, State, TileAttention
 from .tile_merge import TileMerge
 from .tile_plan import (
@@ -61,36 +60,24 @@ class TileKernel(WideKernel):
         self.writer = TileWriter(self.plan)
         self.merge = TileMerge(self.plan, self.schedule)
 
-    @cute.kernel
-    def kernel(self, p: Params):
+    def init_barriers(self, smem: Int32) -> None:
+        self.init_ring(smem, 2 * WRITER_WARPS, self.plan.warps + 2 * WRITER_WARPS)
+        for tile in range(TILE_STAGES):
+            for kind in range(4):
+                ptx.mbarrier_init(self.tile_barrier(smem, kind, Int32(tile)), self.arrivals(kind))
+
+    @cute.jit
+    def assist(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
+        """What the warps behind the consumers do: a warpgroup writes K, one V; the last is that of wide.py."""
         plan = self.plan
-        thread = cute.arch.thread_idx()[0]
-        warp = cute.arch.make_warp_uniform(thread // LANES)
-        lane = thread % LANES
-        smem = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint()
-        if thread == 0:
-            self.init_ring(smem, 2 * WRITER_WARPS, plan.warps + 2 * WRITER_WARPS)
-            for tile in range_constexpr(TILE_STAGES):
-                for kind in range_constexpr(4):
-                    ptx.mbarrier_init(self.tile_barrier(smem, kind, Int32(tile)), self.arrivals(kind))
-            ptx.fence_mbarrier_init()
-        cute.arch.sync_threads()  # the barriers are initialised
-        p = p._replace(window=cutlass.min(p.window, MAX_WINDOW))
-        if warp < plan.warps:
-            wg.take_registers(plan.consumer_registers)
-            self.consume(p, smem, warp, lane)
-        elif warp < plan.warps + WRITER_WARPS:
+        if warp < plan.warps + WRITER_WARPS:
             wg.give_registers(plan.k_registers)
             self.write(p, smem, False, warp - plan.warps, lane)
         elif warp < plan.auxiliaries:
             wg.give_registers(plan.v_registers)
             self.write(p, smem, True, warp - (plan.warps + WRITER_WARPS), lane)
         else:
-            wg.give_registers(plan.auxiliary_registers)
-            if warp == plan.auxiliaries:
-                self.produce(p, smem, lane)
-            elif warp <= plan.auxiliaries + plan.folders:
-                self.fold_blocks(p, smem, warp - (plan.auxiliaries + 1), lane)
+            super().assist(p, smem, warp, lane)
 
     def arrivals(self, kind: int) -> int:
         """At a tile's barrier: of the writers' lanes, of the warps that read it."""
@@ -201,9 +188,7 @@ class TileKernel(WideKernel):
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # the operands are there
             state = self.attention.first_state()
 
-            # blocks plain_from .. plain_to - 1 are visible to every query, as a whole
-            plain_from = piece.window_start - piece.first_position + BLOCK_TOKENS - 1 >> BLOCK_SHIFT
-            plain_to = piece.seen_by_all - piece.first_position >> BLOCK_SHIFT
+            plain_from, plain_to = whole_blocks(piece)
             plain_to = cutlass.min(plain_to, piece.blocks)
             if p.softcap > 0.0:
                 plain_to = Int32(0)

@@ -19,12 +19,12 @@ from cutlass import Int32, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
-from .decode import MAX_WINDOW, DecodeKernel
+from .decode import DecodeKernel
 from .fold import Fold
 from .layouts import BLOCK_TOKENS, LANES
 from .merge import CONSUMER_BARRIER
 from .plan import BARRIER_BYTES
-from .schedule import BLOCK_SHIFT, Params, Schedule, Shares, load_piece, store_piece
+from .schedule import Params, Schedule, Shares, load_piece, store_piece, whole_blocks
 from .wide_attention import WideAttention
 from .wide_merge import WideMerge
 from .wide_plan import PIECE_BYTES, WidePlan
@@ -42,29 +42,11 @@ class WideKernel(DecodeKernel):
         self.fold = Fold(self.plan)
         self.merge = WideMerge(self.plan, self.schedule)
 
-    @cute.kernel
-    def kernel(self, p: Params):
+    def init_barriers(self, smem: Int32) -> None:
         plan = self.plan
-        thread = cute.arch.thread_idx()[0]
-        warp = cute.arch.make_warp_uniform(thread // LANES)
-        lane = thread % LANES
-        smem = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint()
-        if thread == 0:
-            self.init_ring(smem, plan.warps_per_block, plan.warps)
-            for team in range_constexpr(plan.teams):
-                ptx.mbarrier_init(smem + (plan.free_at + BARRIER_BYTES * team), plan.team_warps)
-            ptx.fence_mbarrier_init()
-        cute.arch.sync_threads()  # the barriers are initialised
-        p = p._replace(window=cutlass.min(p.window, MAX_WINDOW))
-        if warp < plan.warps:
-            wg.take_registers(plan.consumer_registers)
-            self.consume(p, smem, warp, lane)
-        else:
-            wg.give_registers(plan.auxiliary_registers)
-            if warp == plan.warps:
-                self.produce(p, smem, lane)
-            elif warp <= plan.warps + plan.folders:
-                self.fold_blocks(p, smem, warp - (plan.warps + 1), lane)
+        self.init_ring(smem, plan.warps_per_block, plan.warps)
+        for team in range(plan.teams):
+            ptx.mbarrier_init(smem + (plan.free_at + BARRIER_BYTES * team), plan.team_warps)
 
     def init_ring(self, smem: Int32, block_readers: int, piece_readers: int) -> None:
         """Initialise the barriers of the ring and of the slot; the readers are warps."""
@@ -75,6 +57,16 @@ class WideKernel(DecodeKernel):
             ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), block_readers)
         ptx.mbarrier_init(smem + plan.slot_full_at, 2 * LANES * plan.folders)
         ptx.mbarrier_init(smem + plan.slot_empty_at, piece_readers)
+
+    @cute.jit
+    def assist(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
+        """What the warps of the last warpgroup do."""
+        plan = self.plan
+        wg.give_registers(plan.auxiliary_registers)
+        if warp == plan.auxiliaries:
+            self.produce(p, smem, lane)
+        elif warp <= plan.auxiliaries + plan.folders:
+            self.fold_blocks(p, smem, warp - (plan.auxiliaries + 1), lane)
 
     @cute.jit
     def fold_blocks(self, p: Params, smem: Int32, folder: Int32, lane: Int32):
@@ -172,9 +164,7 @@ class WideKernel(DecodeKernel):
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
             state = self.attention.first_state(smem, free_parity)
 
-            # blocks plain_from .. plain_to - 1 are visible to every query, as a whole
-            plain_from = piece.window_start - piece.first_position + BLOCK_TOKENS - 1 >> BLOCK_SHIFT
-            plain_to = piece.seen_by_all - piece.first_position >> BLOCK_SHIFT
+            plain_from, plain_to = whole_blocks(piece)
             if p.softcap > 0.0:
                 plain_to = Int32(0)
             blocks = piece.blocks

@@ -15,7 +15,7 @@ from .fold import UNIT
 from .fragments import extract, fragments, half2_constant
 from .layouts import BLOCK_TOKENS, HALF_BITS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS, symmetric_zero
 from .plan import COLUMNS
-from .schedule import Params, Piece, load_piece
+from .schedule import Params, Piece, load_piece, tokens_of
 from .wide_places import TEAM_BARRIER, Place, Team, WidePlaces
 from .wide_plan import GROUP_WARPS, M_TILE, WidePlan
 from .wide_softmax import State, WideSoftmax
@@ -269,15 +269,9 @@ class WideAttention:
         self, p: Params, smem: Int32, team: Team, piece_at: Int32, chunk: Int32, query: Int32, factor: Float32,
         state: State
     ):  # fmt: skip
-        """The team's 128 tokens of a 16-bit unit, read from global memory; sinks come first, then the tail."""
-        k, v, capacity = p.sink_k.toint(), p.sink_v.toint(), p.num_sink
+        """The team's 128 tokens of a 16-bit unit, read from global memory."""
         piece = load_piece(piece_at)
-        token, held, position = chunk * self.plan.chunk, piece.sinks, Int32(0)
-        if chunk >= piece.sink_chunks:
-            k, v, capacity = p.tail_k.toint(), p.tail_v.toint(), p.tail_capacity
-            token = (chunk - piece.sink_chunks) * self.plan.chunk
-            held = piece.tail
-            position = piece.packed_end
+        k, v, capacity, token, held, position = tokens_of(p, piece, chunk, self.plan.chunk)
         if token < held:
             state = self.attend_tokens(
                 p, smem, team, piece, k, v, capacity, token, held, position, query, factor, state

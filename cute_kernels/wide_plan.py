@@ -28,6 +28,8 @@ PIECES = 2  # that follow each other are kept, besides the first one
 class WidePlan(Plan):
     """Read-only; sizes in bytes where the name says so."""
 
+    moves_registers = True
+
     def __init__(self, config):
         super().__init__(config)
         groups = config.warps_per_block // GROUP_WARPS  # warpgroups at a block
@@ -46,7 +48,8 @@ class WidePlan(Plan):
         # one could be a phase of its barrier ahead
         self.folders = next(n for n in (3, 2, 1) if self.block_groups % n == 0)
         self.merge_floats = 72  # a round trip for 18 CTAs
-        self.threads = LANES * (self.warps + AUXILIARY_WARPS)
+        self.auxiliaries = self.warps  # the first warp of the last warpgroup
+        self.threads = LANES * (self.auxiliaries + AUXILIARY_WARPS)
         self.batch = 2  # k steps whose A registers are made before their wgmma are issued
         # codes of the next k steps are loaded before the registers of these are made, where registers allow
         self.ahead = self.columns * (3 - self.team_groups) <= (64 if self.warps <= 8 else 16)
