@@ -176,6 +176,7 @@ class TileKernel(WideKernel):
         is_last = Int32(0)
         while is_last == 0:
             thread = wg.thread_again()  # what follows from it need not stay in registers all along
+            cute.arch.sync_warp()  # every lane has stored it
             number, unit = ptx.load_shared(progress, 0, 2)
             piece_at = self.piece_at(smem, number)
             ptx.mbarrier_wait(smem + plan.slot_full_at, number & 1, plan.wait)

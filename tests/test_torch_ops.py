@@ -156,6 +156,23 @@ def test_reduce_overhead(device):
     assert compiled.seqlens.tolist() == [304, 9, 133]
 
 
+def test_extents_that_torch_compile_has_made_variables():
+    """The batch size, as an earlier call of the compiled function had another one."""
+    plain, compiled = filled("kv4", "cpu"), filled("kv4", "cpu")
+
+    def step(cache, k, v, q):
+        if cache is None:
+            return q
+        cache.append(k, v, reserved=True)
+        return cache.decode(q)
+
+    k, v = (random(BATCH, 1, HEADS, DIM, seed=i) for i in (1, 2))
+    q = random(BATCH, 1, 6, DIM, seed=3)
+    compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled_step(None, *(torch.cat((x, x)) for x in (k, v, q)))
+    assert compiled_step(compiled, k, v, q).equal(step(plain, k, v, q))
+
+
 def test_bad_arguments_are_typed_errors():
     cache = filled("kv4", "cpu")
     step = torch.compile(lambda q: cache.decode(q), fullgraph=True, backend="eager")

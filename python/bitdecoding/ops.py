@@ -413,7 +413,9 @@ def check_tensor(name: str, x: object, dtypes: Sequence[torch.dtype], **shape: i
     if not isinstance(x, Tensor):
         raise InvalidArgument(f"{name} is a {type(x).__name__}: allowed is a torch.Tensor")
     sound = x.dim() == len(shape) and all(
-        want in (None, have) for want, have in zip(shape.values(), x.shape, strict=True)
+        # not `in`, which torch.compile does not do with an extent that it has made a variable
+        want is None or want == have
+        for want, have in zip(shape.values(), x.shape, strict=True)
     )
     if not sound or x.dtype not in dtypes:
         want = ", ".join(label if extent is None else f"{label}={extent}" for label, extent in shape.items())
