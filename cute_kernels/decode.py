@@ -71,6 +71,7 @@ class DecodeKernel:
             self.assist(p, smem, warp, lane)
 
     def init_barriers(self, smem: Int32) -> None:
+        """Initialise all barriers, by one thread."""
         plan = self.plan
         for stage in range(plan.stages):
             ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1 if plan.bulk else LANES)

@@ -215,19 +215,19 @@ class TileWriter:
         row_bytes = p.num_kv_heads * (2 * self.plan.head_dim)  # from a token to the next
         source += Int64(piece.b * capacity) * row_bytes + piece.head * (2 * self.plan.head_dim)
         thread = wg.thread_again()
-        matrix, line = thread >> 3 & 3, thread & 7
+        matrix, line = thread >> 3 & 3, thread & 7  # of stmatrix, whose address the lane has
         # a lane's token of 8, and its 8 channels of 32; K: tokens fastest, V: channels
         row, quad = (thread >> 2 & 7, thread & 3) if is_value else (line, matrix)
         for i in cutlass.range(UNIT_CHUNKS, unroll=1):
-            chunk = warp * UNIT_CHUNKS + i  # of 8 tokens
-            token = cutlass.min(first + chunk * CHUNK + row, held - 1)
+            octet = warp * UNIT_CHUNKS + i  # of tokens
+            token = cutlass.min(first + octet * CHUNK + row, held - 1)
             at = source + Int64(token) * row_bytes + quad * wg.CORE_ROW_BYTES
             if cutlass.const_expr(is_value):
                 # a matrix has of the lanes' 8 channels each two that follow: its rows are of four core matrices
-                target = tiles + chunk * self.value_tile(0, CHUNK) + (line >> 1) * self.value_tile(CHUNK, 0)
+                target = tiles + octet * self.value_tile(0, CHUNK) + (line >> 1) * self.value_tile(CHUNK, 0)
                 target += (2 * matrix + (line & 1)) * self.value_tile(1, 0)
             else:
-                target = tiles + quad * self.key_tile(0, CHUNK) + chunk * self.key_tile(CHUNK, 0)
+                target = tiles + quad * self.key_tile(0, CHUNK) + octet * self.key_tile(CHUNK, 0)
                 target += row * self.key_tile(1, 0)
             for _ in cutlass.range(self.plan.head_dim // COPY_CHANNELS, unroll=1):
                 values = [Int32(0)] * 4

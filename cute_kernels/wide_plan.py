@@ -47,7 +47,6 @@ class WidePlan(Plan):
         # warps that fold parameters, in turn (one would be the slowest of all); a stage is always the same one's, or
         # one could be a phase of its barrier ahead
         self.folders = next(n for n in (3, 2, 1) if self.block_groups % n == 0)
-        self.merge_floats = 72  # a round trip for 18 CTAs
         self.auxiliaries = self.warps  # the first warp of the last warpgroup
         self.threads = LANES * (self.auxiliaries + AUXILIARY_WARPS)
         self.batch = 2  # k steps whose A registers are made before their wgmma are issued
