@@ -97,11 +97,11 @@ class Plan:
 
     @cached_property
     def highs_offset(self) -> int:
-        return self.factors_offset + self.q_tile * self.copies * 4
+        return self.factors_offset + self.q_tile * 4
 
     @cached_property
     def piece_offset(self) -> int:
-        return self.highs_offset + self.q_tile * self.copies * 4
+        return self.highs_offset + self.q_tile * 4
 
     @cached_property
     def slot_bytes(self) -> int:

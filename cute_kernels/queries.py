@@ -61,8 +61,8 @@ class Queries:
                     ptx.store_shared(
                         slot + lane * QUERY_VECTOR, query_offset(self.plan, n, v), halves[4 * v : 4 * v + 4]
                     )
-                if quad == 0:
-                    column_at = slot + column * 4
+                if (quad == 0) & (column % self.plan.copies == 0):
+                    column_at = slot + column // self.plan.copies * 4
                     factor = ptx.from_bits(exponent) * scale
                     ptx.store_shared(column_at, self.plan.factors_offset + 4 * COLUMNS * n, [factor])
                     ptx.store_shared(
@@ -73,7 +73,7 @@ class Queries:
 def read_slot(plan: Plan, slot: Int32, lane: Int32) -> tuple:
     """(B operands [n][c][2] half2, factors [n][j] and last positions + 1 [n][j] of a lane's columns)."""
     tiles, factors, highs = [], [], []
-    quad = slot + (lane & 3) * 8
+    quad = slot + (lane & 3) * (4 * plan.lane_columns)
     for n in range(plan.column_tiles):
         vectors = [
             ptx.load_shared(slot + lane * QUERY_VECTOR, query_offset(plan, n, v), 4) for v in range(plan.query_vectors)

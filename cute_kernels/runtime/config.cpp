@@ -323,7 +323,7 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   // two slots of 16-bit queries, a power and a position of each, the piece; one slot of queries as operand and as
   // fetched, a position of each, two pieces; the first piece
   const std::int64_t slots = wide ? q_tile * (4 * head_dim + 4) + 2 * kPieceBytes
-                                  : 2 * (std::max(q_tile, kMmaColumns) * (2 * head_dim + 8) + kPieceBytes);
+                                  : 2 * (std::max(q_tile, kMmaColumns) * 2 * head_dim + q_tile * 8 + kPieceBytes);
   std::int64_t bytes = ring + scratch + slots + kPieceBytes + kBarrierBytes * (stages + 2);
   if (wide) {  // more barriers: per stage, per team; floats per warp and column, two per team and column; the shares
     constexpr std::int64_t kSharesBytes = 32;
