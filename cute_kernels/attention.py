@@ -285,9 +285,7 @@ class Attention:
         if ptx.any_lane(grown):
             for n in range_constexpr(self.columns):
                 for j in range_constexpr(self.lane_columns):
-                    peak = highest[n][j]
-                    for i in range_constexpr(3):
-                        peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 4 << i))
+                    peak = ptx.over_lanes(ptx.fmax, highest[n][j], ptx.LANE_BITS[2:])
                     peak = ptx.fmax(peak, top[n][j])
                     factor = ptx.exp2(top[n][j] - peak)
                     top[n][j] = peak

@@ -55,8 +55,7 @@ class Fold:
 
     def exponent(self, largest: Float32) -> tuple:
         """(2^e, 2^-e) of the warp's largest value."""
-        for i in range(5):
-            largest = ptx.fmax(largest, ptx.shuffle_xor(largest, 1 << i))
+        largest = ptx.over_lanes(ptx.fmax, largest, ptx.LANE_BITS)
         step = ptx.bits(ptx.fmax(largest, Float32(SMALLEST_STEP))) & EXPONENT
         return ptx.from_bits(step), ptx.from_bits(0x7F000000 - step)
 

@@ -7,6 +7,8 @@ waits for them: they are stored as words that are not zero, and it leaves zeros.
 it, and no CTA waits before it has stored its own. Results are merged in the order of the CTAs: they are deterministic.
 """
 
+import operator
+
 import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 
@@ -29,6 +31,7 @@ class Merge:
         self.plan = plan
         self.schedule = schedule
         self.queries = Queries(plan)
+        self.item_bits = ptx.LANE_BITS[: plan.items.bit_length() - 1]  # those that tell the lanes of a row apart
 
     @cute.jit
     def help(self, p: Params, smem: Int32, helper: Int32, lane: Int32):
@@ -190,16 +193,11 @@ class Merge:
                 if there >= 0:
                     ptx.store_relaxed(state_at, [Int32(0)] * 2)
             top, part = (ptx.from_bits(x) for x in state)
-            highest = top
-            for i in range_constexpr(self.plan.items.bit_length() - 1):
-                highest = ptx.fmax(highest, ptx.shuffle_xor(highest, 1 << i))
-            highest = ptx.fmax(highest, peak)
+            highest = ptx.fmax(ptx.over_lanes(ptx.fmax, top, self.item_bits), peak)
             before = ptx.exp2(peak - highest)
             peak = highest
             factor = ptx.exp2(top - peak)
-            part = part * factor
-            for i in range_constexpr(self.plan.items.bit_length() - 1):
-                part = part + ptx.shuffle_xor(part, 1 << i)
+            part = ptx.over_lanes(operator.add, part * factor, self.item_bits)
             weight = weight * before + part
             value = [x * before for x in value]
             for i in range_constexpr(sources):

@@ -13,6 +13,7 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 
 asm = cute.arch.inline_ptx
 SHARED_SPACE = 3  # address space of LLVM
+LANE_BITS = (1, 2, 4, 8, 16)  # of a lane's index in its warp
 
 
 @dsl_user_op
@@ -204,6 +205,13 @@ def shuffle(value, lane: Int32):
 
 def shuffle_xor(value, mask: int):
     return cute.arch.shuffle_sync_bfly(value, mask)
+
+
+def over_lanes(function, x, masks):
+    """A function of two values over x of all lanes that differ in the bits ``masks`` only; each of them gets it."""
+    for mask in masks:
+        x = function(x, shuffle_xor(x, mask))
+    return x
 
 
 def shuffle_up(value, delta: int):

@@ -52,8 +52,7 @@ class Queries:
                 largest = Float32(0.0)
                 for i in range_constexpr(len(values)):
                     largest = ptx.fmax(largest, ptx.fabs(values[i]))
-                for i in range_constexpr(2):
-                    largest = ptx.fmax(largest, ptx.shuffle_xor(largest, 1 << i))
+                largest = ptx.over_lanes(ptx.fmax, largest, ptx.LANE_BITS[:2])
                 exponent = ptx.bits(largest) & EXPONENT
                 inverse = ptx.from_bits(cutlass.select_(inside, 0x7F000000 - exponent, Int32(0)))  # 1 / 2^e
                 halves = [ptx.to_half2(values[i] * inverse, values[i + 1] * inverse) for i in range(0, len(values), 2)]

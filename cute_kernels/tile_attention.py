@@ -8,6 +8,7 @@ V's tile is in units of 2^e, which differ from block to block (fold.py). P takes
 of score + e, P = exp2(score + e - t), and the sum of P is divided by 2^e: O needs no rescaling when e changes.
 """
 
+import operator
 from typing import NamedTuple
 
 import cutlass
@@ -86,9 +87,7 @@ class TileAttention:
         if ptx.any_lane((high[0] > top[0] + RAISE) | (high[1] > top[1] + RAISE)):
             shrink = []
             for r in range_constexpr(2):
-                peak = high[r]  # of the lane's part of the row
-                for i in range_constexpr(2):
-                    peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 1 << i))
+                peak = ptx.over_lanes(ptx.fmax, high[r], ptx.LANE_BITS[:2])  # four lanes have a row
                 raised = ptx.fmax(top[r], peak)
                 shrink.append(ptx.exp2(top[r] - raised))
                 top[r] = raised
@@ -134,9 +133,7 @@ class TileAttention:
         """The warp's maxima and sums to shared memory; ``sums``: address of the warpgroup's first row."""
         row, quad = self.place()
         for r in range_constexpr(2):
-            total = state.total[r]
-            for i in range_constexpr(2):
-                total = total + ptx.shuffle_xor(total, 1 << i)
+            total = ptx.over_lanes(operator.add, state.total[r], ptx.LANE_BITS[:2])
             if quad == 0:
                 ptx.store_shared(sums + row * STATE_BYTES, r * CORE * STATE_BYTES, [state.top[r], total])
 

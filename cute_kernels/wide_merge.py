@@ -2,6 +2,8 @@
 round trip; and predicates are rare, so beyond the last CTA its results are loaded again and count nothing.
 """
 
+import operator
+
 import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 
@@ -19,7 +21,6 @@ class WideMerge(Merge):
         """As in merge.py."""
         plan = self.plan
         sources = min(plan.merge_floats // plan.width, plan.items)
-        steps = range(plan.items.bit_length() - 1)
         zeros = [Int32(0)] * plan.width
         value_at, state_at = self.value_at(column, item), self.state_at(column)
         mine = lane % plan.items  # the lane's CTA of the next ones
@@ -47,13 +48,10 @@ class WideMerge(Merge):
             absent = ptx.sign_mask(cutlass.min(piece.ctas - 1 - done, sources - 1) - mine)
             top = masked(found[0], absent)
             before = peak
-            peak = ptx.fmax(peak, top)
-            for i in steps:
-                peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 1 << i))
+            peak = ptx.over_lanes(ptx.fmax, ptx.fmax(peak, top), self.item_bits)
             factor = ptx.exp2(top - peak)
             part = ptx.from_bits(found[1]) * factor
-            for i in steps:
-                part = part + ptx.shuffle_xor(part, 1 << i)
+            part = ptx.over_lanes(operator.add, part, self.item_bits)
             before = ptx.exp2(before - peak)
             weight = weight * before + part
             value = [x * before for x in value]

@@ -88,9 +88,7 @@ class WideSoftmax:
                     peak = scores[0][4 * n + j]
                     for s in range_constexpr(self.score_tiles):
                         peak = ptx.fmax(peak, ptx.fmax(scores[s][4 * n + j], scores[s][4 * n + j + 2]))
-                    for i in range_constexpr(3):
-                        peak = ptx.fmax(peak, ptx.shuffle_xor(peak, 4 << i))
-                    tops[n][j] = peak * factor
+                    tops[n][j] = ptx.over_lanes(ptx.fmax, peak, ptx.LANE_BITS[2:]) * factor
             if place.lane < 4:
                 mine = place.exchange + place.member * (4 * self.plan.columns) + place.lane * 8
                 for n in range_constexpr(self.column_tiles):
