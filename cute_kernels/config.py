@@ -25,13 +25,12 @@ TILINGS = (
     (8, 2, 8), (8, 4, 8), (8, 2, 4), (8, 4, 4),
     (4, 2, 8), (4, 4, 8), (4, 2, 4), (4, 4, 4), (4, 2, 2), (4, 4, 2), (4, 4, 1), (2, 2, 1), (1, 1, 1),
 )  # fmt: skip
-# where a block has more arithmetic than bytes: three warps that compute on a scheduler instead of two (sm90a); copies
-# further ahead
+# where a block has more arithmetic than bytes: twelve warps that compute, with registers moved to them (sm90a), or
+# copies further ahead
 TILING_OF_TWO_BITS = {"bulk": (12, 2, 12), "cp_async": (8, 2, 12)}
-# copy -> num_warps -> estimated registers of a lane (see _registers) that ptxas can hold without spilling. With the
-# producer and three merge warps, 12 warps put three on a scheduler (168 registers each), 8 warps two (255); cp.async
-# takes more of them.
-MAX_REGISTERS = {"bulk": {12: 100, 8: 102, 4: 190, 2: 190, 1: 190}, "cp_async": {8: 102, 4: 190, 2: 190, 1: 190}}
+# num_warps -> estimated registers of a lane (see _registers) that ptxas can hold without spilling: with the producer
+# and three merge warps, 8 warps leave 168 registers to a thread, 4 warps 255
+MAX_REGISTERS = {12: 100, 8: 102, 4: 190, 2: 190, 1: 190}
 MAX_REGISTERS_OF_TWO_TILES = {"bulk": 170, "cp_async": 190}  # of query columns
 # wgmma kernels, as measured on an H100: head_dim -> query columns of a tile -> (num_warps, warps_per_block), the best
 # first; of the rings the deepest that fits is taken. They beat mma.sync from 16 columns on. From MIN_TILE_COLUMNS on
@@ -246,7 +245,7 @@ class KernelConfig(Object):
                     warps_per_block=warps_per_block,
                     stages=stages,
                 )
-                limit = MAX_REGISTERS[copy][num_warps]
+                limit = MAX_REGISTERS[num_warps]
                 if columns > MMA_COLUMNS:
                     limit = min(limit, MAX_REGISTERS_OF_TWO_TILES[copy])
                 if _registers(config) <= limit and _fits(config):
