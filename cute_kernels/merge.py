@@ -256,7 +256,7 @@ class Merge:
             inverse = scale * ptx.reciprocal(weight)
         if p.rotate_out == 1:
             size = self.plan.hadamard
-            masks = [1 << i for i in range((size // self.plan.width).bit_length() - 1)]
+            masks = ptx.LANE_BITS[: (size // self.plan.width).bit_length() - 1]
             value = hadamard_lanes(hadamard_registers(value, self.plan.width), masks, lane)
             inverse = inverse * size**-0.5
         value = [v * inverse for v in value]

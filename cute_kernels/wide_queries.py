@@ -81,7 +81,7 @@ class WideQueries:
         values = floats(p, registers)
         if p.rotate_q == 1:
             values = hadamard_registers(values, 2 * self.words)
-            values = hadamard_lanes(values, [1 << b for b in range(5)], lane)
+            values = hadamard_lanes(values, ptx.LANE_BITS, lane)
         values = [saturated(x * scale) for x in values]
         return [ptx.to_half2(values[j], values[j + 1]) for j in range(0, len(values), 2)]
 

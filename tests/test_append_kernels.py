@@ -22,7 +22,7 @@ from torch import Tensor
 
 import bitdecoding as bd
 
-ARCHS = ("sm80", "sm89", "sm90a", "sm120")
+ARCHS = ("sm80", "sm86", "sm89", "sm90a", "sm120")
 FP16, BF16 = torch.float16, torch.bfloat16
 REGISTERS_PER_SM = 65536
 

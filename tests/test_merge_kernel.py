@@ -16,7 +16,7 @@ from ptx_interpreter import Memory, run
 
 import bitdecoding as bd
 
-ARCHS = ("sm80", "sm90a")
+ARCHS = ("sm80", "sm86", "sm90a")
 
 
 def execute(arch: str, outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -320,7 +320,7 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   const std::int64_t ring = stages * (block_bytes(head_dim, quant) + (wide ? folded_bytes(head_dim, quant, false) : 0));
   const std::int64_t states = wide ? num_warps / warps_per_block : num_warps;
   const std::int64_t scratch = states * q_tile * (head_dim + kRowPad) * static_cast<std::int64_t>(sizeof(float));
-  // two slots of 16-bit queries, a power and a position of each, the piece; one slot of queries as operand and as
+  // two slots of 16-bit queries, a factor and a position of each, the piece; one slot of queries as operand and as
   // fetched, a position of each, two pieces; the first piece
   const std::int64_t slots = wide ? q_tile * (4 * head_dim + 4) + 2 * kPieceBytes
                                   : 2 * (std::max(q_tile, kMmaColumns) * 2 * head_dim + q_tile * 8 + kPieceBytes);
