@@ -206,6 +206,24 @@ def test_left_padding(family):
     assert batch[1, 290:].equal(single[0, 220:])
 
 
+def test_left_padding_of_a_later_chunk():
+    """Another turn of a conversation, shorter in one sequence, after both have begun."""
+    model, ids, turn = build(), tokens(2, 150), tokens(2, 40, seed=5)
+    mask = torch.ones(2, 190, dtype=torch.int64)
+    mask[1, 150:165] = 0
+    position = mask.cumsum(1) - 1
+    model.set_attn_implementation(NAME)
+    cache = BitDecodingCache(model.config, EIGHT_BIT)
+    feed(model, ids, cache, [150])
+    with torch.no_grad():
+        logits = model(turn, attention_mask=mask, position_ids=position[:, 150:], past_key_values=cache).logits
+    assert cache.layers[0].kv.seqlens.tolist() == [190, 175]
+    alone = BitDecodingCache(model.config, EIGHT_BIT)
+    feed(model, ids[1:], alone, [150])
+    expected = feed(model, turn[1:, 15:], alone, [25])
+    assert (logits[1, 15:] - expected[0]).abs().max() < 0.01 * expected.std()
+
+
 def test_crop_is_exact_within_the_recent_tokens():
     model, ids, other = build(), tokens(1, 400), tokens(1, 10, seed=5)
     model.set_attn_implementation(NAME)
@@ -454,8 +472,18 @@ class TestErrors:
         with pytest.raises(UnsupportedConfig):
             model(tokens(1, 8), use_cache=False)
 
-    def test_full_cache(self):
-        model, ids = build(), tokens(1, 40)
+    @pytest.mark.parametrize("held", [0, 20])
+    def test_refused_tokens_leave_the_cache_as_it_was(self, held):
+        model, ids, more = build(), tokens(2, 20), tokens(2, 5, seed=5)
         model.set_attn_implementation(NAME)
-        with pytest.raises(OutOfPages):
-            feed(model, ids, BitDecodingCache(model.config, max_tokens=30), [20, 20])
+        cache, fresh = (BitDecodingCache(model.config, max_tokens=30) for _ in range(2))
+        for each in (cache, fresh):
+            if held:
+                feed(model, ids, each, [held])
+        with pytest.raises(OutOfPages, match="max_tokens=30"):
+            feed(model, tokens(2, 31 - held), cache, [31 - held])
+        if held:
+            with pytest.raises(InvalidArgument, match=r"key_states .* \[3, 2, 5, 64\]: allowed is \[batch_size=2"):
+                feed(model, tokens(3, 5), cache, [5])
+        assert int(cache.get_seq_length()) == held
+        assert feed(model, more, cache, [5]).equal(feed(model, more, fresh, [5]))

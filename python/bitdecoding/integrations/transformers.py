@@ -152,9 +152,11 @@ class BitDecodingLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        ops.check_tensor(
+            "key_states", key_states, (key_states.dtype,), batch_size=self.kv.batch_size,
+            num_kv_heads=self.kv.num_kv_heads, new_tokens=None, head_dim=self.kv.head_dim,
+        )  # fmt: skip
         self.awaiting_attention = True
-        if self.counts:
-            self.shared.length.add_(key_states.shape[-2])
         key_states = key_states.detach()  # a new tensor object, to carry the mark
         key_states.bitdecoding_layer = self
         return key_states, value_states
@@ -168,16 +170,15 @@ class BitDecodingLayer(CacheLayerMixin):
         -> out like q; rows of padding mean nothing.
         """
         kv, first, new_tokens = self.kv, self.empty, q.shape[1]
-        self.awaiting_attention = self.empty = False
-        if self.begun:
+        self.awaiting_attention = False
+        if self.begun and new_tokens == 1:
             padding = None
-        elif padding is None:
-            self.begun = True
+        begun = self.begun or padding is None
         lengths = order = None
         if padding is not None:
             lengths = padding.sum(1, dtype=torch.int32)
-            if not torch.compiler.is_compiling():
-                self.begun = bool((lengths > 0).all())
+            if not begun and not torch.compiler.is_compiling():
+                begun = bool((lengths > 0).all())
             order = padding.int().argsort(dim=1, descending=True, stable=True)
             k, v = _reorder(k, order), _reorder(v, order)
 
@@ -195,6 +196,9 @@ class BitDecodingLayer(CacheLayerMixin):
         # a step on the device does not ask the device for lengths
         alone = torch.compiler.is_compiling() or (new_tokens == 1 and kv.device.type == "cuda")
         kv.append(k16, v16, lengths, reserved=alone)
+        self.empty, self.begun = False, begun  # and no sooner: an append that raises leaves the cache as it was
+        if self.counts:
+            self.shared.length.add_(new_tokens)
         if not first and new_tokens == 1:
             out = kv.decode(q16, **options).to(q.dtype)
         return out
