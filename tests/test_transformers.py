@@ -150,11 +150,14 @@ def test_enable_and_disable():
         assert isinstance(out.past_key_values, BitDecodingCache)
         assert out.past_key_values.get_max_length() == 512
         assert out.past_key_values.layers[0].kv.quant.k_bits == 4
+        assert isinstance(model(ids, None, None, None, use_cache=None).past_key_values, BitDecodingCache)
+        assert model(ids, use_cache=False).past_key_values is None
         torch.testing.assert_close(out.logits, plain)  # a first chunk reads no cache
         result = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True)
         assert isinstance(result.past_key_values, BitDecodingCache)
         own = DynamicCache(config=model.config)
         assert model(ids, past_key_values=own).past_key_values is own
+        assert model(ids, None, None, own).past_key_values is own
         disable(model)
         disable(model)
         assert model.config._attn_implementation == "eager"

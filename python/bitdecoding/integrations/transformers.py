@@ -410,10 +410,16 @@ def enable(model: PreTrainedModel, quant: Quantisation = "kv4", max_tokens: int 
             )
         return prepare_cache(generation_config, model_kwargs, mode, batch_size, max_cache_length)
 
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+
     def add_cache(module, args, kwargs):
-        uses_cache = kwargs.get("use_cache", model.config.get_text_config(decoder=True).use_cache)
-        if uses_cache and not module.training and kwargs.get("past_key_values") is None:
-            return args, kwargs | {"past_key_values": BitDecodingCache(model.config, quant, max_tokens)}
+        given = dict(zip(names, args, strict=False)) | kwargs
+        uses_cache = given.get("use_cache")
+        if uses_cache is None:
+            uses_cache = model.config.get_text_config(decoder=True).use_cache
+        if uses_cache and not module.training and given.get("past_key_values") is None:
+            return args[len(names) :], given | {"past_key_values": BitDecodingCache(model.config, quant, max_tokens)}
         return None
 
     model._prepare_cache_for_generation = prepare_own_cache
