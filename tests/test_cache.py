@@ -242,6 +242,17 @@ def test_a_tail_only_cache_is_exact() -> None:
         assert relative_error(out[b], attention(random_q(3)[b], k[b], v[b])[0]) < 1e-3
 
 
+def test_a_cache_outlives_inference_mode() -> None:
+    k, v = new_tokens(300)
+    with torch.inference_mode():
+        cache = make(recent=7, sink_tokens=2)
+        cache.append(k, v)
+    cache.append(k, v)
+    cache.fork([1, 1, 1])
+    cache.truncate(2)
+    assert cache.seqlens.tolist() == [2, 2, 2]
+
+
 def test_one_by_one_equals_all_at_once() -> None:
     k, v = new_tokens(300)
     at_once, one_by_one = (make(recent=7, sink_tokens=2) for _ in range(2))

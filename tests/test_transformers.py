@@ -166,6 +166,17 @@ def test_enable_and_disable():
         assert type(result.past_key_values) is DynamicCache
 
 
+def test_a_cache_outlives_inference_mode():
+    model, ids = build(), tokens(1, 150)
+    model.set_attn_implementation(NAME)
+    begun, plain = (BitDecodingCache(model.config, "kv4", max_tokens=300) for _ in range(2))
+    with torch.inference_mode():
+        model(ids[:, :100], past_key_values=begun)
+    feed(model, ids[:, :100], plain, [100])
+    assert feed(model, ids[:, 100:], begun, [49, 1]).equal(feed(model, ids[:, 100:], plain, [49, 1]))
+    begun.reset()
+
+
 def test_sampling_with_chunked_prefill():
     model, ids = build(), tokens(2, 200)
     enable(model, "kv8")

@@ -48,6 +48,7 @@ class KVCache:
             same time can share one); without, a compiled step zeroes one at every call.
     """
 
+    @torch.inference_mode(False)  # what is allocated within inference mode cannot be changed outside
     def __init__(
         self,
         *,

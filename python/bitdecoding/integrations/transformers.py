@@ -65,6 +65,11 @@ class _Shared:
         self.length: Tensor | None = None  # int64 [], tokens of the longest sequence, padding included
         self.workspaces: dict[tuple[torch.device, int], Tensor | None] = {}
 
+    @torch.inference_mode(False)
+    def count(self, tokens: int, device: torch.device | str) -> None:
+        """Begin to count, from so many tokens on."""
+        self.length = _static(torch.tensor(tokens, dtype=torch.int64, device=device))
+
     def workspace(self, device: torch.device, head_dim: int) -> Tensor | None:
         key = (device, head_dim)
         if key not in self.workspaces:
@@ -127,7 +132,7 @@ class BitDecodingLayer(CacheLayerMixin):
             )
         )
         if self.shared.length is None:
-            self.shared.length = _static(torch.zeros((), dtype=torch.int64, device=key_states.device))
+            self.shared.count(0, key_states.device)
 
     def _use(self, kv: KVCache) -> None:
         self.kv = kv
@@ -368,7 +373,7 @@ class BitDecodingCache(Cache):
             raise CacheFormatError(f"{folder / POLICY_FILE}: {error!r}") from None
         first = KVCache.load(folder / _layer_file(0), device)
         cache = cls(config, policy, first.max_tokens)
-        cache._shared.length = _static(torch.tensor(length, dtype=torch.int64, device=device))
+        cache._shared.count(length, device)
         for layer in cache.layers:
             kv = first if layer.index == 0 else KVCache.load(folder / _layer_file(layer.index), device)
             if (kv.batch_size, kv.max_tokens) != (first.batch_size, first.max_tokens) or (
