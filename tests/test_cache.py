@@ -570,6 +570,31 @@ def test_truncated_and_scrambled_files(tmp_path: Path) -> None:
     assert loaded < 100
 
 
+def test_devices_that_are_not_there(tmp_path: Path) -> None:
+    """They are no fault of the file that is to be loaded."""
+    filled().save(tmp_path / "cache")
+    for device in ("meta", "nonsense", None):
+        for use in (lambda: make(device=device), lambda: bd.KVCache.load(tmp_path / "cache", device)):
+            with pytest.raises(bd.InvalidArgument, match=r"device=.*: allowed are cpu and cuda"):
+                use()
+
+
+def test_arguments_of_other_types() -> None:
+    cache = filled()
+    k, v = new_tokens(1)
+    for call, message in (
+        (lambda: cache.truncate(3.0), "lengths=3.0: allowed are batch_size=3 integers"),
+        (lambda: cache.truncate(torch.tensor(3)), "lengths=3: allowed are batch_size=3 integers"),
+        (lambda: cache.fork(None), "sources=None: allowed are batch_size=3 integers"),
+        (lambda: cache.reserve(None), "new_tokens=None: allowed are batch_size=3 integers"),
+        (lambda: cache.append(k, v, 1), "lengths=1: allowed are batch_size=3 integers"),
+        (lambda: cache.append(k.numpy(), v), "k is a ndarray: allowed is a torch.Tensor"),
+        (lambda: cache.append(k, None), "v is a NoneType: allowed is a torch.Tensor"),
+    ):
+        with pytest.raises(bd.InvalidArgument, match=message):
+            call()
+
+
 def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         bd.KVCache.load(tmp_path / "none")
