@@ -265,6 +265,16 @@ def test_assisted_decoding_gives_the_same_text():
     assert model.generate(ids, assistant_model=assistant, max_new_tokens=24, do_sample=False).equal(plain)
 
 
+def test_drafts_from_the_prompt_may_go_beyond_the_end():
+    model, ids = build(), tokens(1, 20).repeat(1, 3)
+    options = {"prompt_lookup_num_tokens": 8, "max_new_tokens": 3, "do_sample": False}
+    plain = model.generate(ids, **options)
+    enable(model, "kv8")
+    assert model.generate(ids, **options).equal(plain)
+    with pytest.raises(OutOfPages, match="may need 70"):
+        model.generate(ids, **options, past_key_values=BitDecodingCache(model.config, "kv8", max_tokens=69))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_steps_equal_plain_ones(family, device):

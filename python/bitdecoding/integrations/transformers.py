@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.generation import GenerationMode
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from .. import ops
@@ -403,16 +404,17 @@ def enable(model: PreTrainedModel, quant: Quantisation = "kv4", max_tokens: int 
 
     def prepare_own_cache(generation_config, model_kwargs, mode, batch_size, max_cache_length):
         cache = model_kwargs.get("past_key_values")
+        # drafts may go beyond the end: those from the prompt, and by a token those of another tokenizer's assistant
+        needed = max_cache_length + (generation_config.prompt_lookup_num_tokens or 0)
         if cache is None and generation_config.use_cache:
-            cache = BitDecodingCache(model.config, quant, max_tokens or max_cache_length)
+            spare = int(mode == GenerationMode.ASSISTED_GENERATION)
+            cache = BitDecodingCache(model.config, quant, max_tokens or needed + spare)
             model_kwargs["past_key_values"] = cache
             if generation_config.prefill_chunk_size is not None:  # then the first chunk is compiled, too
                 sequences = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
                 cache.initialize(model, sequences)
-        if isinstance(cache, BitDecodingCache) and cache.get_max_length() < max_cache_length:
-            raise OutOfPages(
-                f"max_tokens={cache.get_max_length()} of the cache: this generation may need {max_cache_length}"
-            )
+        if isinstance(cache, BitDecodingCache) and cache.get_max_length() < needed:
+            raise OutOfPages(f"max_tokens={cache.get_max_length()} of the cache: this generation may need {needed}")
         return prepare_cache(generation_config, model_kwargs, mode, batch_size, max_cache_length)
 
     parameters = inspect.signature(model.forward).parameters.values()
