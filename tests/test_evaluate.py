@@ -191,6 +191,15 @@ class TestCalibrate:
             calibrate.calibrate(build(), tokens(1, 1024), 2.0, formats=["kv2"], progress=False)
         with pytest.raises(InvalidArgument, match="ids is"):
             calibrate.calibrate(build(), tokens(1, 100), 4.0)
+        with pytest.raises(InvalidArgument, match="formats is empty"):
+            calibrate.calibrate(build(), tokens(1, 1024), 4.0, formats=[])
+
+    def test_a_failure_leaves_the_model_as_it_was(self):
+        model = build()
+        attention = model.config._attn_implementation
+        with pytest.raises(IndexError):  # ids of another vocabulary
+            calibrate.calibrate(model, tokens(1, 1024) + 10**6, 4.0, progress=False)
+        assert model.config._attn_implementation == attention
 
 
 @pytest.mark.parametrize(("words", "message"), [

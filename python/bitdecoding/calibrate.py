@@ -90,7 +90,15 @@ def measure_prices(
     config = model.config.get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept: dict[str, Any] = {"sink_tokens": sink_tokens, "recent": recent, "hadamard": hadamard}
-    divergences = _divergences(model, ids, [QuantPolicy(wanted, **kept) for wanted in formats], progress)
+    if not formats:
+        raise InvalidArgument("formats is empty: allowed are one or more")
+    policies = [QuantPolicy(wanted, **kept) for wanted in formats]
+    previous = config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        divergences = _divergences(model, ids, policies, progress)
+    finally:
+        model.set_attn_implementation(previous)
     return Prices([dict(zip(formats, row, strict=True)) for row in divergences.tolist()], kept, head_dim)
 
 
@@ -118,10 +126,7 @@ def choose(prices: list[dict[Format, float]], sizes: dict[Format, float], budget
 
 def _divergences(model: PreTrainedModel, ids: Tensor, policies: list[QuantPolicy], progress: bool) -> Tensor:
     """Mean KL divergence of the logits when one layer alone has a policy's format: [layers, policies]."""
-    config = model.config.get_text_config(decoder=True)
-    previous = config._attn_implementation
     half, total = ids.shape[1] // 2, ids.shape[1]
-    model.set_attn_implementation(NAME)
     cache = BitDecodingCache(model.config, QuantPolicy(UNQUANTISED, sink_tokens=0), max_tokens=total)
     model(ids[:, :half], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
@@ -153,5 +158,4 @@ def _divergences(model: PreTrainedModel, ids: Tensor, policies: list[QuantPolicy
                 cache.layers[i] = plain
                 rewind()
                 bar.update()
-    model.set_attn_implementation(previous)
     return out
