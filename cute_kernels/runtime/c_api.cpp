@@ -344,7 +344,6 @@ bitdecoding_status bitdecoding_block_bytes(int64_t head_dim, const bitdecoding_q
     bd::QuantSpec spec;
     BITDECODING_TRY(bd::to_quant(quant, &spec));
     BITDECODING_TRY(spec.validate(head_dim));
-    BITDECODING_TRY(bd::check_one_of("head_dim", head_dim, {64, 96, 128, 256}));
     BITDECODING_TRY(bd::check_present("bytes", bytes));
     *bytes = bd::block_bytes(head_dim, spec);
     return bd::Status::ok;

@@ -105,6 +105,9 @@ static void decode(void) {
   WITH(num_q_heads, 3, "num_q_heads=3: must be a multiple of num_kv_heads=2");
   WITH(num_kv_heads, 0, "num_kv_heads=0");
   WITH(head_dim, 72, "head_dim=72");
+  p.softmax_scale = 1.0f;
+  WITH(head_dim, 0, "head_dim=0");
+  p.softmax_scale = 0.0f;
   WITH(num_pages, 1, "block_table[0, 0]=1: allowed are 0 to 0");
   WITH(max_pages, 1, "sequence 0 has 2 blocks in pages: allowed are 1");
   WITH(tail_capacity, -1, "tail_capacity");
