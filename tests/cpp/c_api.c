@@ -98,6 +98,7 @@ static void decode(void) {
     REJECTED(bitdecoding_decode_cpu(&quant, &wrong, 1), text); \
   } while (0)
   WITH(size, 16, "params: size=16");
+  WITH(size, (size_t)1 << 40, "params: size=1099511627776");
   WITH(dtype, 3, "dtype=3: allowed are 0, 1, 2");
   WITH(batch, 0, "batch=0: must be positive");
   WITH(q_len, -1, "q_len=-1");
