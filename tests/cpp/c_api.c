@@ -134,6 +134,7 @@ static void decode(void) {
   REJECTED(bitdecoding_decode_cpu(&quant, NULL, 1), "params: is null");
   REJECTED(bitdecoding_decode_cpu(&quant, &p, -1), "num_threads=-1");
   p.tail_k = p.tail_v = tail;
+  OK(bitdecoding_decode_cpu(&quant, &p, 1)); /* a tail that holds nothing is none */
   p.tail_capacity = TAIL;
   WITH(packed_lens, table, "seqlens[0]=200: allowed are at most 5"); /* 1 packed token */
 
@@ -213,6 +214,7 @@ static void append(void) {
   APPEND_WITH(new_tokens, 0, "new_tokens=0");
   APPEND_WITH(num_kv_heads, 0, "num_kv_heads=0");
   APPEND_WITH(head_dim, 8, "head_dim=8");
+  APPEND_WITH(head_dim, 0, "head_dim=0");
   APPEND_WITH(num_pages, 1, "block_table[0, 0]=1: allowed are 0 to 0");
   APPEND_WITH(max_pages, 1, "sequence 0 needs 2 pages");
   APPEND_WITH(tail_capacity, CAPACITY - 1, "tail_capacity=129: allowed are numbers from 130");
