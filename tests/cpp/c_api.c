@@ -119,8 +119,11 @@ static void decode(void) {
   WITH(softmax_scale, NAN, "softmax_scale");
   WITH(softcap, INFINITY, "softcap=inf");
   WITH(q, NULL, "q: is null");
+  WITH(q, (char*)q + 8, "q: address must be a multiple of 16 bytes");
+  WITH(pages, pages + 8, "pages: address");
   WITH(pages, NULL, "pages: is null");
   WITH(page_stride_bytes, 16, "page_stride_bytes=16: must be at least block_bytes=8960");
+  WITH(page_stride_bytes, 2 * 8960 + 8, "page_stride_bytes=17928: allowed are multiples of 16");
   WITH(head_stride_bytes, -8960, "head_stride_bytes=-8960");
   WITH(block_table, NULL, "block_table: is null");
   WITH(block_table, bad_table, "block_table[0, 1]=2: allowed are 0 to 1");
