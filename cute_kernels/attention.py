@@ -47,8 +47,9 @@ class Addresses(NamedTuple):
 
     k_lane: Int32  # code vectors of K
     v_lane: Int32
-    k_quad: Int32  # parameters in B order (K: channels, V: tokens)
+    k_quad: Int32  # parameters in B order (K: channels, of the first token group; V: tokens)
     v_quad: Int32
+    mean: Int32  # of the block's keys, in B order too
     rows: Int32  # parameters in row order
 
 
@@ -107,13 +108,14 @@ class Attention:
         k_lane = stage + first * (k_codes(SLICE_TOKENS, 0) // 8) + lane * (k_codes(0, 2) // 8)
         v_lane = stage + first * (v_codes(SLICE_TOKENS, 0) // 8) + lane * (v_codes(2, 0) // 8)
         v_quad = stage + quad * (2 * v_scale(0, 2)) + first * (2 * v_scale(0, SLICE_TOKENS))
+        mean = stage + quad * (2 * b_order(self.plan.head_dim)(2))
+        k_quad, rows = stage, stage  # one of them is used
         if self.k_per_channel:
             token_group = first * SLICE_TOKENS // self.k_group
-            k_quad, rows = stage + quad * (2 * k_scale(0, 2)) + token_group * (2 * k_scale[0].stride), stage
+            k_quad = stage + quad * (2 * k_scale(0, 2)) + token_group * (2 * k_scale[0].stride)
         else:
-            k_quad = stage + quad * (2 * b_order(self.plan.head_dim)(2))  # of the mean
             rows = stage + group * (2 * k_scale(1, 0)) + first * (2 * k_scale(SLICE_TOKENS, 0))
-        return Addresses(k_lane, v_lane, k_quad, v_quad, rows)
+        return Addresses(k_lane, v_lane, k_quad, v_quad, mean, rows)
 
     @cute.jit
     def attend_block(
@@ -125,7 +127,7 @@ class Attention:
         the common case, which so has no branch between the scores and their maximum.
         """
         second = (lane & 4) != 0  # of B operands the lane holds column lane / 4
-        mean = self.mean_scores(at.k_quad, query)
+        mean = self.mean_scores(at.mean, query)
         scaled, bias = [], []
         scores = [[] for _ in range(self.columns)]
         for i in range_constexpr(self.plan.slices):
