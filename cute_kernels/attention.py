@@ -2,8 +2,9 @@
 
 Lists at trace time stand for registers: n is a column tile (8 columns of the MMA), c a channel tile, t a token tile.
 A lane is g = lane / 4, q = lane % 4; an accumulator's four values are rows g (0, 1) and g + 8 (2, 3), columns
-2q and 2q + 1. A kernel of at most 4 query columns has each of them twice, so that these two are the same and a lane
-works on one of them; j counts the different ones. Shared-memory offsets all come from the block's layouts.
+2q and 2q + 1. A kernel of at most 4 query columns has each of them twice, so that a lane works on one of them; j counts
+the different ones. The *second* column of such a pair has other factors than the first where that saves MMAs: what the
+first was rounded by, or P for its sum. Shared-memory offsets all come from the block's layouts.
 """
 
 from typing import NamedTuple
@@ -46,8 +47,9 @@ class Addresses(NamedTuple):
 
     k_lane: Int32  # code vectors of K
     v_lane: Int32
-    k_quad: Int32  # parameters in B order (K: channels, V: tokens)
+    k_quad: Int32  # parameters in B order (K: channels, of the first token group; V: tokens)
     v_quad: Int32
+    mean: Int32  # of the block's keys, in B order too
     rows: Int32  # parameters in row order
 
 
@@ -106,13 +108,14 @@ class Attention:
         k_lane = stage + first * (k_codes(SLICE_TOKENS, 0) // 8) + lane * (k_codes(0, 2) // 8)
         v_lane = stage + first * (v_codes(SLICE_TOKENS, 0) // 8) + lane * (v_codes(2, 0) // 8)
         v_quad = stage + quad * (2 * v_scale(0, 2)) + first * (2 * v_scale(0, SLICE_TOKENS))
+        mean = stage + quad * (2 * b_order(self.plan.head_dim)(2))
+        k_quad, rows = stage, stage  # one of them is used
         if self.k_per_channel:
             token_group = first * SLICE_TOKENS // self.k_group
-            k_quad, rows = stage + quad * (2 * k_scale(0, 2)) + token_group * (2 * k_scale[0].stride), stage
+            k_quad = stage + quad * (2 * k_scale(0, 2)) + token_group * (2 * k_scale[0].stride)
         else:
-            k_quad = stage + quad * (2 * b_order(self.plan.head_dim)(2))  # of the mean
             rows = stage + group * (2 * k_scale(1, 0)) + first * (2 * k_scale(SLICE_TOKENS, 0))
-        return Addresses(k_lane, v_lane, k_quad, v_quad, rows)
+        return Addresses(k_lane, v_lane, k_quad, v_quad, mean, rows)
 
     @cute.jit
     def attend_block(
@@ -123,12 +126,13 @@ class Attention:
         general (trace time): with a soft cap, or where tokens are invisible to a query or beyond ``end``; apart from
         the common case, which so has no branch between the scores and their maximum.
         """
-        mean = self.mean_scores(at.k_quad, query)
+        second = (lane & 4) != 0  # of B operands the lane holds column lane / 4
+        mean = self.mean_scores(at.mean, query)
         scaled, bias = [], []
         scores = [[] for _ in range(self.columns)]
         for i in range_constexpr(self.plan.slices):
             if cutlass.const_expr(self.k_per_channel and i * SLICE_TOKENS % self.k_group == 0):
-                scaled, bias = self.scaled_queries(at.k_quad, i * SLICE_TOKENS // self.k_group, query)
+                scaled, bias = self.scaled_queries(at.k_quad, i * SLICE_TOKENS // self.k_group, second, query)
             vectors = self.code_vectors(at.k_lane, self.fmt.k_codes, i, self.fmt.k_vector_words)
             if cutlass.const_expr(self.k_per_channel):
                 tiles = self.channel_scores(vectors, scaled, bias, mean, query)
@@ -141,7 +145,7 @@ class Attention:
                 scores = soft_capped(scores, p.softcap)
             scores = self.visible(scores, position, end - (lane >> 2), query)
         probabilities, state = self.softmax(scores, state)
-        return self.accumulate(at, probabilities, state, position + (lane & 3) * 2, end, general)
+        return self.accumulate(at, probabilities, state, second, position + (lane & 3) * 2, end, general)
 
     def code_vectors(self, lane_base: Int32, section: Section, slice_: int, vector_words: int) -> list:
         """All code vectors of a slice; lane_base = stage + the lane's place in a vector."""
@@ -160,15 +164,16 @@ class Attention:
         first, second = ptx.load_shared(row_base, section.offset + 2 * section.layout(slice_ * SLICE_TOKENS, group), 2)
         return [*ptx.half2_floats(first), *ptx.half2_floats(second)]
 
-    def scaled_queries(self, quad_base: Int32, row: int, query: Query) -> tuple:
+    def scaled_queries(self, quad_base: Int32, row: int, second: Boolean, query: Query) -> tuple:
         """K per channel: Q' = Q * scale, [n][c][2] half2, and the bias sum_c Q * scale * zero, [n][j].
 
-        Zeros may be large, so what Q' was rounded by counts in the bias.
+        What Q' was rounded by is not lost. A second column has it instead of Q', and adds it to all products. Where
+        there is none it counts in the bias, since zeros may be large, as if all codes were the middle one.
         """
         scaled = [[] for _ in query.tiles]
-        chains = 1 if self.plan.moves_registers else 2  # of MMAs; twelve warps have no registers for a second one
-        bias = [[[Float32(0.0)] * 4] * chains for _ in query.tiles]
+        bias = [[Float32(0.0)] * 4 for _ in query.tiles]
         zero = [[half2_constant(symmetric_zero(self.k_bits))] * 2] * 2
+        middle = half2_constant(-symmetric_zero(self.k_bits))
         for pair in range(self.tiles // 2):
             scale = self.b_params(quad_base, self.fmt.k_scale, row, pair)
             if self.fmt.k_zero is not None:
@@ -177,13 +182,18 @@ class Attention:
                 for i in range(2):
                     factors = [(tiles[2 * pair + i][r], scale[i][r]) for r in range(2)]
                     operand = [ptx.mul_half2(*x) for x in factors]
-                    bias[n][0] = ptx.mma(bias[n][0], rows_of(zero[i]), operand)
-                    if self.fmt.k_zero is not None:
+                    if self.plan.copies == 2:
+                        of_first = [cutlass.select_(second, x, Int32(0)) for x in operand]
+                        operand = [ptx.product_error_half2(*x, of_first[r]) for r, x in enumerate(factors)]
+                        bias[n] = ptx.mma(bias[n], rows_of(zero[i]), operand)
+                    else:
+                        bias[n] = ptx.mma(bias[n], rows_of(zero[i], Int32(0)), operand)
                         lost = [ptx.product_error_half2(*x, operand[r]) for r, x in enumerate(factors)]
-                        bias[n][-1] = ptx.mma(bias[n][-1], rows_of(zero[i]), lost)
+                        bias[n] = ptx.mma(bias[n], rows_of(zero[i], middle), lost)
                     scaled[n].append(operand)
-        bias = [[sum(parts[1:], parts[0]) for parts in zip(*of_tile, strict=True)] for of_tile in bias]
-        return scaled, [x[: self.lane_columns] for x in bias]
+        if self.plan.copies == 2:
+            return scaled, [self.both_columns(x)[0] for x in bias]
+        return scaled, [[x + y for x, y in zip(of_tile[:2], of_tile[2:], strict=True)] for of_tile in bias]
 
     def mean_scores(self, quad_base: Int32, query: Query) -> list:
         """[n][j]: Q times the block's channel mean, 0 without one."""
@@ -198,18 +208,24 @@ class Attention:
         return [t[: self.lane_columns] for t in total]
 
     def code_products(self, vectors: list, operand: list, channel_tiles: range) -> list:
-        """codes_k Q over some channel tiles, [n][t][r][j]; rows are still scaled by the codes' powers of two."""
+        """codes_k Q over some channel tiles, [n][t] accumulators; rows are still scaled by the codes' powers of two."""
         acc = [[[Float32(0.0)] * 4 for _ in range(2)] for _ in operand]
         for c in channel_tiles:
             for t in range(2):
                 a = [extract(vectors, f, self.k_bits) for f in self.k_fragments[t, c]]
                 for n, tiles in enumerate(operand):
                     acc[n][t] = ptx.mma(acc[n][t], a, tiles[c])
-        return [[self.rows(tile) for tile in tiles] for tiles in acc]
+        return acc
 
     def rows(self, accumulator: list) -> list:
         """[r][j] of rows g + 8 r, without the columns that are there twice."""
         return [accumulator[2 * r : 2 * r + self.lane_columns] for r in range(2)]
+
+    def both_columns(self, accumulator: list) -> list:
+        """As ``rows``, of products whose second columns have what the first were rounded by."""
+        if self.plan.copies == 1:
+            return self.rows(accumulator)
+        return [[accumulator[2 * r] + accumulator[2 * r + 1]] for r in range(2)]
 
     def row_factor(self, t: int, r: int) -> float:
         """Takes row g + 8 r of token tile t back from the codes' power of two."""
@@ -217,7 +233,8 @@ class Attention:
 
     def channel_scores(self, vectors: list, scaled: list, bias: list, mean: list, query: Query) -> list:
         """log2 scores of a slice, [n][t][r][j], K per channel."""
-        acc = self.code_products(vectors, scaled, range(self.tiles))
+        products = self.code_products(vectors, scaled, range(self.tiles))
+        acc = [[self.both_columns(tile) for tile in tiles] for tiles in products]
         for n, factors in enumerate(query.factors):
             offset = [(b + m) * f for b, m, f in zip(bias[n], mean[n], factors, strict=True)]
             for t in range(2):
@@ -232,7 +249,8 @@ class Attention:
         per_group = self.k_group // TILE
         zero = [Float32(symmetric_zero(self.k_bits))] * 4
         for j in range(self.plan.k_groups):
-            acc = self.code_products(vectors, query.tiles, range(j * per_group, (j + 1) * per_group))
+            products = self.code_products(vectors, query.tiles, range(j * per_group, (j + 1) * per_group))
+            acc = [[self.rows(tile) for tile in tiles] for tiles in products]
             scale = self.row_params(row_base, self.fmt.k_scale, slice_, j)
             if self.fmt.k_zero is not None:
                 zero = self.row_params(row_base, self.fmt.k_zero, slice_, j)
@@ -304,16 +322,20 @@ class Attention:
         """P of a token tile, [r][j], from accumulator order to B operand: 2 half2."""
         return [ptx.transpose8x8(ptx.to_half2(row[0], row[-1])) for row in tile]
 
-    def accumulate(self, at: Addresses, p: list, state: State, token: Int32, end: Int32, masked: bool) -> State:
+    def accumulate(
+        self, at: Addresses, p: list, state: State, second: Boolean, token: Int32, end: Int32, masked: bool
+    ) -> State:
         """O^T += V^T P^T of the warp's slices; ``token``: position of the lane's first token in B order.
 
         The zeros' sums are added to the codes' sums here, block by block, since they cancel for the most part and
-        the MMA truncates sums that grow far.
+        the MMA truncates sums that grow far. Second columns have P itself instead of P * scale of the first V group;
+        with ones in the other rows of the zeros' MMA, they give the sum of P.
         """
         top, total, out = state
         operand = [[self.transposed(tile) for tile in tiles] for tiles in p]
-        for n in range(self.columns):
-            total[n] = [x + y for x, y in zip(total[n], self.sums(operand[n]), strict=True)]
+        if self.plan.copies == 1:
+            for n in range(self.columns):
+                total[n] = [x + y for x, y in zip(total[n], self.sums(operand[n]), strict=True)]
         zeros = [[[Float32(0.0)] * 4 for _ in range(self.plan.v_groups)] for _ in range(self.columns)]
         zero = [[half2_constant(symmetric_zero(self.v_bits))] * 2] * 2
         per_group = self.v_group // TILE
@@ -323,19 +345,25 @@ class Attention:
                 scale = self.value_params(at, self.fmt.v_scale, g, i, token, end, masked)
                 if self.fmt.v_zero is not None:
                     zero = self.value_params(at, self.fmt.v_zero, g, i, token, end, masked)
+                rows_8 = None
+                if self.plan.copies == 2 and g == 0:
+                    scale = [[cutlass.select_(second, Int32(HALF2_ONES), x) for x in of_tile] for of_tile in scale]
+                    rows_8 = Int32(HALF2_ONES)
                 for n in range(self.columns):
                     for t in range(2):
                         scaled = [ptx.mul_half2(operand[n][2 * i + t][r], scale[t][r]) for r in range(2)]
-                        zeros[n][g] = ptx.mma(zeros[n][g], rows_of(zero[t]), scaled)
+                        zeros[n][g] = ptx.mma(zeros[n][g], rows_of(zero[t], rows_8), scaled)
                         for c in range(g * per_group, (g + 1) * per_group):
                             a = [extract(vectors, f, self.v_bits) for f in self.v_fragments[t, c]]
                             out[n][c] = ptx.mma(out[n][c], a, scaled)
         for n in range(self.columns):
+            if self.plan.copies == 2:
+                total[n][0] = total[n][0] + zeros[n][0][3]
             for c in range(self.tiles):
                 offset = zeros[n][c // per_group]
                 for r in range(2):
-                    for i in range(2 * r, 2 * r + self.lane_columns):
-                        out[n][c][i] = out[n][c][i] + offset[i] * self.v_power(c, r)
+                    for j in range(self.lane_columns):
+                        out[n][c][2 * r + j] = out[n][c][2 * r + j] + offset[j] * self.v_power(c, r)
         return State(top, total, out)
 
     def value_params(
@@ -444,6 +472,11 @@ def saturated(x: Float32) -> Float32:
     return ptx.fmin(ptx.fmax(x, Float32(-HALF_MAX)), Float32(HALF_MAX))
 
 
-def rows_of(pair: list) -> list:
-    """The A tile whose 16 rows are all the same 16 values, given as B-order half2 (columns 2q.., 2q + 8..)."""
-    return [pair[0], pair[0], pair[1], pair[1]]
+def rows_of(pair: list, rows_8: Int32 | None = None) -> list:
+    """The A tile whose 16 rows are all the same 16 values, given as B-order half2 (columns 2q.., 2q + 8..).
+
+    rows_8: the half2 in all columns of the rows g + 8 instead.
+    """
+    if rows_8 is None:
+        return [pair[0], pair[0], pair[1], pair[1]]
+    return [pair[0], rows_8, pair[1], rows_8]

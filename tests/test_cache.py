@@ -242,6 +242,17 @@ def test_a_tail_only_cache_is_exact() -> None:
         assert relative_error(out[b], attention(random_q(3)[b], k[b], v[b])[0]) < 1e-3
 
 
+def test_a_cache_outlives_inference_mode() -> None:
+    k, v = new_tokens(300)
+    with torch.inference_mode():
+        cache = make(recent=7, sink_tokens=2)
+        cache.append(k, v)
+    cache.append(k, v)
+    cache.fork([1, 1, 1])
+    cache.truncate(2)
+    assert cache.seqlens.tolist() == [2, 2, 2]
+
+
 def test_one_by_one_equals_all_at_once() -> None:
     k, v = new_tokens(300)
     at_once, one_by_one = (make(recent=7, sink_tokens=2) for _ in range(2))
@@ -557,6 +568,32 @@ def test_truncated_and_scrambled_files(tmp_path: Path) -> None:
         except bd.CacheFormatError:
             pass
     assert loaded < 100
+
+
+def test_devices_that_are_not_there(tmp_path: Path) -> None:
+    """They are no fault of the file that is to be loaded."""
+    filled().save(tmp_path / "cache")
+    for device in ("meta", "nonsense", None):
+        with pytest.raises(bd.InvalidArgument, match=r"device=.*: allowed are cpu and cuda"):
+            make(device=device)
+        with pytest.raises(bd.InvalidArgument, match=r"device=.*: allowed are cpu and cuda"):
+            bd.KVCache.load(tmp_path / "cache", device)
+
+
+def test_arguments_of_other_types() -> None:
+    cache = filled()
+    k, v = new_tokens(1)
+    for call, message in (
+        (lambda: cache.truncate(3.0), "lengths=3.0: allowed are batch_size=3 integers"),
+        (lambda: cache.truncate(torch.tensor(3)), "lengths=3: allowed are batch_size=3 integers"),
+        (lambda: cache.fork(None), "sources=None: allowed are batch_size=3 integers"),
+        (lambda: cache.reserve(None), "new_tokens=None: allowed are batch_size=3 integers"),
+        (lambda: cache.append(k, v, 1), "lengths=1: allowed are batch_size=3 integers"),
+        (lambda: cache.append(k.numpy(), v), "k is a ndarray: allowed is a torch.Tensor"),
+        (lambda: cache.append(k, None), "v is a NoneType: allowed is a torch.Tensor"),
+    ):
+        with pytest.raises(bd.InvalidArgument, match=message):
+            call()
 
 
 def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:

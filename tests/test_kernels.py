@@ -304,6 +304,15 @@ def test_rotation_of_queries_and_outputs(head_dim: int, heads: int, dtype: torch
         assert relative_error(out[b], want) < (1e-3 if dtype == torch.float16 else 4e-3)
 
 
+def test_mean_of_keys_per_channel() -> None:
+    """No build has this format. The warps of a block share its mean, whichever groups their tokens are in."""
+    spec = bd.QuantSpec(k_group=32, k_mean="block", v_group=64)
+    config = choose("sm86", spec, 64, 3)
+    assert config.warps_per_block > 1
+    case = problem(RAGGED, spec, heads=1, head_dim=64)
+    check(config, compiler.compile_config(config), case, random_q(3, 1, 3, 64))
+
+
 @pytest.mark.parametrize("grid", [1, 2, 7, 40])
 def test_any_grid_gives_the_same_attention(grid: int) -> None:
     spec = bd.QuantSpec(k_group=32, v_group=32)

@@ -150,17 +150,31 @@ def test_enable_and_disable():
         assert isinstance(out.past_key_values, BitDecodingCache)
         assert out.past_key_values.get_max_length() == 512
         assert out.past_key_values.layers[0].kv.quant.k_bits == 4
+        assert isinstance(model(ids, None, None, None, use_cache=None).past_key_values, BitDecodingCache)
+        assert model(ids, use_cache=False).past_key_values is None
         torch.testing.assert_close(out.logits, plain)  # a first chunk reads no cache
         result = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True)
         assert isinstance(result.past_key_values, BitDecodingCache)
         own = DynamicCache(config=model.config)
         assert model(ids, past_key_values=own).past_key_values is own
+        assert model(ids, None, None, own).past_key_values is own
         disable(model)
         disable(model)
         assert model.config._attn_implementation == "eager"
         assert type(model(ids).past_key_values) is DynamicCache
         result = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True)
         assert type(result.past_key_values) is DynamicCache
+
+
+def test_a_cache_outlives_inference_mode():
+    model, ids = build(), tokens(1, 150)
+    model.set_attn_implementation(NAME)
+    begun, plain = (BitDecodingCache(model.config, "kv4", max_tokens=300) for _ in range(2))
+    with torch.inference_mode():
+        model(ids[:, :100], past_key_values=begun)
+    feed(model, ids[:, :100], plain, [100])
+    assert feed(model, ids[:, 100:], begun, [49, 1]).equal(feed(model, ids[:, 100:], plain, [49, 1]))
+    begun.reset()
 
 
 def test_sampling_with_chunked_prefill():
@@ -204,6 +218,24 @@ def test_left_padding(family):
     batch = model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False)
     single = model.generate(ids[1:, 70:], max_new_tokens=6, do_sample=False)
     assert batch[1, 290:].equal(single[0, 220:])
+
+
+def test_left_padding_of_a_later_chunk():
+    """Another turn of a conversation, shorter in one sequence, after both have begun."""
+    model, ids, turn = build(), tokens(2, 150), tokens(2, 40, seed=5)
+    mask = torch.ones(2, 190, dtype=torch.int64)
+    mask[1, 150:165] = 0
+    position = mask.cumsum(1) - 1
+    model.set_attn_implementation(NAME)
+    cache = BitDecodingCache(model.config, EIGHT_BIT)
+    feed(model, ids, cache, [150])
+    with torch.no_grad():
+        logits = model(turn, attention_mask=mask, position_ids=position[:, 150:], past_key_values=cache).logits
+    assert cache.layers[0].kv.seqlens.tolist() == [190, 175]
+    alone = BitDecodingCache(model.config, EIGHT_BIT)
+    feed(model, ids[1:], alone, [150])
+    expected = feed(model, turn[1:, 15:], alone, [25])
+    assert (logits[1, 15:] - expected[0]).abs().max() < 0.01 * expected.std()
 
 
 def test_crop_is_exact_within_the_recent_tokens():
@@ -454,8 +486,18 @@ class TestErrors:
         with pytest.raises(UnsupportedConfig):
             model(tokens(1, 8), use_cache=False)
 
-    def test_full_cache(self):
-        model, ids = build(), tokens(1, 40)
+    @pytest.mark.parametrize("held", [0, 20])
+    def test_refused_tokens_leave_the_cache_as_it_was(self, held):
+        model, ids, more = build(), tokens(2, 20), tokens(2, 5, seed=5)
         model.set_attn_implementation(NAME)
-        with pytest.raises(OutOfPages):
-            feed(model, ids, BitDecodingCache(model.config, max_tokens=30), [20, 20])
+        cache, fresh = (BitDecodingCache(model.config, max_tokens=30) for _ in range(2))
+        for each in (cache, fresh):
+            if held:
+                feed(model, ids, each, [held])
+        with pytest.raises(OutOfPages, match="max_tokens=30"):
+            feed(model, tokens(2, 31 - held), cache, [31 - held])
+        if held:
+            with pytest.raises(InvalidArgument, match=r"key_states .* \[3, 2, 5, 64\]: allowed is \[batch_size=2"):
+                feed(model, tokens(3, 5), cache, [5])
+        assert int(cache.get_seq_length()) == held
+        assert feed(model, more, cache, [5]).equal(feed(model, more, fresh, [5]))

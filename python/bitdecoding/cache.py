@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class KVCache:
             same time can share one); without, a compiled step zeroes one at every call.
     """
 
+    @torch.inference_mode(False)  # what is allocated within inference mode cannot be changed outside
     def __init__(
         self,
         *,
@@ -63,7 +64,7 @@ class KVCache:
         num_pages: int | None = None,
         workspace: Tensor | None = None,
     ) -> None:
-        device = torch.device(device)
+        device = _known(device)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("max_tokens", max_tokens, 1),
@@ -134,11 +135,13 @@ class KVCache:
         the cache's device, or None); always so while a graph is being captured or torch.compile traces. A sequence that
         has no page left for a full block stays as it was, and the next :meth:`sync` raises OutOfPages.
         """
+        new_tokens = None
         for name, x in (("k", k), ("v", v)):
             ops.check_tensor(
-                name, x, (self.dtype,), batch_size=self.batch_size, new_tokens=k.shape[1] if k.dim() == 4 else None,
+                name, x, (self.dtype,), batch_size=self.batch_size, new_tokens=new_tokens,
                 num_kv_heads=self.num_kv_heads, head_dim=self.head_dim,
             )  # fmt: skip
+            new_tokens = k.shape[1]
             if x.device != self.pages.device:
                 raise InvalidArgument(f"{name} is on {x.device}: allowed is {self.pages.device}")
         recorded = self._recording()
@@ -153,7 +156,6 @@ class KVCache:
             return
 
         self.sync()
-        new_tokens = k.shape[1]
         new = [new_tokens] * self.batch_size if lengths is None else self._per_sequence("lengths", lengths)
         for b, count in enumerate(new):
             if not 0 <= count <= new_tokens:
@@ -384,10 +386,12 @@ class KVCache:
         )
 
     def _per_sequence(self, name: str, values: Sequence[int] | Tensor) -> list[int]:
-        listed = values.tolist() if isinstance(values, Tensor) else list(values)
-        if len(listed) != self.batch_size or not all(type(n) is int for n in listed):
-            raise InvalidArgument(f"{name}={listed!r}: allowed are batch_size={self.batch_size} integers")
-        return listed
+        listed = values.tolist() if isinstance(values, Tensor) else values
+        if isinstance(listed, Iterable):
+            listed = list(listed)
+            if len(listed) == self.batch_size and all(type(n) is int for n in listed):
+                return listed
+        raise InvalidArgument(f"{name}={listed!r}: allowed are batch_size={self.batch_size} integers")
 
     # ------------------------------------------------------------------------------------------ files
 
@@ -424,6 +428,7 @@ class KVCache:
 
         Nothing in the file is trusted or executed: CacheFormatError for anything that save would not have written.
         """
+        torch.empty(0, device=_known(device))  # a device that is not there is no fault of the file
         try:
             with safe_open(path, framework="pt") as file:
                 cache = cls._from_metadata(file.metadata() or {}, file, device)
@@ -511,6 +516,17 @@ class KVCache:
             _scatter(cache.sink_v, sink_v, sinks)
         cache._write_lengths(lens, packed)
         return cache
+
+
+def _known(device: torch.device | str) -> torch.device:
+    """A device that a cache can be on."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise InvalidArgument(f"device={device!r}: allowed are cpu and cuda")
+    return found
 
 
 def _concatenate(x: Tensor, counts: list[int]) -> Tensor:

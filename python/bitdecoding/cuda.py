@@ -175,6 +175,7 @@ def _workspace(device: int, size: int) -> Tensor:
     return found
 
 
+@torch.inference_mode(False)  # it is used, that is changed, within that mode and outside
 def _new_workspace(device: int, size: int) -> Tensor:
     """A workspace of zeros, which is how kernels leave it."""
     return torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", device))

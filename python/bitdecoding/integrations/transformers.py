@@ -65,6 +65,11 @@ class _Shared:
         self.length: Tensor | None = None  # int64 [], tokens of the longest sequence, padding included
         self.workspaces: dict[tuple[torch.device, int], Tensor | None] = {}
 
+    @torch.inference_mode(False)
+    def count(self, tokens: int, device: torch.device | str) -> None:
+        """Begin to count, from so many tokens on."""
+        self.length = _static(torch.tensor(tokens, dtype=torch.int64, device=device))
+
     def workspace(self, device: torch.device, head_dim: int) -> Tensor | None:
         key = (device, head_dim)
         if key not in self.workspaces:
@@ -127,7 +132,7 @@ class BitDecodingLayer(CacheLayerMixin):
             )
         )
         if self.shared.length is None:
-            self.shared.length = _static(torch.zeros((), dtype=torch.int64, device=key_states.device))
+            self.shared.count(0, key_states.device)
 
     def _use(self, kv: KVCache) -> None:
         self.kv = kv
@@ -152,9 +157,11 @@ class BitDecodingLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        ops.check_tensor(
+            "key_states", key_states, (key_states.dtype,), batch_size=self.kv.batch_size,
+            num_kv_heads=self.kv.num_kv_heads, new_tokens=None, head_dim=self.kv.head_dim,
+        )  # fmt: skip
         self.awaiting_attention = True
-        if self.counts:
-            self.shared.length.add_(key_states.shape[-2])
         key_states = key_states.detach()  # a new tensor object, to carry the mark
         key_states.bitdecoding_layer = self
         return key_states, value_states
@@ -168,16 +175,15 @@ class BitDecodingLayer(CacheLayerMixin):
         -> out like q; rows of padding mean nothing.
         """
         kv, first, new_tokens = self.kv, self.empty, q.shape[1]
-        self.awaiting_attention = self.empty = False
-        if self.begun:
+        self.awaiting_attention = False
+        if self.begun and new_tokens == 1:
             padding = None
-        elif padding is None:
-            self.begun = True
+        begun = self.begun or padding is None
         lengths = order = None
         if padding is not None:
             lengths = padding.sum(1, dtype=torch.int32)
-            if not torch.compiler.is_compiling():
-                self.begun = bool((lengths > 0).all())
+            if not begun and not torch.compiler.is_compiling():
+                begun = bool((lengths > 0).all())
             order = padding.int().argsort(dim=1, descending=True, stable=True)
             k, v = _reorder(k, order), _reorder(v, order)
 
@@ -195,6 +201,9 @@ class BitDecodingLayer(CacheLayerMixin):
         # a step on the device does not ask the device for lengths
         alone = torch.compiler.is_compiling() or (new_tokens == 1 and kv.device.type == "cuda")
         kv.append(k16, v16, lengths, reserved=alone)
+        self.empty, self.begun = False, begun  # and no sooner: an append that raises leaves the cache as it was
+        if self.counts:
+            self.shared.length.add_(new_tokens)
         if not first and new_tokens == 1:
             out = kv.decode(q16, **options).to(q.dtype)
         return out
@@ -364,7 +373,7 @@ class BitDecodingCache(Cache):
             raise CacheFormatError(f"{folder / POLICY_FILE}: {error!r}") from None
         first = KVCache.load(folder / _layer_file(0), device)
         cache = cls(config, policy, first.max_tokens)
-        cache._shared.length = _static(torch.tensor(length, dtype=torch.int64, device=device))
+        cache._shared.count(length, device)
         for layer in cache.layers:
             kv = first if layer.index == 0 else KVCache.load(folder / _layer_file(layer.index), device)
             if (kv.batch_size, kv.max_tokens) != (first.batch_size, first.max_tokens) or (
@@ -406,10 +415,16 @@ def enable(model: PreTrainedModel, quant: Quantisation = "kv4", max_tokens: int 
             )
         return prepare_cache(generation_config, model_kwargs, mode, batch_size, max_cache_length)
 
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+
     def add_cache(module, args, kwargs):
-        uses_cache = kwargs.get("use_cache", model.config.get_text_config(decoder=True).use_cache)
-        if uses_cache and not module.training and kwargs.get("past_key_values") is None:
-            return args, kwargs | {"past_key_values": BitDecodingCache(model.config, quant, max_tokens)}
+        given = dict(zip(names, args, strict=False)) | kwargs
+        uses_cache = given.get("use_cache")
+        if uses_cache is None:
+            uses_cache = model.config.get_text_config(decoder=True).use_cache
+        if uses_cache and not module.training and given.get("past_key_values") is None:
+            return args[len(names) :], given | {"past_key_values": BitDecodingCache(model.config, quant, max_tokens)}
         return None
 
     model._prepare_cache_for_generation = prepare_own_cache
