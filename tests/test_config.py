@@ -154,6 +154,13 @@ def test_config_errors_name_the_argument(fields, error, message):
         assert message in str(caught.value)
 
 
+def test_a_block_has_a_head_dim():
+    QuantSpec().validate(0)  # whatever it will be
+    for head_dim in (0, -64, 80):
+        with pytest.raises(InvalidArgument, match=f"head_dim={head_dim}: allowed are"):
+            QuantSpec().block_bytes(head_dim)
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"k_bits": 5}', '{"k_bitz": 4}', '{"k_bits": "4"}', "{"])
 def test_damaged_json(text):
     with pytest.raises(InvalidArgument):

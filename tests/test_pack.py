@@ -44,6 +44,11 @@ def test_missing_file(tmp_path):
         load_pack(str(tmp_path / "none.bdpack"))
 
 
+def test_a_directory_is_no_pack(tmp_path):
+    with pytest.raises(InvalidArgument, match="cannot be read"):
+        load_pack(str(tmp_path))
+
+
 def test_no_two_kernels_share_their_code(tmp_path):
     with pytest.raises(InvalidArgument, match=f"cubin of {kernel(2).name}: is that of {kernel(1).name}"):
         write_pack(tmp_path / "a.bdpack", [kernel(1, cubin=b"x"), kernel(2, cubin=b"x")], {})

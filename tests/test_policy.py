@@ -5,6 +5,7 @@ import torch
 from bitdecoding.cute_kernels.errors import InvalidArgument
 
 import bitdecoding as bd
+from bitdecoding.cli import main
 from bitdecoding.quantization import CachePolicy
 
 SPEC = bd.QuantSpec(k_bits=4, v_bits=2, k_group=64, v_group=32)
@@ -75,10 +76,21 @@ def test_bad_arguments(arguments, message):
 @pytest.mark.parametrize("text", [
     "", "[]", "{}", '{"default": "kv4", "colour": 1}', '{"default": {"k_bits": 5}}',
     '{"default": "kv4", "layers": {"x": "kv4"}}', '{"default": "kv4", "layers": [1]}', '{"default": 4}',
+    "[" * 100_000, b"\xff\xfe",
 ])  # fmt: skip
 def test_bad_json(text):
     with pytest.raises(InvalidArgument):
         bd.QuantPolicy.from_json(text)
+
+
+def test_files_and_command_lines(tmp_path, capsys):
+    (tmp_path / "policy.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidArgument, match="not the JSON of a policy"):
+        bd.QuantPolicy.load(tmp_path / "policy.json")
+    with pytest.raises(InvalidArgument, match="allowed changes"):
+        bd.QuantPolicy.parse("kv4:recent=²")
+    assert main(["eval", "--policies", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
 
 
 def test_layers_that_do_not_exist():

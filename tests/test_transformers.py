@@ -11,7 +11,9 @@ pytest.importorskip("transformers")
 from bitdecoding.cute_kernels.errors import CacheFormatError, InvalidArgument, OutOfPages, UnsupportedConfig
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     CompileConfig,
+    DiffLlamaConfig,
     DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
@@ -265,6 +267,16 @@ def test_assisted_decoding_gives_the_same_text():
     assert model.generate(ids, assistant_model=assistant, max_new_tokens=24, do_sample=False).equal(plain)
 
 
+def test_drafts_from_the_prompt_may_go_beyond_the_end():
+    model, ids = build(), tokens(1, 20).repeat(1, 3)
+    options = {"prompt_lookup_num_tokens": 8, "max_new_tokens": 3, "do_sample": False}
+    plain = model.generate(ids, **options)
+    enable(model, "kv8")
+    assert model.generate(ids, **options).equal(plain)
+    with pytest.raises(OutOfPages, match="may need 70"):
+        model.generate(ids, **options, past_key_values=BitDecodingCache(model.config, "kv8", max_tokens=69))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_steps_equal_plain_ones(family, device):
@@ -357,6 +369,15 @@ def test_saved_cache_goes_on_where_it_was(tmp_path):
     assert int(loaded.get_seq_length()) == 300
     assert feed(model, ids[:, 300:], loaded, 1).equal(feed(model, ids[:, 300:], cache, 1))
 
+    for layers, message in ((1, "more than 1 layers"), (3, "not a cache of 3 layers")):
+        with pytest.raises(CacheFormatError, match=message):
+            BitDecodingCache.load(tmp_path / "prompt", LlamaConfig(**SIZES | {"num_hidden_layers": layers}))
+    cache.layers[1].kv.save(tmp_path / "prompt" / "layer-001.safetensors")  # 20 tokens more than layer 0 has
+    with pytest.raises(CacheFormatError, match="layer-001.safetensors: not a layer of this cache"):
+        BitDecodingCache.load(tmp_path / "prompt", model.config)
+    (tmp_path / "prompt" / "policy.json").write_text('{"policy": {"default": "kv4"}, "length": 299}')
+    with pytest.raises(CacheFormatError, match="length=299: a sequence has 300 tokens"):
+        BitDecodingCache.load(tmp_path / "prompt", model.config)
     (tmp_path / "prompt" / "policy.json").write_text('{"policy": {"default": "kv2"}, "length": 300}')
     with pytest.raises(CacheFormatError, match="layer"):
         BitDecodingCache.load(tmp_path / "prompt", model.config)
@@ -464,6 +485,18 @@ class TestErrors:
         config.layer_types = ["full_attention", "chunked_attention"]
         with pytest.raises(UnsupportedConfig, match="chunked_attention"):
             BitDecodingCache(config)
+
+    def test_model_that_attends_twice(self):
+        config = DiffLlamaConfig(**SIZES | {"num_key_value_heads": 4})
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
+        with pytest.raises(UnsupportedConfig, match="attends twice"):
+            model(tokens(1, 8), past_key_values=BitDecodingCache(config))
+
+    @pytest.mark.parametrize("max_tokens", [None, 0, 2.5])
+    def test_capacity(self, max_tokens):
+        config = BloomConfig(hidden_size=128, n_head=2, n_layer=2)  # without a maximum of positions
+        with pytest.raises(InvalidArgument, match=f"max_tokens={max_tokens}: allowed are integers"):
+            BitDecodingCache(config, "kv4", max_tokens)
 
     def test_model_that_attends_otherwise(self):
         model, ids = build(), tokens(1, 10)

@@ -361,7 +361,10 @@ TVM_FFI_STATIC_INIT_BLOCK() {
   refl::GlobalDef()
       .def("bitdecoding.format_version", []() { return static_cast<int64_t>(kFormatVersion); })
       .def("bitdecoding.quant_validate",
-           [](const QuantSpecRef& quant, int64_t head_dim) { raise_unless_ok(quant->to_core().validate(head_dim)); })
+           [](const QuantSpecRef& quant, int64_t head_dim) {  // 0: whatever it will be
+             const QuantSpec core = quant->to_core();
+             raise_unless_ok(head_dim == 0 ? core.validate() : core.validate(head_dim));
+           })
       .def("bitdecoding.quant_name", [](const QuantSpecRef& quant) { return ffi::String(quant->to_core().name()); })
       .def("bitdecoding.config_validate", [](const KernelConfigRef& config) { valid_config(config); })
       .def("bitdecoding.config_name",

@@ -208,8 +208,6 @@ Status set_error(Status status, const std::string& message) {
 }
 
 Status QuantSpec::validate(std::int64_t head_dim) const noexcept {
-  constexpr std::int64_t kAnyHeadDim = 128;  // every group divides it
-  if (head_dim == 0) head_dim = kAnyHeadDim;
   BITDECODING_TRY(check_one_of("head_dim", head_dim, {64, 96, 128, 256}));
   BITDECODING_TRY(check_one_of("k_bits", k_bits, {8, 4, 2}));
   BITDECODING_TRY(check_one_of("v_bits", v_bits, {8, 4, 2}));
@@ -220,6 +218,11 @@ Status QuantSpec::validate(std::int64_t head_dim) const noexcept {
   BITDECODING_TRY(check_group("v_group", v_group, head_dim));
   BITDECODING_TRY(check_clip("k_clip", k_clip));
   return check_clip("v_clip", v_clip);
+}
+
+Status QuantSpec::validate() const noexcept {
+  constexpr std::int64_t kAnyHeadDim = 128;  // every group divides it
+  return validate(kAnyHeadDim);
 }
 
 std::string QuantSpec::name() const {

@@ -155,7 +155,7 @@ class Decode {
       if (p_.packed_lens != nullptr) {
         s.packed = p_.packed_lens[b];
       } else {
-        s.packed = p_.tail_k != nullptr ? unpacked - unpacked % kBlockTokens : unpacked;
+        s.packed = p_.tail_capacity > 0 ? unpacked - unpacked % kBlockTokens : unpacked;
       }
       if (s.packed < 0 || s.packed > unpacked) {
         return fail(Status::invalid_argument, "packed_lens[", b, "]=", s.packed, ": allowed are 0 to ", unpacked,

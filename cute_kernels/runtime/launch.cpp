@@ -288,21 +288,23 @@ Status validate_params(const DecodeParams& p) {
   if (p.num_pages < 0 || p.max_pages < 0 || p.tail_capacity < 0 || p.num_sink < 0) {
     return fail(Status::invalid_argument, "num_pages, max_pages, tail_capacity and num_sink must not be negative");
   }
-  BITDECODING_TRY(check_present("q", p.q));
-  BITDECODING_TRY(check_present("out", p.out));
+  BITDECODING_TRY(vectors("q", p.q));
+  BITDECODING_TRY(vectors("out", p.out));
   BITDECODING_TRY(check_present("seqlens", p.seqlens));
   if (p.tail_capacity > 0) {
-    BITDECODING_TRY(check_present("tail_k", p.tail_k));
-    BITDECODING_TRY(check_present("tail_v", p.tail_v));
+    BITDECODING_TRY(vectors("tail_k", p.tail_k));
+    BITDECODING_TRY(vectors("tail_v", p.tail_v));
   }
   if (p.num_sink > 0) {
-    BITDECODING_TRY(check_present("sink_k", p.sink_k));
-    BITDECODING_TRY(check_present("sink_v", p.sink_v));
+    BITDECODING_TRY(vectors("sink_k", p.sink_k));
+    BITDECODING_TRY(vectors("sink_v", p.sink_v));
   }
   if (p.max_pages > 0) {
-    BITDECODING_TRY(check_present("pages", p.pages));
+    BITDECODING_TRY(vectors("pages", p.pages));
     BITDECODING_TRY(check_present("block_table", p.block_table));
   }
+  BITDECODING_TRY(vector_stride("head_stride_bytes", p.head_stride_bytes));
+  BITDECODING_TRY(vector_stride("page_stride_bytes", p.page_stride_bytes));
   if (!std::isfinite(p.softmax_scale_log2) || p.softmax_scale_log2 <= 0.0f) {
     return fail(Status::invalid_argument, "softmax_scale_log2=", p.softmax_scale_log2, ": must be positive and finite");
   }
@@ -364,7 +366,7 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
   const DeviceInfo* info = nullptr;
   BITDECODING_TRY(find_kind(handle, "decode", &r));
   BITDECODING_TRY(validate_params(params));
-  BITDECODING_TRY(check_present("workspace", params.workspace));
+  BITDECODING_TRY(vectors("workspace", params.workspace));
   BITDECODING_TRY(find_target(*r, options.device, &driver, &info));
   const int num_ctas = info->num_sms * r->kernel.ctas_per_sm;
   const std::int64_t needed = decode_workspace_bytes(r->config, num_ctas);

@@ -2,7 +2,6 @@
 
 #include <cstdint>
 #include <fstream>
-#include <iterator>
 #include <map>
 #include <set>
 #include <sstream>
@@ -94,7 +93,12 @@ Status validate_kernel(const Kernel& kernel) {
 Status read_pack(const std::string& path, std::vector<Kernel>* out) {
   std::ifstream file(path, std::ios::binary);
   if (!file) return fail(Status::invalid_argument, "path='", path, "': cannot be opened");
-  const std::string data((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  std::string data;
+  std::vector<char> chunk(std::size_t{1} << 16);
+  while (file.read(chunk.data(), static_cast<std::streamsize>(chunk.size())), file.gcount() > 0) {
+    data.append(chunk.data(), static_cast<std::size_t>(file.gcount()));
+  }
+  if (file.bad()) return fail(Status::invalid_argument, "path='", path, "': cannot be read");  // a directory, say
 
   const std::size_t magic = sizeof(kMagic) - 1;
   if (data.compare(0, magic, kMagic) != 0) return damaged(path, "it does not begin with 'BDPACK 1'");

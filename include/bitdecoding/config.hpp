@@ -49,8 +49,10 @@ struct Clip {
 struct QuantSpec {
   BITDECODING_QUANT_SPEC_FIELDS(BITDECODING_DECLARE_FIELD)
 
-  // Status::invalid_argument names the first field whose value is not allowed. head_dim 0: whatever it will be.
-  Status validate(std::int64_t head_dim = 0) const noexcept;
+  // Status::invalid_argument names the first field whose value is not allowed, or the head_dim.
+  Status validate(std::int64_t head_dim) const noexcept;
+  // The same for whatever head_dim it will be.
+  Status validate() const noexcept;
   // The format as it appears in a kernel's name, such as k4c128_v4g128 (s: symmetric, m: mean).
   std::string name() const;
 };

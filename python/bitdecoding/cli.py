@@ -24,7 +24,7 @@ USAGE_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; errors of the library are one line on stderr and exit status 2."""
+    """Run a command; errors of the library and of files are one line on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="bitdecoding", description="Decode attention over a low-bit KV cache.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -42,6 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except BitDecodingError as error:
+    except (BitDecodingError, OSError) as error:
         print(f"bitdecoding {args.command}: {error}", file=sys.stderr)
         return USAGE_ERROR

@@ -81,7 +81,7 @@ class QuantPolicy:
         values: dict[str, Any] = {}
         for change in changes:
             key, _, value = change.partition("=")
-            if key in ("sinks", "recent") and value.isdigit():
+            if key in ("sinks", "recent") and value.isdecimal():
                 values["sink_tokens" if key == "sinks" else key] = int(value)
             elif key == "hadamard" and value in ("on", "off"):
                 values[key] = value == "on"
@@ -145,7 +145,7 @@ class QuantPolicy:
         return json.dumps(values)
 
     @classmethod
-    def from_json(cls, text: str) -> QuantPolicy:
+    def from_json(cls, text: str | bytes) -> QuantPolicy:
         """The inverse of to_json; raises InvalidArgument for anything else."""
         try:
             values = json.loads(text)
@@ -153,7 +153,7 @@ class QuantPolicy:
             layers = {int(i): _parsed(wanted) for i, wanted in values.get("layers", {}).items()}
             kept = {key: values.get(key) for key in _KEPT}
             default = _parsed(values["default"])
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise InvalidArgument(f"QuantPolicy: not the JSON of a policy: {error!r}") from None
         if unknown:
             raise InvalidArgument(f"QuantPolicy: unknown fields: {', '.join(sorted(unknown))}")
@@ -165,7 +165,7 @@ class QuantPolicy:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> QuantPolicy:
         """Read what :meth:`save` wrote."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        return cls.from_json(Path(path).read_bytes())
 
 
 _KEPT = ("sink_tokens", "recent", "hadamard")

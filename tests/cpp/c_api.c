@@ -98,6 +98,7 @@ static void decode(void) {
     REJECTED(bitdecoding_decode_cpu(&quant, &wrong, 1), text); \
   } while (0)
   WITH(size, 16, "params: size=16");
+  WITH(size, (size_t)1 << 40, "params: size=1099511627776");
   WITH(dtype, 3, "dtype=3: allowed are 0, 1, 2");
   WITH(batch, 0, "batch=0: must be positive");
   WITH(q_len, -1, "q_len=-1");
@@ -105,6 +106,9 @@ static void decode(void) {
   WITH(num_q_heads, 3, "num_q_heads=3: must be a multiple of num_kv_heads=2");
   WITH(num_kv_heads, 0, "num_kv_heads=0");
   WITH(head_dim, 72, "head_dim=72");
+  p.softmax_scale = 1.0f;
+  WITH(head_dim, 0, "head_dim=0");
+  p.softmax_scale = 0.0f;
   WITH(num_pages, 1, "block_table[0, 0]=1: allowed are 0 to 0");
   WITH(max_pages, 1, "sequence 0 has 2 blocks in pages: allowed are 1");
   WITH(tail_capacity, -1, "tail_capacity");
@@ -115,8 +119,11 @@ static void decode(void) {
   WITH(softmax_scale, NAN, "softmax_scale");
   WITH(softcap, INFINITY, "softcap=inf");
   WITH(q, NULL, "q: is null");
+  WITH(q, (char*)q + 8, "q: address must be a multiple of 16 bytes");
+  WITH(pages, pages + 8, "pages: address");
   WITH(pages, NULL, "pages: is null");
   WITH(page_stride_bytes, 16, "page_stride_bytes=16: must be at least block_bytes=8960");
+  WITH(page_stride_bytes, 2 * 8960 + 8, "page_stride_bytes=17928: allowed are multiples of 16");
   WITH(head_stride_bytes, -8960, "head_stride_bytes=-8960");
   WITH(block_table, NULL, "block_table: is null");
   WITH(block_table, bad_table, "block_table[0, 1]=2: allowed are 0 to 1");
@@ -130,6 +137,7 @@ static void decode(void) {
   REJECTED(bitdecoding_decode_cpu(&quant, NULL, 1), "params: is null");
   REJECTED(bitdecoding_decode_cpu(&quant, &p, -1), "num_threads=-1");
   p.tail_k = p.tail_v = tail;
+  OK(bitdecoding_decode_cpu(&quant, &p, 1)); /* a tail that holds nothing is none */
   p.tail_capacity = TAIL;
   WITH(packed_lens, table, "seqlens[0]=200: allowed are at most 5"); /* 1 packed token */
 
@@ -209,6 +217,7 @@ static void append(void) {
   APPEND_WITH(new_tokens, 0, "new_tokens=0");
   APPEND_WITH(num_kv_heads, 0, "num_kv_heads=0");
   APPEND_WITH(head_dim, 8, "head_dim=8");
+  APPEND_WITH(head_dim, 0, "head_dim=0");
   APPEND_WITH(num_pages, 1, "block_table[0, 0]=1: allowed are 0 to 0");
   APPEND_WITH(max_pages, 1, "sequence 0 needs 2 pages");
   APPEND_WITH(tail_capacity, CAPACITY - 1, "tail_capacity=129: allowed are numbers from 130");

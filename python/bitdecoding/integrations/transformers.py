@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.generation import GenerationMode
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from .. import ops
@@ -174,6 +175,8 @@ class BitDecodingLayer(CacheLayerMixin):
         options: softmax_scale, window, softcap, sink_logits as for `bitdecoding.decode`.
         -> out like q; rows of padding mean nothing.
         """
+        if not self.awaiting_attention:
+            raise UnsupportedConfig("this model attends twice to the same keys: a BitDecodingCache takes them once")
         kv, first, new_tokens = self.kv, self.empty, q.shape[1]
         self.awaiting_attention = False
         if self.begun and new_tokens == 1:
@@ -322,7 +325,9 @@ class BitDecodingCache(Cache):
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.policy = QuantPolicy.of(quant)
         if max_tokens is None:
-            max_tokens = config.max_position_embeddings
+            max_tokens = getattr(config, "max_position_embeddings", None)
+        if type(max_tokens) is not int or max_tokens < 1:
+            raise InvalidArgument(f"max_tokens={max_tokens!r}: allowed are integers from 1")
         self._shared = _Shared()
         formats = self.policy.resolve(num_layers, head_dim)
         layers = [BitDecodingLayer(*wanted, max_tokens, i, self._shared) for i, wanted in enumerate(formats)]
@@ -365,23 +370,30 @@ class BitDecodingCache(Cache):
         cls, folder: str | os.PathLike[str], config: PreTrainedConfig, device: torch.device | str = "cpu"
     ) -> BitDecodingCache:
         """Read what :meth:`save` wrote for a model with this config; raises CacheFormatError for anything else."""
-        folder = Path(folder)
+        folder, config = Path(folder), config.get_text_config(decoder=True)
         try:
             state = json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))
             policy, length = QuantPolicy.from_json(json.dumps(state["policy"])), int(state["length"])
         except (OSError, ValueError, TypeError, KeyError, InvalidArgument) as error:
             raise CacheFormatError(f"{folder / POLICY_FILE}: {error!r}") from None
-        first = KVCache.load(folder / _layer_file(0), device)
-        cache = cls(config, policy, first.max_tokens)
+        try:
+            kvs = [KVCache.load(folder / _layer_file(i), device) for i in range(config.num_hidden_layers)]
+        except FileNotFoundError as error:
+            raise CacheFormatError(f"{folder}: not a cache of {config.num_hidden_layers} layers: {error}") from None
+        if (folder / _layer_file(len(kvs))).exists():
+            raise CacheFormatError(f"{folder}: a cache of more than {len(kvs)} layers")
+        lengths = kvs[0].seqlens.tolist()
+        if length < max(lengths):
+            raise CacheFormatError(f"{folder / POLICY_FILE}: length={length}: a sequence has {max(lengths)} tokens")
+        cache = cls(config, policy, kvs[0].max_tokens)
         cache._shared.count(length, device)
-        for layer in cache.layers:
-            kv = first if layer.index == 0 else KVCache.load(folder / _layer_file(layer.index), device)
-            if (kv.batch_size, kv.max_tokens) != (first.batch_size, first.max_tokens) or (
+        for layer, kv in zip(cache.layers, kvs, strict=True):
+            if (kv.max_tokens, kv.seqlens.tolist()) != (kvs[0].max_tokens, lengths) or (
                 layer.quant not in (None, kv.quant)
             ):
                 raise CacheFormatError(f"{folder / _layer_file(layer.index)}: not a layer of this cache")
             layer._use(kv)
-            layer.empty, layer.begun = not any(kv.seqlens.tolist()), all(kv.seqlens.tolist())
+            layer.empty, layer.begun = not any(lengths), all(lengths)
         return cache
 
 
@@ -395,7 +407,7 @@ def enable(model: PreTrainedModel, quant: Quantisation = "kv4", max_tokens: int 
     ``model.generate(..)`` then creates a :class:`BitDecodingCache` of the size it needs, ``model(..)`` one for
     ``max_tokens`` (default: the model's maximum). A cache that the caller passes is used as it is.
     """
-    BitDecodingCache(model.config, quant)  # raises if the model or the argument cannot do
+    BitDecodingCache(model.config, quant, max_tokens)  # raises if the model or the arguments cannot do
     disable(model)
     previous = model.config.get_text_config(decoder=True)._attn_implementation
     _set_attention(model, NAME)
@@ -403,16 +415,17 @@ def enable(model: PreTrainedModel, quant: Quantisation = "kv4", max_tokens: int 
 
     def prepare_own_cache(generation_config, model_kwargs, mode, batch_size, max_cache_length):
         cache = model_kwargs.get("past_key_values")
+        # drafts may go beyond the end: those from the prompt, and by a token those of another tokenizer's assistant
+        needed = max_cache_length + (generation_config.prompt_lookup_num_tokens or 0)
         if cache is None and generation_config.use_cache:
-            cache = BitDecodingCache(model.config, quant, max_tokens or max_cache_length)
+            spare = int(mode == GenerationMode.ASSISTED_GENERATION)
+            cache = BitDecodingCache(model.config, quant, max_tokens or needed + spare)
             model_kwargs["past_key_values"] = cache
             if generation_config.prefill_chunk_size is not None:  # then the first chunk is compiled, too
                 sequences = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
                 cache.initialize(model, sequences)
-        if isinstance(cache, BitDecodingCache) and cache.get_max_length() < max_cache_length:
-            raise OutOfPages(
-                f"max_tokens={cache.get_max_length()} of the cache: this generation may need {max_cache_length}"
-            )
+        if isinstance(cache, BitDecodingCache) and cache.get_max_length() < needed:
+            raise OutOfPages(f"max_tokens={cache.get_max_length()} of the cache: this generation may need {needed}")
         return prepare_cache(generation_config, model_kwargs, mode, batch_size, max_cache_length)
 
     parameters = inspect.signature(model.forward).parameters.values()
