@@ -1,4 +1,6 @@
-"""Compiles the small kernels of the tests with the CuTe DSL, for architectures that need not be here; reads SASS."""
+"""Compiles kernels with the CuTe DSL, those of the tests and the library's, for architectures that need not be here;
+reads SASS.
+"""
 
 import os
 import subprocess
@@ -8,8 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from bitdecoding.cute_kernels import compile as compiler
 from cutlass import Int32, Uint8, cute
 from cutlass.cute.runtime import make_ptr
+
+import bitdecoding as bd
 
 DISASSEMBLER = "nvidia-cuda-nvdisasm"
 
@@ -36,6 +41,13 @@ def compile_kernel(kernel, threads: int, *, arch: str = "sm_90a", smem: int = 0,
         finally:
             os.chdir(before)
     return Compiled(made.__ptx__, made.__cubin__)
+
+
+def compile_configs(configs: list[bd.KernelConfig]) -> dict[bd.KernelConfig, compiler.Compiled]:
+    """Several kernels of the library; in this process alone where pytest-xdist has one for every core."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return {config: compiler.compile_config(config) for config in configs}
+    return dict(zip(configs, compiler.compile_all(configs, compiler.compile_config), strict=True))
 
 
 def sass(cubin: bytes) -> list[str]:

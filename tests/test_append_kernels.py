@@ -16,7 +16,7 @@ from bitdecoding.cute_kernels import compile as compiler
 from bitdecoding.cute_kernels.append import Params
 from bitdecoding.cute_kernels.append_plan import COUNTER_BYTES, AppendPlan
 from bitdecoding.cute_kernels.cubin import read_cubin
-from dsl import sass
+from dsl import compile_configs, sass
 from ptx_interpreter import Memory, run
 from torch import Tensor
 
@@ -47,7 +47,7 @@ OPTIONS = [
 
 @lru_cache(maxsize=None)
 def compiled() -> dict[bd.KernelConfig, compiler.Compiled]:
-    return dict(zip(CONFIGS, compiler.compile_all(CONFIGS, compiler.compile_config), strict=True))
+    return compile_configs(CONFIGS)
 
 
 def test_resources() -> None:

@@ -19,7 +19,7 @@ from bitdecoding.cute_kernels import compile as compiler
 from bitdecoding.cute_kernels.cubin import read_cubin
 from bitdecoding.cute_kernels.schedule import Params
 from bitdecoding.cute_kernels.tile_plan import TilePlan
-from dsl import listing, sass
+from dsl import compile_configs, listing, sass
 from ptx_interpreter import Memory, run
 from test_cpu_decode import Problem, problem, random_q
 
@@ -45,7 +45,7 @@ def compiled(arch: str) -> dict[bd.KernelConfig, compiler.Compiled]:
         tested |= {choose(arch, bd.QuantSpec(), 128, group) for group in (1, 16)}
         assert tested <= set(configs)
         configs = [config for config in configs if config in tested]
-    return dict(zip(configs, compiler.compile_all(configs, compiler.compile_config), strict=True))
+    return compile_configs(configs)
 
 
 def choose(arch: str, spec: bd.QuantSpec, head_dim: int, group: int, q_len: int = 1) -> bd.KernelConfig:

@@ -6,6 +6,7 @@ import struct
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -54,7 +55,7 @@ class Operation:
 
 
 class Program:
-    """An entry, decoded once per launch."""
+    """An entry, decoded; launches share it."""
 
     def __init__(self, entry: Entry, symbols: dict[str, int], local_bytes: int):
         self.entry, self.local_bytes = entry, local_bytes
@@ -82,6 +83,11 @@ class Program:
         except (IndexError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise UnknownInstruction(f"cannot decode line {ins.line}: {ins.text} ({error})") from error
         return Operation(run, control, guard, ins.guard_negated, members, ins)
+
+
+@lru_cache(maxsize=32)
+def decoded(ptx: str, name: str, symbols: frozenset[tuple[str, int]], local_bytes: int) -> Program:
+    return Program(parse(ptx).entry(name), dict(symbols), local_bytes)
 
 
 # -- warps -----------------------------------------------------------------------------------------------------
@@ -611,7 +617,7 @@ def run(
     count = grid[0] * grid[1] * grid[2]
     clocks = mem.Clocks(count * (-(-threads // 32) + 1))
     memory.begin(clocks if races else None)
-    program = Program(kernel, symbols, local_bytes)
+    program = decoded(ptx, kernel.name, frozenset(symbols.items()), local_bytes)
     statistics = Statistics()
     launch = Launch(
         program, grid, block, memory, shared_bytes, dynamic_smem, async_copies == "late", races, clocks, params,

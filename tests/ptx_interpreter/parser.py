@@ -123,6 +123,9 @@ _VARIABLE = re.compile(
 )
 
 
+_PUNCTUATION = re.compile(r"[,{}\[\]()]")
+
+
 def _blank(match: re.Match) -> str:
     return re.sub(r"[^\n]", " ", match.group())
 
@@ -163,10 +166,10 @@ def _variable(statement: str) -> Variable:
 
 def _matching(text: str, start: int, opening: str, closing: str) -> int:
     depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == opening) - (text[i] == closing)
+    for match in re.compile(f"[{re.escape(opening + closing)}]").finditer(text, start):
+        depth += 1 if match.group() == opening else -1
         if depth == 0:
-            return i
+            return match.start()
     raise PtxError(f"unbalanced {opening}")
 
 
@@ -230,14 +233,16 @@ def _parse_body(entry: Entry, text: str, line: int) -> None:
     scopes: list[tuple[int, dict[str, Register]]] = []
     num_scopes = 0
     position = 0
+    space = re.compile(r"\s+")
     label = re.compile(r"([\w$%.]+)\s*:(?!:)")
     pending = ""  # the label just read, for .branchtargets
     while position < len(text):
+        if match := space.match(text, position):
+            line += match.group().count("\n")
+            position = match.end()
+            continue
         char = text[position]
-        if char.isspace():
-            line += char == "\n"
-            position += 1
-        elif char == "{":
+        if char == "{":
             scopes.append((num_scopes, {}))
             num_scopes += 1
             position += 1
@@ -305,11 +310,13 @@ def _name(text: str, scopes: list):
 def _split(text: str) -> list[str]:
     """Operands: split at commas outside braces and brackets."""
     out, depth, start = [], 0, 0
-    for i, char in enumerate(text):
-        depth += (char in "{[(") - (char in "}])")
-        if char == "," and depth == 0:
-            out.append(text[start:i])
-            start = i + 1
+    for match in _PUNCTUATION.finditer(text):
+        char = match.group()
+        if char != ",":
+            depth += 1 if char in "{[(" else -1
+        elif depth == 0:
+            out.append(text[start : match.start()])
+            start = match.end()
     out.append(text[start:])
     return [o.strip() for o in out if o.strip()]
 
