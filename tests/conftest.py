@@ -1,7 +1,9 @@
 """Tests marked ``gpu`` run only when asked for (``pytest -m gpu``), and only where a GPU is.
 
-The longest files begin, so that of several processes none is left alone with one at the end.
+Where pytest-xdist has several processes, the longest files begin, so that none is left alone with one at the end.
 """
+
+import os
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ LONGEST = ("test_kernels.py", "test_append_kernels.py", "test_cpp_api.py", "test
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if "gpu" not in config.option.markexpr:
         for item in gpu_tests:
