@@ -123,6 +123,7 @@ _VARIABLE = re.compile(
 )
 
 
+_SPACE = re.compile(r"\s+")
 _PUNCTUATION = re.compile(r"[,{}\[\]()]")
 
 
@@ -233,11 +234,10 @@ def _parse_body(entry: Entry, text: str, line: int) -> None:
     scopes: list[tuple[int, dict[str, Register]]] = []
     num_scopes = 0
     position = 0
-    space = re.compile(r"\s+")
     label = re.compile(r"([\w$%.]+)\s*:(?!:)")
     pending = ""  # the label just read, for .branchtargets
     while position < len(text):
-        if match := space.match(text, position):
+        if match := _SPACE.match(text, position):
             line += match.group().count("\n")
             position = match.end()
             continue
