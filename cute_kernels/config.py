@@ -7,14 +7,17 @@ the methods. Objects are immutable, comparable, hashable, and can be copied, pic
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
 
 from tvm_ffi import Object
 from tvm_ffi.dataclasses import c_class, fields
 
 from . import native
+from .checks import check_int, check_one_of, check_type, parse_json, shown
 from .errors import InvalidArgument, UnsupportedConfig
-from .layouts import BLOCK_TOKENS
+from .layouts import BLOCK_TOKENS, HEAD_DIMS
 
 MMA_COLUMNS = 8  # query columns of one m16n8k16
 FEW_COLUMNS = 4  # a tile of so few has each of them twice in the MMA's columns, and half of their arithmetic per lane
@@ -59,29 +62,56 @@ def _field_dict(obj: Any) -> dict[str, Any]:
 
 
 def _from_json(cls: type, text: str) -> Any:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InvalidArgument(f"{cls.__name__}: not JSON: {error}") from None
-    return _from_dict(cls, values)
+    return _from_dict(cls, parse_json(cls.__name__, text))
 
 
 def _from_dict(cls: type, values: Any) -> Any:
     if not isinstance(values, dict):
-        raise InvalidArgument(f"{cls.__name__}: a JSON object is needed, got {type(values).__name__}")
+        raise InvalidArgument(f"{cls.__name__}={shown(values)}: a JSON object is needed")
     known = {field.name for field in fields(cls)}
     if unknown := sorted(set(values) - known):
         raise InvalidArgument(f"{cls.__name__}: unknown fields: {', '.join(unknown)}")
     if isinstance(values.get("quant"), dict):
         values = values | {"quant": _from_dict(QuantSpec, values["quant"])}
-    try:
-        made = cls(**values)
-    except TypeError as error:
-        raise InvalidArgument(f"{cls.__name__}: {error}") from None
+    made = cls(**values)
     made.validate()
     return made
 
 
+Class = TypeVar("Class", bound=type)
+
+
+def _checked(cls: Class) -> Class:
+    """The class with a constructor that names a field of a wrong type."""
+    kinds = {field.name: field.type for field in fields(cls)}
+    construct: Callable[..., None] = cls.__init__
+
+    @wraps(construct)
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        for name in values.keys() & kinds.keys():
+            _check_field(name, values[name], kinds[name])
+        construct(self, *args, **values)
+
+    cls.__init__ = __init__
+    return cls
+
+
+def _check_field(name: str, value: object, kind: Any) -> None:
+    if kind is int:
+        check_int(name, value)
+    elif kind is bool:
+        check_one_of(name, value, (False, True))
+    elif kind is str or (kind == str | float and isinstance(value, str)):
+        if not (isinstance(value, str) and value.isascii()):
+            raise InvalidArgument(f"{name}={shown(value)}: allowed is text of ASCII characters")
+    elif kind == str | float:
+        if type(value) not in (int, float) or not 0 < value <= 1:
+            raise InvalidArgument(f"{name}={shown(value)}: allowed are 'minmax', 'mse' and factors in (0, 1]")
+    else:
+        check_type(name, value, kind)
+
+
+@_checked
 @c_class("bitdecoding.QuantSpec", eq=True, unsafe_hash=True)
 class QuantSpec(Object):
     """How K and V are quantised. All fields are keywords with defaults.
@@ -116,6 +146,7 @@ class QuantSpec(Object):
 
     def validate(self, head_dim: int = 0) -> None:
         """Raises InvalidArgument for values that are not allowed (at this head_dim, if one is given)."""
+        check_int("head_dim", head_dim)
         _quant_validate(self, head_dim)
 
     def name(self) -> str:
@@ -124,6 +155,7 @@ class QuantSpec(Object):
 
     def block_bytes(self, head_dim: int) -> int:
         """Bytes of a block: 128 tokens of one KV head, K and V."""
+        check_one_of("head_dim", head_dim, HEAD_DIMS)
         return _block_bytes(head_dim, self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,6 +175,7 @@ class QuantSpec(Object):
         return QuantSpec(**keep)
 
 
+@_checked
 @c_class("bitdecoding.KernelConfig", eq=True, unsafe_hash=True)
 class KernelConfig(Object):
     """One kernel to compile. All fields are keywords with defaults; :meth:`for_problem` chooses them.
@@ -185,10 +218,11 @@ class KernelConfig(Object):
     @classmethod
     def from_name(cls, name: str) -> KernelConfig:
         """The inverse of :meth:`name`, with the defaults for clipping and rotation."""
+        check_type("name", name, str)
         return _config_parse(name)
 
     def smem_bytes(self) -> int:
-        """Bytes of dynamic shared memory that the kernel uses."""
+        """Bytes of dynamic shared memory that the kernel uses; raises as :meth:`validate`."""
         return _config_smem_bytes(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -217,10 +251,12 @@ class KernelConfig(Object):
 
         Raises InvalidArgument, UnsupportedConfig, or CudaError if a device is needed and there is none.
         """
-        if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads != 0:
+        check_one_of("head_dim", head_dim, HEAD_DIMS)
+        check_type("quant", quant, QuantSpec)
+        for name, value in (("num_kv_heads", num_kv_heads), ("num_q_heads", num_q_heads), ("q_len", q_len)):
+            check_int(name, value, 1)
+        if num_q_heads % num_kv_heads != 0:
             raise InvalidArgument(f"num_q_heads={num_q_heads}: must be a multiple of num_kv_heads={num_kv_heads}")
-        if q_len < 1:
-            raise InvalidArgument(f"q_len={q_len}: must be positive")
         columns = num_q_heads // num_kv_heads * q_len
         if arch is None:
             arch = device_arch(0)

@@ -36,7 +36,7 @@ from typing import Protocol
 import numpy as np
 from pycute import Layout, composition, right_inverse, size
 
-from .errors import InvalidArgument
+from .checks import check_one_of
 
 FORMAT_VERSION = 1
 BLOCK_TOKENS = 128
@@ -185,15 +185,11 @@ class BlockFormat:
 
 def block_format(head_dim: int, quant: Quant) -> BlockFormat:
     """The block format of ``quant`` at ``head_dim``; raises InvalidArgument where there is none."""
+    check_one_of("head_dim", head_dim, HEAD_DIMS)
     q = quant
     return _block_format(
         head_dim, q.k_bits, q.v_bits, q.k_axis, q.k_group, q.v_group, q.k_symmetric, q.v_symmetric, q.k_mean
     )
-
-
-def _one_of(name: str, value: object, allowed: tuple) -> None:
-    if value not in allowed:
-        raise InvalidArgument(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}")
 
 
 @lru_cache(maxsize=None)
@@ -208,14 +204,13 @@ def _block_format(
     v_symmetric: bool,
     k_mean: str,
 ) -> BlockFormat:
-    _one_of("head_dim", head_dim, HEAD_DIMS)
-    _one_of("k_bits", k_bits, BITS)
-    _one_of("v_bits", v_bits, BITS)
-    _one_of("k_axis", k_axis, ("channel", "token"))
-    _one_of("k_mean", k_mean, ("none", "block"))
+    check_one_of("k_bits", k_bits, BITS)
+    check_one_of("v_bits", v_bits, BITS)
+    check_one_of("k_axis", k_axis, ("channel", "token"))
+    check_one_of("k_mean", k_mean, ("none", "block"))
     dividing = tuple(g for g in GROUPS if head_dim % g == 0)
-    _one_of("k_group", k_group, GROUPS if k_axis == "channel" else dividing)
-    _one_of("v_group", v_group, dividing)
+    check_one_of("k_group", k_group, GROUPS if k_axis == "channel" else dividing)
+    check_one_of("v_group", v_group, dividing)
 
     if k_axis == "channel":
         k_param = _nest(Layout(BLOCK_TOKENS // k_group, head_dim), b_order(head_dim))

@@ -12,6 +12,8 @@
 #include <tvm/ffi/string.h>
 
 #include <limits>
+#include <optional>
+#include <sstream>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -224,12 +226,51 @@ ffi::Map<ffi::String, ffi::Any> device_info_py(int64_t device) {
           {"memory_bytes", info.memory_bytes}};
 }
 
+// ---- arguments of public functions, which are checked under their names ----
+
+using Argument = ffi::AnyView;
+
+std::string shown(const Argument& value) {
+  std::ostringstream text;
+  if (value == nullptr) {
+    text << "None";
+  } else if (const auto flag = value.as<bool>()) {
+    text << (*flag ? "True" : "False");
+  } else if (const auto number = value.try_cast<double>()) {
+    text << *number;
+  } else if (const auto word = value.try_cast<ffi::String>()) {
+    text << "'" << *word << "'";
+  } else {
+    text << value.GetTypeKey();
+  }
+  return text.str();
+}
+
+template <typename T>
+T expect(const char* name, const Argument& value, std::optional<T> found, const char* allowed) {
+  if (!found.has_value()) {
+    TVM_FFI_THROW(InvalidArgument) << name << "=" << shown(value) << ": allowed is " << allowed;
+  }
+  return *found;
+}
+
+const DLTensor* tensor(const char* name, const Argument& value) {
+  return expect(name, value, value.try_cast<DLTensor*>(), "a tensor");
+}
+
+const DLTensor* optional_tensor(const char* name, const Argument& value) {
+  return value == nullptr ? nullptr : expect(name, value, value.try_cast<DLTensor*>(), "a tensor or None");
+}
+
+int64_t integer(const char* name, const Argument& value) {  // no bool
+  return expect(name, value, value.as<int64_t>(), "an integer");
+}
+
+double number(const char* name, const Argument& value) {
+  return expect(name, value, value.as<bool>() ? std::nullopt : value.try_cast<double>(), "a number");
+}
+
 // ---- launches ----
-
-using Tensor = const DLTensor*;
-using OptionalTensor = ffi::Optional<DLTensor*>;
-
-Tensor get(const OptionalTensor& tensor) { return tensor.has_value() ? tensor.value() : nullptr; }
 
 // On the stream that torch uses. Kernels themselves wait for the one before them, so they may be started early.
 LaunchOptions on_current_stream(const DLTensor& tensor) {
@@ -240,52 +281,85 @@ LaunchOptions on_current_stream(const DLTensor& tensor) {
   return options;
 }
 
-void decode_py(int64_t handle, DLTensor* q, DLTensor* pages, DLTensor* block_table, DLTensor* seqlens,
-               OptionalTensor packed_lens, OptionalTensor tail_k, OptionalTensor tail_v, OptionalTensor sink_k,
-               OptionalTensor sink_v, OptionalTensor sink_logits, DLTensor* out, OptionalTensor lse,
-               DLTensor* workspace, int64_t window, double softmax_scale, double softcap, bool rotate_q,
-               bool rotate_out) {
-  const DecodeTensors tensors{q,           pages,       block_table, seqlens,     get(packed_lens),
-                              get(tail_k), get(tail_v), get(sink_k), get(sink_v), get(sink_logits),
-                              out,         get(lse)};
+DecodeTensors decode_tensors(const Argument& q, const Argument& pages, const Argument& block_table,
+                             const Argument& seqlens, const Argument& packed_lens, const Argument& tail_k,
+                             const Argument& tail_v, const Argument& sink_k, const Argument& sink_v,
+                             const Argument& sink_logits, const Argument& out, const Argument& lse) {
+  DecodeTensors t;
+  t.q = tensor("q", q);
+  t.pages = tensor("pages", pages);
+  t.block_table = tensor("block_table", block_table);
+  t.seqlens = tensor("seqlens", seqlens);
+  t.packed_lens = optional_tensor("packed_lens", packed_lens);
+  t.tail_k = optional_tensor("tail_k", tail_k);
+  t.tail_v = optional_tensor("tail_v", tail_v);
+  t.sink_k = optional_tensor("sink_k", sink_k);
+  t.sink_v = optional_tensor("sink_v", sink_v);
+  t.sink_logits = optional_tensor("sink_logits", sink_logits);
+  t.out = tensor("out", out);
+  t.lse = optional_tensor("lse", lse);
+  return t;
+}
+
+void decode_py(int64_t handle, Argument q, Argument pages, Argument block_table, Argument seqlens, Argument packed_lens,
+               Argument tail_k, Argument tail_v, Argument sink_k, Argument sink_v, Argument sink_logits, Argument out,
+               Argument lse, Argument workspace, Argument window, Argument softmax_scale, Argument softcap,
+               bool rotate_q, bool rotate_out) {
+  const DecodeTensors tensors = decode_tensors(q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k,
+                                               sink_v, sink_logits, out, lse);
+  const DLTensor& space = *tensor("workspace", workspace);
   const KernelConfig* config = nullptr;
   DecodeParams params;
   const int kernel = static_cast<int>(handle);
   raise_unless_ok(kernel_config(kernel, &config));
-  raise_unless_ok(check_decode_for_kernel(tensors, *config, *workspace, window, softmax_scale, softcap, &params));
+  raise_unless_ok(check_decode_for_kernel(tensors, *config, space, integer("window", window),
+                                          number("softmax_scale", softmax_scale), number("softcap", softcap), &params));
   if (params.batch == 0) return;
   params.rotate_q = rotate_q;
   params.rotate_out = rotate_out;
-  raise_unless_ok(decode(kernel, params, workspace->shape[0], on_current_stream(*q)));
+  raise_unless_ok(decode(kernel, params, space.shape[0], on_current_stream(*tensors.q)));
 }
 
-void append_py(int64_t handle, DLTensor* k_new, DLTensor* v_new, DLTensor* pages, DLTensor* block_table,
-               DLTensor* seqlens, DLTensor* packed_lens, DLTensor* tail_k, DLTensor* tail_v, DLTensor* workspace,
-               OptionalTensor sink_k, OptionalTensor sink_v, OptionalTensor lengths, OptionalTensor status,
-               int64_t recent, double k_clip, double v_clip, bool rotate_k, bool rotate_v) {
-  const AppendTensors tensors{k_new,  v_new,     pages,       block_table, seqlens,      packed_lens, tail_k,
-                              tail_v, workspace, get(sink_k), get(sink_v), get(lengths), get(status)};
+void append_py(int64_t handle, Argument k_new, Argument v_new, Argument pages, Argument block_table, Argument seqlens,
+               Argument packed_lens, Argument tail_k, Argument tail_v, Argument workspace, Argument sink_k,
+               Argument sink_v, Argument lengths, Argument status, Argument recent, double k_clip, double v_clip,
+               bool rotate_k, bool rotate_v) {
+  AppendTensors tensors;
+  tensors.k_new = tensor("k_new", k_new);
+  tensors.v_new = tensor("v_new", v_new);
+  tensors.pages = tensor("pages", pages);
+  tensors.block_table = tensor("block_table", block_table);
+  tensors.seqlens = tensor("seqlens", seqlens);
+  tensors.packed_lens = tensor("packed_lens", packed_lens);
+  tensors.tail_k = tensor("tail_k", tail_k);
+  tensors.tail_v = tensor("tail_v", tail_v);
+  tensors.workspace = tensor("workspace", workspace);
+  tensors.sink_k = optional_tensor("sink_k", sink_k);
+  tensors.sink_v = optional_tensor("sink_v", sink_v);
+  tensors.lengths = optional_tensor("lengths", lengths);
+  tensors.status = optional_tensor("status", status);
+  const std::int64_t kept = integer("recent", recent);
   const KernelConfig* config = nullptr;
   AppendParams params;
   const int kernel = static_cast<int>(handle);
   raise_unless_ok(kernel_config(kernel, &config));
   raise_unless_ok(check_append_for_kernel(tensors, *config, &params));
   if (params.batch == 0 || params.new_tokens == 0) return;
-  if (recent < 0 || recent > std::numeric_limits<std::int32_t>::max()) {
-    TVM_FFI_THROW(InvalidArgument) << "recent=" << recent << ": allowed are integers from 0";
+  if (kept < 0 || kept > std::numeric_limits<std::int32_t>::max()) {
+    TVM_FFI_THROW(InvalidArgument) << "recent=" << kept << ": allowed are integers from 0";
   }
-  params.recent = static_cast<std::int32_t>(recent);
+  params.recent = static_cast<std::int32_t>(kept);
   params.k_clip = static_cast<float>(k_clip);
   params.v_clip = static_cast<float>(v_clip);
   params.rotate_k = rotate_k;
   params.rotate_v = rotate_v;
-  raise_unless_ok(append(kernel, params, workspace->shape[0], on_current_stream(*k_new)));
+  raise_unless_ok(append(kernel, params, tensors.workspace->shape[0], on_current_stream(*tensors.k_new)));
 }
 
 void quantize_py(int64_t handle, DLTensor* k, DLTensor* v, DLTensor* pages, DLTensor* block_table,
-                 OptionalTensor cu_seqlens, int64_t max_seqlen, double k_clip, double v_clip, bool rotate_k,
+                 ffi::Optional<DLTensor*> cu_seqlens, int64_t max_seqlen, double k_clip, double v_clip, bool rotate_k,
                  bool rotate_v) {
-  const QuantizeTensors tensors{k, v, pages, block_table, get(cu_seqlens)};
+  const QuantizeTensors tensors{k, v, pages, block_table, cu_seqlens.has_value() ? cu_seqlens.value() : nullptr};
   const KernelConfig* config = nullptr;
   AppendParams params;
   const int kernel = static_cast<int>(handle);
@@ -299,23 +373,23 @@ void quantize_py(int64_t handle, DLTensor* k, DLTensor* v, DLTensor* pages, DLTe
   raise_unless_ok(append(kernel, params, 0, on_current_stream(*k)));
 }
 
-void decode_cpu_py(DLTensor* q, DLTensor* pages, DLTensor* block_table, DLTensor* seqlens, OptionalTensor packed_lens,
-                   OptionalTensor tail_k, OptionalTensor tail_v, OptionalTensor sink_k, OptionalTensor sink_v,
-                   OptionalTensor sink_logits, DLTensor* out, OptionalTensor lse, const QuantSpecRef& quant,
-                   int64_t window, double softmax_scale, double softcap, int64_t num_threads) {
-  const DecodeTensors tensors{q,           pages,       block_table, seqlens,     get(packed_lens),
-                              get(tail_k), get(tail_v), get(sink_k), get(sink_v), get(sink_logits),
-                              out,         get(lse)};
+void decode_cpu_py(Argument q, Argument pages, Argument block_table, Argument seqlens, Argument packed_lens,
+                   Argument tail_k, Argument tail_v, Argument sink_k, Argument sink_v, Argument sink_logits,
+                   Argument out, Argument lse, const QuantSpecRef& quant, Argument window, Argument softmax_scale,
+                   Argument softcap, int64_t num_threads) {
+  const DecodeTensors tensors = decode_tensors(q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k,
+                                               sink_v, sink_logits, out, lse);
   DecodeParams params;
   CpuDecodeOptions options;
   options.quant = quant->to_core();
-  raise_unless_ok(check_decode_for_cpu(tensors, options.quant, window, softmax_scale, softcap, &params));
+  raise_unless_ok(check_decode_for_cpu(tensors, options.quant, integer("window", window),
+                                       number("softmax_scale", softmax_scale), number("softcap", softcap), &params));
   if (params.batch == 0) return;
   params.rotate_q = options.quant.rotate_k;
   params.rotate_out = options.quant.rotate_v;
-  options.head_dim = q->shape[3];
-  options.num_pages = pages->shape[0];
-  options.float32 = q->dtype.bits == 32;
+  options.head_dim = tensors.q->shape[3];
+  options.num_pages = tensors.pages->shape[0];
+  options.float32 = tensors.q->dtype.bits == 32;
   options.num_threads = static_cast<int>(num_threads);
   raise_unless_ok(decode_cpu(params, options));
 }
@@ -371,11 +445,7 @@ TVM_FFI_STATIC_INIT_BLOCK() {
            [](const KernelConfigRef& config) { return ffi::String(valid_config(config).name()); })
       .def("bitdecoding.config_parse", parse_name)
       .def("bitdecoding.config_smem_bytes",
-           [](const KernelConfigRef& config) {
-             const KernelConfig core = config->to_core();
-             raise_unless_ok(core.quant.validate(core.head_dim));
-             return core.smem_bytes();
-           })
+           [](const KernelConfigRef& config) { return valid_config(config).smem_bytes(); })
       .def("bitdecoding.smem_limit", [](const ffi::String& arch) { return smem_limit(arch); })
       .def("bitdecoding.arch_of",
            [](int64_t major, int64_t minor) {

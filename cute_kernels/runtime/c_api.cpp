@@ -10,6 +10,7 @@
 #include "bitdecoding/cpu.hpp"
 #include "bitdecoding/runtime.hpp"
 #include "error.hpp"
+#include "params.hpp"
 
 namespace bitdecoding {
 namespace {
@@ -118,7 +119,7 @@ Status to_params(const bitdecoding_decode_params& given, std::int64_t block_byte
   p.lse = given.lse;
   p.head_stride_bytes = given.head_stride_bytes != 0 ? given.head_stride_bytes : block_bytes;
   p.page_stride_bytes =
-      given.page_stride_bytes != 0 ? given.page_stride_bytes : given.num_kv_heads * p.head_stride_bytes;
+      given.page_stride_bytes != 0 ? given.page_stride_bytes : product(given.num_kv_heads, p.head_stride_bytes);
   p.batch = given.batch;
   p.q_len = given.q_len;
   p.num_q_heads = given.num_q_heads;
@@ -254,10 +255,10 @@ void to_params(const bitdecoding_append_params& given, const QuantSpec& quant, b
   const auto or_default = [](std::int64_t value, std::int64_t otherwise) { return value != 0 ? value : otherwise; };
   const std::int64_t row_bytes = std::int64_t{given.head_dim} * (given.dtype == BITDECODING_FLOAT32 ? 4 : 2);
   p.new_head_stride_bytes = or_default(given.new_head_stride_bytes, row_bytes);
-  p.new_token_stride_bytes = or_default(given.new_token_stride_bytes, given.num_kv_heads * p.new_head_stride_bytes);
-  p.new_batch_stride_bytes = or_default(given.new_batch_stride_bytes, given.new_tokens * p.new_token_stride_bytes);
+  p.new_token_stride_bytes = or_default(given.new_token_stride_bytes, product(given.num_kv_heads, p.new_head_stride_bytes));
+  p.new_batch_stride_bytes = or_default(given.new_batch_stride_bytes, product(given.new_tokens, p.new_token_stride_bytes));
   p.head_stride_bytes = or_default(given.head_stride_bytes, block_bytes(given.head_dim, quant));
-  p.page_stride_bytes = or_default(given.page_stride_bytes, given.num_kv_heads * p.head_stride_bytes);
+  p.page_stride_bytes = or_default(given.page_stride_bytes, product(given.num_kv_heads, p.head_stride_bytes));
   p.batch = given.batch;
   p.new_tokens = given.new_tokens;
   p.num_kv_heads = given.num_kv_heads;

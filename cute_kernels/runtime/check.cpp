@@ -9,6 +9,7 @@
 #include <string>
 
 #include "error.hpp"
+#include "params.hpp"
 
 namespace bitdecoding {
 namespace {
@@ -94,7 +95,7 @@ class Checker {
         return fail(Status::invalid_argument, name, ": strides ", list(t.strides, t.ndim), " of shape ", shape(t),
                     ": must be contiguous");
       }
-      expected *= t.shape[i];
+      expected = product(expected, t.shape[i]);
     }
     return vectors ? aligned(name, t) : Status::ok;
   }
@@ -195,9 +196,9 @@ Status check_tokens(const Checker& check, const char* k_name, const DLTensor* k,
 std::int64_t stride_bytes(const DLTensor& t, int dim) {
   if (t.shape[dim] <= 1) return 0;
   std::int64_t stride = 1;
-  for (int i = t.ndim - 1; t.strides == nullptr && i > dim; --i) stride *= t.shape[i];
+  for (int i = t.ndim - 1; t.strides == nullptr && i > dim; --i) stride = product(stride, t.shape[i]);
   if (t.strides != nullptr) stride = t.strides[dim];
-  return stride * t.dtype.bits / 8;
+  return product(stride, t.dtype.bits / 8);
 }
 
 // New tokens may be slices of larger tensors: only the channels of a head must be contiguous.
@@ -315,7 +316,8 @@ Status check_decode(const DecodeTensors& t, const QuantSpec& quant, std::int64_t
   if (!std::isfinite(softmax_scale) || softmax_scale <= 0.0) {
     return fail(Status::invalid_argument, "softmax_scale=", softmax_scale, ": must be positive and finite");
   }
-  if (!std::isfinite(softcap) || softcap < 0.0) {
+  const auto cap = static_cast<float>(softcap);
+  if (!std::isfinite(cap) || softcap < 0.0 || (softcap > 0.0) != (cap > 0.0f)) {
     return fail(Status::invalid_argument, "softcap=", softcap, ": must be positive and finite, or 0 for none");
   }
 
@@ -345,7 +347,7 @@ Status check_decode(const DecodeTensors& t, const QuantSpec& quant, std::int64_t
   p.num_sink = slots(t.sink_k);
   p.window = static_cast<std::int32_t>(window);
   p.softmax_scale_log2 = static_cast<float>(softmax_scale * kLog2E);
-  p.softcap = static_cast<float>(softcap);
+  p.softcap = cap;
   p.bfloat16 = same(q.dtype, kBfloat16) ? 1 : 0;
   *out = p;
   return Status::ok;

@@ -6,6 +6,7 @@
 #include "bitdecoding/cpu.hpp"
 #include "elements.hpp"
 #include "error.hpp"
+#include "params.hpp"
 
 namespace bitdecoding {
 namespace {
@@ -19,6 +20,8 @@ Status validate(const CpuMergeParams& p) {
     return fail(Status::invalid_argument, "head_dim=", p.head_dim, ": allowed are 1 to ", cpu::kMaxHeadDim);
   }
   if (p.bfloat16 && p.float32) return fail(Status::invalid_argument, "bfloat16 and float32: allowed is one of them");
+  const std::int64_t most = kMaxExtentBytes / (p.head_dim * static_cast<std::int64_t>(sizeof(float)));
+  if (p.rows > most) return fail(Status::invalid_argument, "rows=", p.rows, ": allowed are 0 to ", most);
   BITDECODING_TRY(check_present("outs", p.outs));
   BITDECODING_TRY(check_present("lses", p.lses));
   BITDECODING_TRY(check_present("out", p.out));

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <deque>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -187,9 +188,44 @@ Status vectors(const char* name, const void* pointer) {
   return fail(Status::invalid_argument, name, ": address must be a multiple of ", kVectorBytes, " bytes");
 }
 
-Status vector_stride(const char* name, std::int64_t stride) {
-  if (stride >= 0 && stride % kVectorBytes == 0) return Status::ok;
-  return fail(Status::invalid_argument, name, "=", stride, ": allowed are multiples of ", kVectorBytes, " from 0");
+struct Extent {
+  const char* name;
+  std::int64_t value;
+};
+
+// A tensor of rows of head_dim values, fewer of them than 2^bits.
+Status check_rows(const char* tensor, std::initializer_list<Extent> extents, int bits) {
+  std::int64_t rows = 1;
+  for (const Extent& extent : extents) rows = product(rows, extent.value);
+  if (rows < std::int64_t{1} << bits) return Status::ok;
+  std::string sizes;
+  for (const Extent& extent : extents) {
+    sizes += std::string(sizes.empty() ? "" : ", ") + extent.name + "=" + std::to_string(extent.value);
+  }
+  return fail(Status::invalid_argument, tensor, ": ", sizes, ": allowed are less than 2^", bits, " rows of head_dim");
+}
+
+// Tokens of a sequence are counted in 32 bits, so that more pages of one make no sense.
+Status check_max_pages(std::int32_t max_pages) {
+  constexpr std::int32_t kMaxPages = std::numeric_limits<std::int32_t>::max() / kBlockTokens;
+  if (max_pages >= 0 && max_pages <= kMaxPages) return Status::ok;
+  return fail(Status::invalid_argument, "max_pages=", max_pages, ": allowed are 0 to ", kMaxPages);
+}
+
+constexpr int kQueryBits = 31;  // what kernels count in 32 bits
+constexpr int kTokenBits = 48;  // tensors whose size in bytes has room in 64 bits
+
+// The sizes of tail and sinks.
+template <typename Params>
+Status check_kept(const Params& p) {
+  const Extent batch{"batch", p.batch}, num_kv_heads{"num_kv_heads", p.num_kv_heads};
+  BITDECODING_TRY(check_rows("tail_k", {batch, {"tail_capacity", p.tail_capacity}, num_kv_heads}, kTokenBits));
+  return check_rows("sink_k", {batch, {"num_sink", p.num_sink}, num_kv_heads}, kTokenBits);
+}
+
+// How many pages a stride may be multiplied by.
+std::int64_t page_count(std::int32_t num_pages) {
+  return num_pages > 0 ? num_pages : std::numeric_limits<std::int32_t>::max();  // 0: unknown
 }
 
 Status check_clip_factor(const char* name, float factor) {
@@ -227,6 +263,11 @@ Status validate_cache(const AppendParams& p) {
     return fail(Status::invalid_argument, "tail_capacity=", p.tail_capacity, ": allowed are numbers from ", least,
                 " (recent + ", kBlockTokens - 1, ")");
   }
+  BITDECODING_TRY(check_kept(p));
+  if (p.new_tokens > std::numeric_limits<std::int32_t>::max() - p.tail_capacity) {
+    return fail(Status::invalid_argument, "new_tokens=", p.new_tokens, ": with tail_capacity=", p.tail_capacity,
+                " allowed are up to ", std::numeric_limits<std::int32_t>::max() - p.tail_capacity);
+  }
   if (p.cu_seqlens != nullptr) return absent("lengths", p.lengths, "with cu_seqlens");
   return Status::ok;
 }
@@ -236,16 +277,18 @@ Status validate(const AppendParams& p) {
   BITDECODING_TRY(positive("new_tokens", p.new_tokens));
   BITDECODING_TRY(positive("num_kv_heads", p.num_kv_heads));
   BITDECODING_TRY(not_negative("num_pages", p.num_pages));
-  BITDECODING_TRY(not_negative("max_pages", p.max_pages));
+  BITDECODING_TRY(check_max_pages(p.max_pages));
   BITDECODING_TRY(vectors("k_new", p.k_new));
   BITDECODING_TRY(vectors("v_new", p.v_new));
   if (p.num_pages > 0) BITDECODING_TRY(vectors("pages", p.pages));
   if (p.max_pages > 0) BITDECODING_TRY(check_present("block_table", p.block_table));
-  BITDECODING_TRY(vector_stride("new_batch_stride_bytes", p.new_batch_stride_bytes));
-  BITDECODING_TRY(vector_stride("new_token_stride_bytes", p.new_token_stride_bytes));
-  BITDECODING_TRY(vector_stride("new_head_stride_bytes", p.new_head_stride_bytes));
-  BITDECODING_TRY(vector_stride("page_stride_bytes", p.page_stride_bytes));
-  BITDECODING_TRY(vector_stride("head_stride_bytes", p.head_stride_bytes));
+  // with cu_seqlens tokens are counted from the first sequence's first on
+  const std::int64_t tokens = p.cu_seqlens != nullptr ? std::numeric_limits<std::int32_t>::max() : p.new_tokens;
+  BITDECODING_TRY(check_stride("new_head_stride_bytes", p.new_head_stride_bytes, p.num_kv_heads));
+  BITDECODING_TRY(check_stride("new_token_stride_bytes", p.new_token_stride_bytes, tokens));
+  BITDECODING_TRY(check_stride("new_batch_stride_bytes", p.new_batch_stride_bytes, p.batch));
+  BITDECODING_TRY(check_stride("head_stride_bytes", p.head_stride_bytes, p.num_kv_heads));
+  BITDECODING_TRY(check_stride("page_stride_bytes", p.page_stride_bytes, page_count(p.num_pages)));
   BITDECODING_TRY(check_clip_factor("k_clip", p.k_clip));
   BITDECODING_TRY(check_clip_factor("v_clip", p.v_clip));
   return validate_cache(p);
@@ -273,6 +316,13 @@ std::int64_t append_grid(const Kernel& kernel, const DeviceInfo& info, const App
 
 }  // namespace
 
+Status check_stride(const char* name, std::int64_t stride, std::int64_t count) {
+  const std::int64_t largest = kMaxExtentBytes / std::max<std::int64_t>(count, 1);
+  if (stride >= 0 && stride <= largest && stride % kVectorBytes == 0) return Status::ok;
+  return fail(Status::invalid_argument, name, "=", stride, ": allowed are multiples of ", kVectorBytes, " from 0 to ",
+              largest);
+}
+
 Status validate_params(const AppendParams& p) { return validate(p); }
 
 Status validate_params(const DecodeParams& p) {
@@ -285,9 +335,13 @@ Status validate_params(const DecodeParams& p) {
     return fail(Status::invalid_argument, "num_q_heads=", p.num_q_heads,
                 ": must be a multiple of num_kv_heads=", p.num_kv_heads);
   }
-  if (p.num_pages < 0 || p.max_pages < 0 || p.tail_capacity < 0 || p.num_sink < 0) {
-    return fail(Status::invalid_argument, "num_pages, max_pages, tail_capacity and num_sink must not be negative");
-  }
+  BITDECODING_TRY(not_negative("num_pages", p.num_pages));
+  BITDECODING_TRY(check_max_pages(p.max_pages));
+  BITDECODING_TRY(not_negative("tail_capacity", p.tail_capacity));
+  BITDECODING_TRY(not_negative("num_sink", p.num_sink));
+  BITDECODING_TRY(
+      check_rows("q", {{"batch", p.batch}, {"q_len", p.q_len}, {"num_q_heads", p.num_q_heads}}, kQueryBits));
+  BITDECODING_TRY(check_kept(p));
   BITDECODING_TRY(vectors("q", p.q));
   BITDECODING_TRY(vectors("out", p.out));
   BITDECODING_TRY(check_present("seqlens", p.seqlens));
@@ -303,8 +357,8 @@ Status validate_params(const DecodeParams& p) {
     BITDECODING_TRY(vectors("pages", p.pages));
     BITDECODING_TRY(check_present("block_table", p.block_table));
   }
-  BITDECODING_TRY(vector_stride("head_stride_bytes", p.head_stride_bytes));
-  BITDECODING_TRY(vector_stride("page_stride_bytes", p.page_stride_bytes));
+  BITDECODING_TRY(check_stride("head_stride_bytes", p.head_stride_bytes, p.num_kv_heads));
+  BITDECODING_TRY(check_stride("page_stride_bytes", p.page_stride_bytes, page_count(p.num_pages)));
   if (!std::isfinite(p.softmax_scale_log2) || p.softmax_scale_log2 <= 0.0f) {
     return fail(Status::invalid_argument, "softmax_scale_log2=", p.softmax_scale_log2, ": must be positive and finite");
   }
@@ -493,6 +547,7 @@ Status merge(int handle, const MergeParams& params, const LaunchOptions& options
   BITDECODING_TRY(vectors("outs", params.outs));
   BITDECODING_TRY(check_present("lses", params.lses));
   BITDECODING_TRY(vectors("out", params.out));
+  BITDECODING_TRY(check_rows("outs", {{"num_parts", params.num_parts}, {"rows", params.rows}}, kTokenBits));
   const std::int64_t row_vectors = r->config.head_dim / kVectorValues, threads = r->kernel.threads;
   if (params.rows > kMaxGrid / row_vectors * threads) {
     return fail(Status::unsupported_config, "rows=", params.rows, ": one launch would need more than ", kMaxGrid,

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import ops
+from .cute_kernels.checks import check_int, check_one_of, check_path, check_type, parse_json, shown
 from .cute_kernels.config import QuantSpec
 from .cute_kernels.errors import CacheFormatError, InvalidArgument, OutOfPages
 from .cute_kernels.layouts import BLOCK_TOKENS, FORMAT_VERSION
@@ -20,7 +21,6 @@ from .quantization import CachePolicy
 
 METADATA_KEY = "bitdecoding.KVCache"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-INT32_MAX = 2**31 - 1
 NO_PAGE = -1  # an entry of the block table that names no page
 SIZES = ("batch_size", "max_tokens", "num_kv_heads", "head_dim", "recent", "sink_tokens", "num_pages")
 
@@ -64,7 +64,7 @@ class KVCache:
         num_pages: int | None = None,
         workspace: Tensor | None = None,
     ) -> None:
-        device = _known(device)
+        device = ops.check_device("device", device)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("max_tokens", max_tokens, 1),
@@ -73,11 +73,10 @@ class KVCache:
             ("sink_tokens", sink_tokens, 0),
             ("num_pages", 0 if num_pages is None else num_pages, 0),
         ):
-            if type(value) is not int or not least <= value <= INT32_MAX:
-                raise InvalidArgument(f"{name}={value!r}: allowed are integers from {least} to 2^31 - 1")
-        allowed = [d for d in DTYPES.values() if device.type == "cpu" or d != torch.float32]
-        if dtype not in allowed:
-            raise InvalidArgument(f"dtype={dtype}: allowed on {device} are {', '.join(map(str, allowed))}")
+            check_int(name, value, least)
+        check_one_of("dtype", dtype, tuple(d for d in DTYPES.values() if device.type == "cpu" or d != torch.float32))
+        check_type("workspace", workspace, Tensor, None)
+        quant = ops.parsed_spec(quant, "quant")
         bytes_per_block = ops.block_bytes(head_dim, quant)
 
         self.batch_size = batch_size
@@ -171,7 +170,7 @@ class KVCache:
         nothing is changed then. Reserved pages that are not used stay with their sequence until it is truncated.
         """
         self.sync()
-        many = [new_tokens] * self.batch_size if isinstance(new_tokens, int) else new_tokens
+        many = [new_tokens] * self.batch_size if type(new_tokens) is int else new_tokens
         new = self._per_sequence("new_tokens", many)
         for b, count in enumerate(new):
             if count < 0:
@@ -194,6 +193,7 @@ class KVCache:
 
     def packs(self, new_tokens: int) -> bool:
         """Whether appending this many tokens to every sequence would fill a block of any."""
+        check_int("new_tokens", new_tokens)
         self.sync()
         books = zip(self._lens, self._packed, strict=True)
         return any(self.policy.packed_len(n + new_tokens, packed) > packed for n, packed in books)
@@ -215,7 +215,7 @@ class KVCache:
         ones too.
         """
         self.sync()
-        lens = [lengths] * self.batch_size if isinstance(lengths, int) else self._per_sequence("lengths", lengths)
+        lens = [lengths] * self.batch_size if type(lengths) is int else self._per_sequence("lengths", lengths)
         packed = []
         for b, (n, have, have_packed) in enumerate(zip(lens, self._lens, self._packed, strict=True)):
             if not 0 <= n <= have:
@@ -391,7 +391,7 @@ class KVCache:
             listed = list(listed)
             if len(listed) == self.batch_size and all(type(n) is int for n in listed):
                 return listed
-        raise InvalidArgument(f"{name}={listed!r}: allowed are batch_size={self.batch_size} integers")
+        raise InvalidArgument(f"{name}={shown(listed)}: allowed are batch_size={self.batch_size} integers")
 
     # ------------------------------------------------------------------------------------------ files
 
@@ -401,6 +401,7 @@ class KVCache:
         ``blocks`` lists the rows of ``pages`` that each sequence holds, in the order of their first use: shared blocks
         are written once.
         """
+        check_path("path", path)
         self.sync()
         config = {name: getattr(self, name) for name in SIZES}
         config |= {"quant": self.quant.to_dict(), "dtype": next(n for n, d in DTYPES.items() if d == self.dtype)}
@@ -420,7 +421,10 @@ class KVCache:
         if self.sink_k is not None and self.sink_v is not None:
             tensors |= {"sink_k": _concatenate(self.sink_k, sinks), "sink_v": _concatenate(self.sink_v, sinks)}
         config |= {"format_version": FORMAT_VERSION}
-        save_file(tensors, path, {METADATA_KEY: json.dumps(config)})  # one key: safetensors shuffles several
+        try:
+            save_file(tensors, path, {METADATA_KEY: json.dumps(config)})  # one key: safetensors shuffles several
+        except SafetensorError as error:
+            raise InvalidArgument(f"path={shown(path)}: cannot be written: {error}") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> KVCache:
@@ -428,7 +432,10 @@ class KVCache:
 
         Nothing in the file is trusted or executed: CacheFormatError for anything that save would not have written.
         """
-        torch.empty(0, device=_known(device))  # a device that is not there is no fault of the file
+        check_path("path", path)
+        device = ops.check_device("device", device)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise CacheFormatError(f"{os.fspath(path)}: is not a file")
         try:
             with safe_open(path, framework="pt") as file:
                 cache = cls._from_metadata(file.metadata() or {}, file, device)
@@ -443,7 +450,7 @@ class KVCache:
         if METADATA_KEY not in metadata:
             raise CacheFormatError(f"metadata has no {METADATA_KEY}: not a saved KVCache")
         try:
-            config = json.loads(metadata[METADATA_KEY])
+            config = parse_json("config", metadata[METADATA_KEY])
             if (version := config.pop("format_version")) != FORMAT_VERSION:
                 raise CacheFormatError(f"format_version={version!r}: this library reads {FORMAT_VERSION}")
             quant = QuantSpec.from_json(json.dumps(config.pop("quant")))
@@ -516,17 +523,6 @@ class KVCache:
             _scatter(cache.sink_v, sink_v, sinks)
         cache._write_lengths(lens, packed)
         return cache
-
-
-def _known(device: torch.device | str) -> torch.device:
-    """A device that a cache can be on."""
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
-        raise InvalidArgument(f"device={device!r}: allowed are cpu and cuda")
-    return found
 
 
 def _concatenate(x: Tensor, counts: list[int]) -> Tensor:

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from . import tuned
 from .cute_kernels import native
+from .cute_kernels.checks import check_one_of, check_type, shown
 from .cute_kernels.config import KernelConfig, QuantSpec, device_arch
 from .cute_kernels.errors import BitDecodingError, CacheFormatError, InvalidArgument, KernelNotFound
+from .cute_kernels.layouts import HEAD_DIMS
 from .cute_kernels.pack import DSL, CompiledKernel, cache_dir, dsl_version, source_digest, write_pack
 
 MAX_COLUMNS_PER_SM = 128  # q_tile x ctas_per_sm of any configuration
@@ -82,6 +84,8 @@ def decode(
     workspace: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`bitdecoding.decode` on CUDA tensors."""
+    if not isinstance(pages, Tensor):
+        raise InvalidArgument(f"pages={shown(pages)}: allowed is a torch.Tensor")
     device = q.get_device()
     key = (q.shape, device, pages.shape, id(spec), id(config))
     plan = _plans.get(key)
@@ -95,7 +99,8 @@ def decode(
     _decode(
         plan.handle, q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits, out,
         lse, workspace, native.NO_WINDOW if window is None else window,
-        plan.softmax_scale if softmax_scale is None else softmax_scale, softcap or 0.0, spec.rotate_k, spec.rotate_v,
+        plan.softmax_scale if softmax_scale is None else softmax_scale, 0.0 if softcap is None else softcap,
+        spec.rotate_k, spec.rotate_v,
     )  # fmt: skip
     return out if lse is None else (out, lse)
 
@@ -158,6 +163,8 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 def _alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """k and v with the same strides, as the kernel wants them; copies where they differ."""
+    if not isinstance(v, Tensor):
+        raise InvalidArgument(f"v_new={shown(v)}: allowed is a torch.Tensor")
     return (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
 
 
@@ -217,6 +224,8 @@ def _plan(key: tuple, q: Tensor, pages: Tensor, spec: QuantSpec, config: KernelC
         raise InvalidArgument(f"pages: shape {list(pages.shape)}: must be [num_pages, num_kv_heads, block_bytes]")
     device = q.get_device()
     _, q_len, num_q_heads, head_dim = q.shape
+    check_one_of("head_dim", head_dim, HEAD_DIMS)
+    check_type("config", config, KernelConfig, None)
     if config is None:
         config = choose(device, head_dim, spec, num_q_heads, pages.shape[1], q_len)
     elif config.quant.for_kernel() != spec.for_kernel():

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import cpu, quantization, torch_ops
 from .cute_kernels import native
-from .cute_kernels.config import QuantSpec
+from .cute_kernels.checks import INT32_MAX, check_int, check_one_of, check_type, shown
+from .cute_kernels.config import KernelConfig, QuantSpec
 from .cute_kernels.errors import InvalidArgument, OutOfPages
 from .cute_kernels.layouts import BLOCK_TOKENS, HEAD_DIMS, block_format
-from .quantization import CachePolicy
+from .quantization import REAL_DTYPES, CachePolicy
 
-if TYPE_CHECKING:
-    from .cute_kernels.config import KernelConfig
-
-REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_PAGES = INT32_MAX // BLOCK_TOKENS  # of a sequence, whose tokens are counted in 32 bits
 
 _decode_cpu = native.function("decode_cpu")
 
@@ -27,12 +24,18 @@ _decode_cpu = native.function("decode_cpu")
 @torch.compiler.assume_constant_result
 def block_bytes(head_dim: int, spec: QuantSpec | str) -> int:
     """Bytes of a block: 128 tokens of one KV head, K and V, codes and parameters. A multiple of 128."""
-    return block_format(head_dim, _parsed(spec)).block_bytes
+    return block_format(head_dim, parsed_spec(spec)).block_bytes
 
 
-def _parsed(spec: QuantSpec | str) -> QuantSpec:
+def parsed_spec(spec: QuantSpec | str, name: str = "spec") -> QuantSpec:
     """A spec, from its JSON if it is that."""
-    return torch_ops.spec_from_json(spec) if isinstance(spec, str) else spec
+    if isinstance(spec, QuantSpec):
+        return spec
+    if isinstance(spec, str) and spec.lstrip().startswith("{"):
+        return torch_ops.spec_from_json(spec)
+    raise InvalidArgument(
+        f"{name}={shown(spec)}: allowed is a QuantSpec, or its JSON; that of a preset is preset(name, head_dim)[0]"
+    )
 
 
 @torch.no_grad()
@@ -66,7 +69,7 @@ def quantize(
     check_tensor("k", k, REAL_DTYPES, num_tokens=None, num_kv_heads=None, head_dim=None)
     num_tokens, num_kv_heads, head_dim = k.shape
     check_tensor("v", v, (k.dtype,), num_tokens=num_tokens, num_kv_heads=num_kv_heads, head_dim=head_dim)
-    _at_least("num_kv_heads", num_kv_heads, 1)
+    check_int("num_kv_heads", num_kv_heads, 1)
     bytes_per_block = block_bytes(head_dim, spec)
     if (pages is None) != (block_table is None) or (cu_seqlens is not None and pages is None):
         given = {"pages": pages, "block_table": block_table, "cu_seqlens": cu_seqlens}
@@ -77,7 +80,7 @@ def quantize(
     if pages is None or block_table is None:
         if k.device.type != "cuda" and not torch.compiler.is_compiling():
             _check_device(k=k, v=v)
-            return quantization.quantise(k, v, _parsed(spec))
+            return quantization.quantise(k, v, parsed_spec(spec))
         num_blocks = -(-num_tokens // BLOCK_TOKENS)
         pages = torch.empty(num_blocks, num_kv_heads, bytes_per_block, dtype=torch.uint8, device=k.device)
         block_table = torch.arange(num_blocks, dtype=torch.int32, device=k.device)[None]
@@ -87,9 +90,10 @@ def quantize(
         check_tensor("cu_seqlens", cu_seqlens, (torch.int32,), **{"batch + 1": None})
         batch = len(cu_seqlens) - 1
     check_tensor("block_table", block_table, (torch.int32,), batch=batch, max_pages=None)
+    check_int("max_pages", block_table.shape[1], 0, MAX_PAGES)
     _check_device(k=k, v=v, pages=pages, block_table=block_table, cu_seqlens=cu_seqlens)
     if max_seqlen is not None:
-        _at_least("max_seqlen", max_seqlen, 0)
+        check_int("max_seqlen", max_seqlen)
     longest = num_tokens if cu_seqlens is None or max_seqlen is None else min(max_seqlen, num_tokens)
     needed, max_pages = -(-longest // BLOCK_TOKENS), block_table.shape[1]
     if needed > max_pages and (cu_seqlens is None or max_seqlen is not None):
@@ -98,7 +102,7 @@ def quantize(
     if torch.compiler.is_compiling():
         torch_ops.quantize(k, v, pages, block_table, cu_seqlens, max_seqlen, torch_ops.json_of(spec))
         return pages
-    spec = _parsed(spec)
+    spec = parsed_spec(spec)
 
     if k.device.type == "cuda":
         from . import cuda
@@ -129,8 +133,6 @@ def rotate(x: Tensor) -> Tensor:
     """Tokens [.., head_dim] as tail and sinks hold them where a spec rotates: the normalised Walsh-Hadamard transform
     over head_dim, in x's dtype (fp16, bf16 or fp32). NaN counts as 0, values beyond +-32768 as +-32768.
     """
-    if not isinstance(x, Tensor) or x.dtype not in REAL_DTYPES or x.dim() < 1:
-        raise InvalidArgument(f"x: allowed is a tensor [.., head_dim] of {_names(REAL_DTYPES)}")
     return quantization.rotate(x)
 
 
@@ -146,11 +148,10 @@ def dequantize(
     check_tensor(
         "blocks", blocks, (torch.uint8,), num_blocks=None, num_kv_heads=None, block_bytes=block_bytes(head_dim, spec)
     )
-    if dtype not in REAL_DTYPES:
-        raise InvalidArgument(f"dtype={dtype}: allowed are {_names(REAL_DTYPES)}")
     if torch.compiler.is_compiling():
         return torch_ops.dequantize(blocks, head_dim, torch_ops.json_of(spec), dtype)
-    return quantization.dequantise(blocks, head_dim, _parsed(spec), dtype)
+    check_one_of("dtype", dtype, REAL_DTYPES)
+    return quantization.dequantise(blocks, head_dim, parsed_spec(spec), dtype)
 
 
 def decode(
@@ -208,8 +209,8 @@ def decode(
             out = new_out if out is None else out.copy_(new_out)
         return (out, lse) if return_lse else out
 
-    spec = _parsed(spec)
-    if q.is_cuda:
+    spec = parsed_spec(spec)
+    if isinstance(q, Tensor) and q.is_cuda:
         from . import cuda
 
         return cuda.decode(
@@ -218,13 +219,17 @@ def decode(
             sink_logits=sink_logits, out=out, return_lse=return_lse, config=config, workspace=workspace,
         )  # fmt: skip
 
+    check_tensor("q", q, REAL_DTYPES, batch=None, q_len=None, num_q_heads=None, head_dim=None)
+    check_one_of("head_dim", q.shape[-1], HEAD_DIMS)
+    check_type("config", config, KernelConfig, None)
+    check_type("workspace", workspace, Tensor, None)
     if out is None:
         out = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32) if return_lse else None
     _decode_cpu(
         q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits, out, lse, spec,
         native.NO_WINDOW if window is None else window, q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-        softcap or 0.0, torch.get_num_threads(),
+        0.0 if softcap is None else softcap, torch.get_num_threads(),
     )  # fmt: skip
     return out if lse is None else (out, lse)
 
@@ -279,7 +284,7 @@ def append(
         )  # fmt: skip
         return None
 
-    spec = _parsed(spec)
+    spec = parsed_spec(spec)
     if isinstance(k_new, Tensor) and k_new.device.type == "cuda" and k_new.dim() == 4:
         from . import cuda
 
@@ -297,6 +302,7 @@ def append(
     bytes_per_block = block_bytes(head_dim, spec)
     check_tensor("pages", pages, (torch.uint8,), num_pages=None, num_kv_heads=num_kv_heads, block_bytes=bytes_per_block)
     check_tensor("block_table", block_table, (torch.int32,), batch=batch, max_pages=None)
+    check_int("max_pages", block_table.shape[1], 0, MAX_PAGES)
     check_tensor("seqlens", seqlens, (torch.int32,), batch=batch)
     check_tensor("packed_lens", packed_lens, (torch.int32,), batch=batch)
     check_tensor(
@@ -308,14 +314,14 @@ def append(
         check_tensor("lengths", lengths, (torch.int32,), batch=batch)
     if status is not None:
         check_tensor("status", status, (torch.int32,), one=1)
+    check_type("workspace", workspace, Tensor, None)
     _check_device(
         k_new=k_new, v_new=v_new, pages=pages, block_table=block_table, seqlens=seqlens, packed_lens=packed_lens,
         tail_k=tail_k, tail_v=tail_v, sink_k=sink_k, sink_v=sink_v, lengths=lengths,
         status=status,
     )  # fmt: skip
-    _at_least("recent", recent, 0)
     policy = CachePolicy(recent, num_sink)
-    _at_least("tail_capacity", tail_capacity, policy.tail_capacity)
+    check_int("tail_capacity", tail_capacity, policy.tail_capacity)
 
     counts = [new_tokens] * batch if lengths is None else lengths.tolist()
     for b, count in enumerate(counts):
@@ -354,9 +360,15 @@ def merge(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor]) -> t
     lses: for each part fp32 [..], natural logarithm; -inf where the part has no key (its out does not matter there).
     -> out like a part, lse fp32; zeros and -inf where no part has a key. Sink logits must be in one part only.
     """
+    for name, x in (("outs", outs), ("lses", lses)):
+        check_type(name, x, Tensor, Sequence)
+        if isinstance(x, Tensor) and x.dim() == 0:
+            raise InvalidArgument(f"{name} is {_describe(x)}: allowed are parts along a first dimension")
     if len(outs) == 0 or len(outs) != len(lses):
         raise InvalidArgument(f"outs has {len(outs)} parts and lses {len(lses)}: allowed are equal numbers, at least 1")
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        check_type(f"outs[{i}]", out, Tensor)
+        check_type(f"lses[{i}]", lse, Tensor)
         if out.dtype not in REAL_DTYPES or out.dtype != outs[0].dtype or out.dim() < 1 or out.shape != outs[0].shape:
             raise InvalidArgument(
                 f"outs[{i}] is {_describe(out)}: allowed are parts of one shape and dtype ({_names(REAL_DTYPES)})"
@@ -380,7 +392,8 @@ def workspace(device: torch.device | str, head_dim: int) -> Tensor | None:
 
     For torch.compile: calls that share it must not overlap, and it must outlive the functions compiled with it.
     """
-    device = torch.device(device)
+    device = check_device("device", device)
+    check_one_of("head_dim", head_dim, HEAD_DIMS)
     if device.type != "cuda":
         return None
     from . import cuda
@@ -411,7 +424,7 @@ def _describe(x: Tensor) -> str:
 def check_tensor(name: str, x: object, dtypes: Sequence[torch.dtype], **shape: int | None) -> None:
     """Raise unless x is a tensor of one of the dtypes and of this shape; None stands for any extent."""
     if not isinstance(x, Tensor):
-        raise InvalidArgument(f"{name} is a {type(x).__name__}: allowed is a torch.Tensor")
+        raise InvalidArgument(f"{name}={shown(x)}: allowed is a torch.Tensor, not {type(x).__name__}")
     sound = x.dim() == len(shape) and all(
         # not `in`, which torch.compile does not do with an extent that it has made a variable
         want is None or want == have
@@ -436,16 +449,24 @@ def _check_pair(
     return k.shape[1]
 
 
+def check_device(name: str, device: torch.device | str | int) -> torch.device:
+    """A device that is there and that a cache can be on, with its index."""
+    check_type(name, device, torch.device, str, int)
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # what torch raises
+        reason = str(error).partition("\n")[0]
+        raise InvalidArgument(f"{name}={shown(device)}: allowed are cpu and cuda, where it is there: {reason}") from None
+    if found.type not in ("cpu", "cuda"):
+        raise InvalidArgument(f"{name}={shown(device)}: allowed are cpu and cuda")
+    return found
+
+
 def _check_device(**tensors: Tensor | None) -> None:
     (first, x), *others = ((name, x) for name, x in tensors.items() if x is not None)
     for name, y in others:
         if y.device != x.device:
             raise InvalidArgument(f"{name} is on {y.device}: allowed is {x.device}, where {first} is")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise InvalidArgument(f"{name}={value!r}: allowed are integers from {least}")
 
 
 def _check_lengths(seqlens: list[int], packed_lens: list[int], num_sink: int, tail_capacity: int) -> None:

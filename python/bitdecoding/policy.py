@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from .cute_kernels.checks import check_int, check_one_of, check_path, check_type, parse_json, shown
 from .cute_kernels.config import QuantSpec
 from .cute_kernels.errors import InvalidArgument
 from .cute_kernels.layouts import BLOCK_TOKENS
@@ -17,6 +19,8 @@ from .quantization import PRESETS, CachePolicy, preset
 from .torch_ops import spec_from_json
 
 UNQUANTISED = "16bit"  # the format of a layer that is kept in 16 bit
+MAX_DIGITS = 10  # of a number in a policy's text
+MAX_LAYERS = 9999
 DEFAULT_POLICY = CachePolicy(recent=64, sink_tokens=4)  # of a bare QuantSpec
 
 Format: TypeAlias = str | QuantSpec  # a preset's name, "16bit", or a spec
@@ -48,15 +52,13 @@ class QuantPolicy:
     def __post_init__(self) -> None:
         _check_format("default", self.default)
         if not isinstance(self.layers, Mapping) or not all(type(i) is int for i in self.layers):
-            raise InvalidArgument(f"layers={self.layers!r}: allowed is a mapping from layer numbers to formats")
+            raise InvalidArgument(f"layers={shown(self.layers)}: allowed is a mapping from layer numbers to formats")
         for i, wanted in self.layers.items():
             _check_format(f"layers[{i}]", wanted)
         for name in ("sink_tokens", "recent"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 0):
-                raise InvalidArgument(f"{name}={value!r}: allowed are integers from 0, and None")
-        if self.hadamard not in (None, True, False):
-            raise InvalidArgument(f"hadamard={self.hadamard!r}: allowed are True, False and None")
+            if (value := getattr(self, name)) is not None:
+                check_int(name, value)
+        check_one_of("hadamard", self.hadamard, (True, False, None))
 
     @classmethod
     def of(cls, value: QuantPolicy | Format | tuple[QuantSpec, CachePolicy] | Sequence) -> QuantPolicy:
@@ -69,28 +71,35 @@ class QuantPolicy:
             return cls(value[0], sink_tokens=value[1].sink_tokens, recent=value[1].recent)
         if isinstance(value, Sequence) and value:
             return cls(value[0], dict(enumerate(value)))
-        raise InvalidArgument(f"{value!r}: allowed are a QuantPolicy, {_FORMATS}, (QuantSpec, CachePolicy), or a list")
+        raise InvalidArgument(f"quant={shown(value)}: allowed are a QuantPolicy, {_FORMATS}, (QuantSpec, CachePolicy), or a list")
 
     @classmethod
     def parse(cls, text: str) -> QuantPolicy:
         """A policy from a command line: a preset or "16bit", with changes such as ``kv2:recent=32:sinks=4`` or
         ``kv4:hadamard=off``, or a JSON file that :meth:`save` wrote."""
+        check_type("policy", text, str)
         if text.endswith(".json"):
             return cls.load(text)
         head, *changes = text.split(":")
         values: dict[str, Any] = {}
         for change in changes:
             key, _, value = change.partition("=")
-            if key in ("sinks", "recent") and value.isdecimal():
-                values["sink_tokens" if key == "sinks" else key] = int(value)
+            field = "sink_tokens" if key == "sinks" else key
+            if field in values:
+                raise InvalidArgument(f"policy={shown(text)}: {key} is there twice")
+            if key in ("sinks", "recent") and value.isdecimal() and len(value) <= MAX_DIGITS:
+                values[field] = int(value)
             elif key == "hadamard" and value in ("on", "off"):
-                values[key] = value == "on"
+                values[field] = value == "on"
             else:
-                raise InvalidArgument(f"{text!r}: allowed changes are sinks=N, recent=N, hadamard=on, hadamard=off")
+                raise InvalidArgument(
+                    f"policy={shown(text)}: allowed changes are sinks=N, recent=N, hadamard=on and hadamard=off"
+                )
         return cls(head, **values)
 
     def resolve(self, num_layers: int, head_dim: int) -> list[tuple[QuantSpec | None, CachePolicy]]:
         """What each layer does: its spec, None where it is not quantised, and what it keeps in 16 bit."""
+        check_int("num_layers", num_layers, 1, MAX_LAYERS)
         chosen = [self.default] * num_layers
         for i, wanted in self.layers.items():
             if not -num_layers <= i < num_layers:
@@ -118,6 +127,7 @@ class QuantPolicy:
 
     def bits_per_value(self, num_layers: int, head_dim: int, tokens: int) -> float:
         """Bits that a cached value takes on average, everything counted, in a sequence of so many tokens."""
+        check_int("tokens", tokens, 1)
         total = 0
         for spec, kept in self.resolve(num_layers, head_dim):
             packed = 0 if spec is None else kept.packed_len(tokens, 0)
@@ -147,34 +157,39 @@ class QuantPolicy:
     @classmethod
     def from_json(cls, text: str | bytes) -> QuantPolicy:
         """The inverse of to_json; raises InvalidArgument for anything else."""
-        try:
-            values = json.loads(text)
-            unknown = set(values) - {"default", "layers", *_KEPT}
-            layers = {int(i): _parsed(wanted) for i, wanted in values.get("layers", {}).items()}
-            kept = {key: values.get(key) for key in _KEPT}
-            default = _parsed(values["default"])
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-            raise InvalidArgument(f"QuantPolicy: not the JSON of a policy: {error!r}") from None
-        if unknown:
-            raise InvalidArgument(f"QuantPolicy: unknown fields: {', '.join(sorted(unknown))}")
-        return cls(default, layers, **kept)
+        values = parse_json("QuantPolicy", text)
+        if not isinstance(values, dict) or "default" not in values:
+            raise InvalidArgument(f"QuantPolicy={shown(values)}: allowed is an object with a default format")
+        if unknown := sorted(set(values) - {"default", "layers", *_KEPT}):
+            raise InvalidArgument(f"QuantPolicy: unknown fields: {', '.join(unknown)}")
+        named = values.get("layers", {})
+        if not isinstance(named, dict) or not all(_LAYER_NUMBER.fullmatch(i) for i in named):
+            raise InvalidArgument(f"layers={shown(named)}: allowed is an object from layer numbers to formats")
+        layers = {int(i): _parsed(wanted) for i, wanted in named.items()}
+        return cls(_parsed(values["default"]), layers, **{key: values.get(key) for key in _KEPT})
 
     def save(self, path: str | os.PathLike[str]) -> None:
+        check_path("path", path)
         Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> QuantPolicy:
-        """Read what :meth:`save` wrote."""
-        return cls.from_json(Path(path).read_bytes())
+        """Read what :meth:`save` wrote; raises InvalidArgument for anything else."""
+        check_path("path", path)
+        try:
+            return cls.from_json(Path(path).read_bytes())
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{os.fspath(path)}: {error}") from None
 
 
 _KEPT = ("sink_tokens", "recent", "hadamard")
+_LAYER_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,3}")  # in the one form that to_json writes
 _FORMATS = f"a QuantSpec, {UNQUANTISED!r} or a preset ({', '.join(PRESETS)})"
 
 
 def _check_format(name: str, wanted: object) -> None:
-    if not isinstance(wanted, QuantSpec) and wanted not in (UNQUANTISED, *PRESETS):
-        raise InvalidArgument(f"{name}={wanted!r}: allowed are {_FORMATS}")
+    if not isinstance(wanted, QuantSpec) and not (isinstance(wanted, str) and wanted in (UNQUANTISED, *PRESETS)):
+        raise InvalidArgument(f"{name}={shown(wanted)}: allowed are {_FORMATS}")
 
 
 def _format_name(wanted: Format) -> str:

@@ -26,15 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cute_kernels.checks import check_int, check_one_of, shown
 from .cute_kernels.config import QuantSpec
 from .cute_kernels.errors import InvalidArgument
-from .cute_kernels.layouts import BLOCK_TOKENS, GROUPS, Section, block_format, symmetric_zero
+from .cute_kernels.layouts import BLOCK_TOKENS, GROUPS, HEAD_DIMS, Section, block_format, symmetric_zero
 
 VALUE_LIMIT = 32768.0  # fp16 products P * scale of the kernels stay finite
 MIN_SCALE = 2.0**-24  # the smallest fp16
 ZERO_LIMIT = 2.0**-10  # scale >= max|x| * ZERO_LIMIT: |zero| <= 1024, where fp16 still resolves half a step
 MSE_FACTORS = tuple(1 - i / 32 for i in range(20))  # descending: on ties the first, that is the larger, wins
 CPU = torch.device("cpu")
+REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CHUNK_VALUES = 1 << 20  # values of K (or V) that are worked on at once: bounds memory and stays in the caches
 
 
@@ -44,6 +46,10 @@ class CachePolicy:
 
     recent: int = 0
     sink_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("recent", self.recent)
+        check_int("sink_tokens", self.sink_tokens)
 
     def packed_len(self, seqlen: int, packed_len: int) -> int:
         """Tokens in pages once a sequence of ``seqlen`` tokens, ``packed_len`` of them packed so far, is settled.
@@ -88,20 +94,21 @@ _PRESETS: dict[str, tuple[dict[str, Any], CachePolicy]] = {
 PRESETS = tuple(_PRESETS)
 
 
-@lru_cache(maxsize=None)
 def preset(name: str, head_dim: int = 128) -> tuple[QuantSpec, CachePolicy]:
     """The named quantisation and cache policy: one of :data:`PRESETS`; the same objects at every call.
 
     Channel groups that do not divide ``head_dim`` shrink to the largest group that does.
     """
-    if name not in _PRESETS:
-        raise InvalidArgument(f"name={name!r}: presets are {', '.join(PRESETS)}")
+    check_one_of("name", name, PRESETS)
+    check_one_of("head_dim", head_dim, HEAD_DIMS)
+    return _preset(name, head_dim)
+
+
+@lru_cache(maxsize=None)
+def _preset(name: str, head_dim: int) -> tuple[QuantSpec, CachePolicy]:
     fields, policy = _PRESETS[name]
     for key in ("v_group", "k_group") if fields.get("k_axis") == "token" else ("v_group",):
-        dividing = [g for g in GROUPS if g <= fields[key] and head_dim % g == 0]
-        if not dividing:
-            raise InvalidArgument(f"head_dim={head_dim}: must be a multiple of {GROUPS[0]}")
-        fields = fields | {key: max(dividing)}
+        fields = fields | {key: max(g for g in GROUPS if g <= fields[key] and head_dim % g == 0)}
     return QuantSpec(**fields), policy
 
 
@@ -114,6 +121,7 @@ def hadamard(x: Tensor) -> Tensor:
     H is Sylvester's Walsh-Hadamard matrix of size h, the largest power of two that divides the dimension (96: three
     blocks of 32). The butterflies run in the order of stride 1, 2, 4, ..; the factor fp32(1 / sqrt(h)) comes last.
     """
+    _check_channels(x)
     dim = x.shape[-1]
     h = dim & -dim
     y = x.float()
@@ -126,6 +134,14 @@ def hadamard(x: Tensor) -> Tensor:
     return y.reshape(x.shape) * h**-0.5
 
 
+def _check_channels(x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise InvalidArgument(f"x={shown(x)}: allowed is a torch.Tensor")
+    if x.dtype not in REAL_DTYPES or x.dim() < 1 or x.shape[-1] == 0:
+        names = ", ".join(map(str, REAL_DTYPES))
+        raise InvalidArgument(f"x is {x.dtype} {list(x.shape)}: allowed is [.., head_dim] of {names}, head_dim from 1")
+
+
 def _condition(x: Tensor) -> Tensor:
     """Step 2: finite fp32 values."""
     x = x.to(torch.float32, copy=True).nan_to_num_(nan=0.0, posinf=VALUE_LIMIT, neginf=-VALUE_LIMIT)
@@ -134,6 +150,7 @@ def _condition(x: Tensor) -> Tensor:
 
 def rotate(x: Tensor) -> Tensor:
     """Step 1: conditioned, through :func:`hadamard`, clamped, in x's dtype."""
+    _check_channels(x)
     return hadamard(_condition(x)).clamp_(-VALUE_LIMIT, VALUE_LIMIT).to(x.dtype)
 
 
