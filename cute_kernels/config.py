@@ -222,7 +222,7 @@ class KernelConfig(Object):
         return _config_parse(name)
 
     def smem_bytes(self) -> int:
-        """Bytes of dynamic shared memory that the kernel uses; raises as :meth:`validate`."""
+        """Bytes of dynamic shared memory that the kernel uses; raises InvalidArgument as :meth:`validate`."""
         return _config_smem_bytes(self)
 
     def to_dict(self) -> dict[str, Any]:

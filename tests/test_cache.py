@@ -496,7 +496,7 @@ HOSTILE = {
         {"config": {"num_pages": 2**31 - 1, "recent": 2**30, "max_tokens": 2**31 - 1}},
         "no memory",
     ),
-    "negative sinks": ({"config": {"sink_tokens": -4}}, "not possible for a sequence"),
+    "negative sinks": ({"config": {"sink_tokens": -4}}, "sink_tokens=-4"),
     "batch": ({"config": {"batch_size": 4}}, "seqlens: shape"),
     "batch 0": ({"config": {"batch_size": 0}}, "seqlens: shape"),
     "few pages": ({"config": {"num_pages": 3}}, "num_pages=3"),

@@ -104,7 +104,7 @@ def test_copies(obj):
         ({"k_group": 16}, "k_group=16: allowed are 32, 64, 128"),
         ({"v_group": 0}, "v_group=0: allowed are 32, 64, 128"),
         ({"k_mean": "all"}, "k_mean=all: allowed are none, block"),
-        ({"k_clip": 0.0}, "k_clip=0: allowed are 'minmax', 'mse' and factors in (0, 1]"),
+        ({"k_clip": 0.0}, "k_clip=0.0: allowed are 'minmax', 'mse' and factors in (0, 1]"),
         ({"v_clip": 1.5}, "v_clip=1.5: allowed are"),
         ({"v_clip": float("nan")}, "v_clip=nan: allowed are"),
         ({"k_clip": "max"}, "k_clip='max': allowed are"),

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Modules of the project by layer; a module may import from its own layer and from lower ones.
 LAYERS = [
     {"cute_kernels", "cute_kernels.errors"},
+    {"cute_kernels.checks"},
     {"cute_kernels.layouts", "cute_kernels.native", "cute_kernels.pack"},
     {"cute_kernels.config"},
     {"cute_kernels.*"},  # the kernels
@@ -29,7 +30,7 @@ FORBIDDEN = {
     "cute_kernels": {"torch", "transformers", "bitdecoding"},
     "bitdecoding": {"cutlass", "cuda"},
 }
-NO_COMPILER = {"errors", "layouts", "native", "config", "pack", "__init__"}
+NO_COMPILER = {"errors", "checks", "layouts", "native", "config", "pack", "__init__"}
 OPTIONAL = {"transformers", "gguf", "matplotlib", "flashinfer"}  # below the integrations nothing needs them
 
 

@@ -85,7 +85,7 @@ def test_bad_json(text):
 
 def test_files_and_command_lines(tmp_path, capsys):
     (tmp_path / "policy.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(InvalidArgument, match="not the JSON of a policy"):
+    with pytest.raises(InvalidArgument, match=r"policy\.json: QuantPolicy=.*: not JSON"):
         bd.QuantPolicy.load(tmp_path / "policy.json")
     with pytest.raises(InvalidArgument, match="allowed changes"):
         bd.QuantPolicy.parse("kv4:recent=²")

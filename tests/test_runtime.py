@@ -122,6 +122,12 @@ def test_wrong_tensors_are_named(name, change, message):
         ({"softmax_scale": float("nan")}, "softmax_scale=nan"),
         ({"softcap": -1.0}, "softcap=-1: must be positive and finite, or 0"),
         ({"softcap": float("inf")}, "softcap=inf"),
+        ({"softcap": 1e-60}, "softcap=1e-60"),
+        ({"softcap": False}, "softcap=False: allowed is a number"),
+        ({"softmax_scale": "1"}, "softmax_scale='1': allowed is a number"),
+        ({"window": True}, "window=True: allowed is an integer"),
+        ({"window": 2.0}, "window=2: allowed is an integer"),
+        ({"window": 2**70}, "window=ffi.BigInt: allowed is an integer"),
     ],
 )
 def test_wrong_scalars_are_named(options, message):
@@ -138,8 +144,15 @@ def test_spec_must_fit_head_dim():
 
 
 def test_tensors_are_needed():
-    with pytest.raises(TypeError, match="DLTensor"):
-        check(decode_tensors() | {"q": [1.0]})
+    for name, value, message in (
+        ("q", [1.0], "q=ffi.Array: allowed is a tensor"),
+        ("pages", None, "pages=None: allowed is a tensor"),
+        ("tail_k", 3, "tail_k=3: allowed is a tensor or None"),
+        ("lse", "kv4", "lse='kv4': allowed is a tensor or None"),
+    ):
+        with pytest.raises(InvalidArgument) as caught:
+            check(decode_tensors() | {name: value})
+        assert str(caught.value) == message
 
 
 # ---------------------------------------------------------------------------------------------- append and quantize

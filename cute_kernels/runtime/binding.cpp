@@ -445,7 +445,12 @@ TVM_FFI_STATIC_INIT_BLOCK() {
            [](const KernelConfigRef& config) { return ffi::String(valid_config(config).name()); })
       .def("bitdecoding.config_parse", parse_name)
       .def("bitdecoding.config_smem_bytes",
-           [](const KernelConfigRef& config) { return valid_config(config).smem_bytes(); })
+           [](const KernelConfigRef& config) {
+             const KernelConfig core = config->to_core();
+             const Status found = core.validate();
+             if (found != Status::unsupported_config) raise_unless_ok(found);  // that may be for its shared memory
+             return core.smem_bytes();
+           })
       .def("bitdecoding.smem_limit", [](const ffi::String& arch) { return smem_limit(arch); })
       .def("bitdecoding.arch_of",
            [](int64_t major, int64_t minor) {

@@ -458,6 +458,7 @@ class KVCache:
             if set(config) != set(SIZES) or not all(type(n) is int for n in config.values()):
                 raise CacheFormatError(f"config: allowed are integers {', '.join(SIZES)}, besides quant and dtype")
             bytes_per_block = ops.block_bytes(config["head_dim"], quant)
+            policy = CachePolicy(config["recent"], config["sink_tokens"])
         except Exception as error:  # whatever plain values of hostile text provoke in the constructors
             raise CacheFormatError(f"config: {error!r}") from None
 
@@ -477,7 +478,6 @@ class KVCache:
         batch_size, sink_tokens = config["batch_size"], config["sink_tokens"]
         lens = read("seqlens", (batch_size,), torch.int32).tolist()
         packed = read("packed_lens", (batch_size,), torch.int32).tolist()
-        policy = CachePolicy(config["recent"], sink_tokens)
         sinks = [min(n, sink_tokens) for n in lens]
         tails = [n - sink - p for n, sink, p in zip(lens, sinks, packed, strict=True)]
         # on the device a sequence may go on beyond max_tokens while no block gets full

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import tuned
 from .cute_kernels import native
-from .cute_kernels.checks import check_one_of, check_type, shown
+from .cute_kernels.checks import check_one_of, check_type
 from .cute_kernels.config import KernelConfig, QuantSpec, device_arch
 from .cute_kernels.errors import BitDecodingError, CacheFormatError, InvalidArgument, KernelNotFound
 from .cute_kernels.layouts import HEAD_DIMS
@@ -85,7 +85,7 @@ def decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`bitdecoding.decode` on CUDA tensors."""
     if not isinstance(pages, Tensor):
-        raise InvalidArgument(f"pages={shown(pages)}: allowed is a torch.Tensor")
+        raise InvalidArgument(f"pages is a {type(pages).__name__}: allowed is a torch.Tensor")
     device = q.get_device()
     key = (q.shape, device, pages.shape, id(spec), id(config))
     plan = _plans.get(key)
@@ -164,7 +164,7 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 def _alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """k and v with the same strides, as the kernel wants them; copies where they differ."""
     if not isinstance(v, Tensor):
-        raise InvalidArgument(f"v_new={shown(v)}: allowed is a torch.Tensor")
+        raise InvalidArgument(f"v_new is a {type(v).__name__}: allowed is a torch.Tensor")
     return (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
 
 

@@ -424,7 +424,7 @@ def _describe(x: Tensor) -> str:
 def check_tensor(name: str, x: object, dtypes: Sequence[torch.dtype], **shape: int | None) -> None:
     """Raise unless x is a tensor of one of the dtypes and of this shape; None stands for any extent."""
     if not isinstance(x, Tensor):
-        raise InvalidArgument(f"{name}={shown(x)}: allowed is a torch.Tensor, not {type(x).__name__}")
+        raise InvalidArgument(f"{name} is a {type(x).__name__}: allowed is a torch.Tensor")
     sound = x.dim() == len(shape) and all(
         # not `in`, which torch.compile does not do with an extent that it has made a variable
         want is None or want == have
@@ -451,14 +451,14 @@ def _check_pair(
 
 def check_device(name: str, device: torch.device | str | int) -> torch.device:
     """A device that is there and that a cache can be on, with its index."""
-    check_type(name, device, torch.device, str, int)
+    found, reason = None, ""
     try:
-        found = torch.empty(0, device=device).device
+        if device is not None:
+            found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # what torch raises
-        reason = str(error).partition("\n")[0]
-        raise InvalidArgument(f"{name}={shown(device)}: allowed are cpu and cuda, where it is there: {reason}") from None
-    if found.type not in ("cpu", "cuda"):
-        raise InvalidArgument(f"{name}={shown(device)}: allowed are cpu and cuda")
+        reason = f", where they are there: {str(error).partition(chr(10))[0]}"
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise InvalidArgument(f"{name}={shown(device)}: allowed are cpu and cuda{reason}")
     return found
 
 

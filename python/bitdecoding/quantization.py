@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cute_kernels.checks import check_int, check_one_of, shown
+from .cute_kernels.checks import check_int, check_one_of
 from .cute_kernels.config import QuantSpec
 from .cute_kernels.errors import InvalidArgument
 from .cute_kernels.layouts import BLOCK_TOKENS, GROUPS, HEAD_DIMS, Section, block_format, symmetric_zero
@@ -136,7 +136,7 @@ def hadamard(x: Tensor) -> Tensor:
 
 def _check_channels(x: object) -> None:
     if not isinstance(x, Tensor):
-        raise InvalidArgument(f"x={shown(x)}: allowed is a torch.Tensor")
+        raise InvalidArgument(f"x is a {type(x).__name__}: allowed is a torch.Tensor")
     if x.dtype not in REAL_DTYPES or x.dim() < 1 or x.shape[-1] == 0:
         names = ", ".join(map(str, REAL_DTYPES))
         raise InvalidArgument(f"x is {x.dtype} {list(x.shape)}: allowed is [.., head_dim] of {names}, head_dim from 1")
