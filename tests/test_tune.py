@@ -265,7 +265,7 @@ def test_dry_run_lists_them(table, capsys) -> None:
 def test_errors(table, capsys) -> None:
     for arguments, said in (
         (["--arch", "sm90a"], "--arch"),
-        (["--rounds", "0"], "rounds=0"),
+        (["--rounds", "0"], "--rounds: '0': allowed are integers from 1"),
         (["--presets", "kc3", "--dry-run", "--arch", "sm90a"], "kc3"),
         (["--dry-run", "--arch", "sm70"], "sm70"),
         (["--dry-run", "--arch", "sm90a", "--shapes", "1,2"], "1,2"),

@@ -20,8 +20,11 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from .arguments import check_output, check_presets, device_of, integers, positive
 from .candidates import LowBitCache, Rivals, Shape, parse_shapes
+from .cute_kernels.checks import parse_json
 from .cute_kernels.errors import BitDecodingError, InvalidArgument
+from .cute_kernels.layouts import HEAD_DIMS
 from .timing import copy_bandwidth, measure, read_bandwidth
 from .writes import writes
 
@@ -114,11 +117,11 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """The inverse of to_json; raises InvalidArgument for anything else."""
         try:
-            values = json.loads(text)
+            values = parse_json("report", text)
             rows, left_out = [Row(**row) for row in values["rows"]], [LeftOut(**one) for one in values["left_out"]]
             written = [WriteRow(**one) for one in values["writes"]]
             report = cls(**values | {"rows": rows, "left_out": left_out, "writes": written})
-        except (ValueError, TypeError, KeyError) as error:
+        except (InvalidArgument, TypeError, KeyError) as error:
             raise InvalidArgument(f"not a report of this version of bitdecoding bench: {error}") from None
         return report
 
@@ -134,12 +137,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of a suite: batch,num_q_heads,num_kv_heads,tokens;... ('ragged': 16 sequences, 1K to 128K)",
     )
     parser.add_argument("--presets", nargs="+", default=["kc4", "kc2"], metavar="NAME", help="default: kc4 kc2")
-    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, default=128)
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of q, out and the 16-bit cache")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--rounds", type=int, default=15, help="measurements of which the median counts (default: 15)")
+    parser.add_argument("--rounds", type=integers(1), default=15, help="measurements of which the median counts (default: 15)")
     parser.add_argument("--no-rivals", action="store_true", help="without SDPA and FlashInfer")
-    parser.add_argument("--ceiling", type=float, metavar="GB/S", help="read bandwidth (default: measured by torch.sum)")
+    parser.add_argument("--ceiling", type=positive, metavar="GB/S", help="read bandwidth (default: measured by torch.sum)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the report as JSON, after every shape")
     parser.add_argument("--load", type=Path, metavar="FILE", help="show such a report again instead of measuring")
     parser.add_argument("--plot", action="store_true", help="draw the sweeps over length and batch, PNGs next to FILE")
@@ -192,25 +195,14 @@ def shapes_of(suite: str, cuda: bool) -> list[Shape]:
     return [Shape((n,) * b, *heads) for heads, n, b in itertools.product(HEADS, BATCH_TOKENS[cuda], BATCHES)]
 
 
-def device_of(name: str | None) -> torch.device:
-    """A device by its name; None: the GPU if there is one. Raises InvalidArgument for what cannot be used."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        device = torch.empty(0, device=device).device  # with its index
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidArgument(f"device={name}: {str(error).partition(chr(10))[0]}") from None
-    if device.type not in ("cuda", "cpu"):
-        raise InvalidArgument(f"device={name}: allowed are cuda, cuda:<index> and cpu")
-    return device
-
-
 def measure_all(args: argparse.Namespace) -> Report:
     device = device_of(args.device)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    if args.rounds < 1:
-        raise InvalidArgument(f"rounds={args.rounds}: allowed are integers from 1")
+    check_presets("--presets", args.presets, args.head_dim)
+    if args.out is not None:
+        check_output("--out", args.out)
     if args.shapes is None:
         shapes = [shape for suite in args.suite for shape in shapes_of(suite, cuda)]
     else:
@@ -224,7 +216,6 @@ def measure_all(args: argparse.Namespace) -> Report:
         dtype=args.dtype,
         ceiling_gb_per_s=args.ceiling or read_bandwidth(device),
     )
-    write(report, args.out)  # a file that cannot be written is known now
     with tqdm(dict.fromkeys(shapes), unit=" shapes", file=sys.stderr) as bar:
         for shape in bar:
             bar.set_description(str(shape))

@@ -29,12 +29,13 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 
+from .arguments import device_of, integers, make_folder, parsed
 from .cute_kernels.errors import InvalidArgument
 from .cute_kernels.layouts import BLOCK_TOKENS
 from .integrations.transformers import NAME, BitDecodingCache
 from .ops import quantize
 from .policy import QuantPolicy
-from .timing import read_bandwidth
+from .timing import memory_bytes, read_bandwidth
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,6 +65,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+MAX_BATCH = 1 << 15  # of an append
 RIVALS = ("transformers", "sdpa")
 UNMASKED = "bitdecoding_bench_sdpa"  # the name of `sdpa`'s attention function
 ROOM = 512  # tokens that steps may append
@@ -94,8 +96,8 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b", help="default: %(default)s")
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072], metavar="TOKENS")
+    parser.add_argument("--layers", type=integers(1), help="fewer layers than the model has")
+    parser.add_argument("--lengths", type=integers(1), nargs="+", default=[8192, 32768, 131072], metavar="TOKENS")
     parser.add_argument("--policies", nargs="+", default=["kv4", "kv2"], metavar="NAME", help="presets, or JSON files")
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=RIVALS, help="default: both")
     parser.add_argument("--batches", nargs="+", default=["1", "largest"], help="numbers, or `largest`: all that fits")
@@ -106,17 +108,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "options of torch._inductor.config to switch on for every candidate: "
         "coordinate_descent_tuning searches for the fastest products, combo_kernels does several in one kernel"
     ))  # fmt: skip
-    parser.add_argument("--steps", type=int, default=16, help="of a round (default: %(default)s)")
+    parser.add_argument("--steps", type=integers(1), default=16, help="of a round (default: %(default)s)")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--out", type=Path, default=Path("bitdecoding-bench-model"), metavar="DIR")
 
 
 def run(args: argparse.Namespace) -> int:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    policies = [(name, QuantPolicy.parse(name)) for name in args.policies]
+    device = device_of(args.device)
+    policies = [(name, parsed("--policies", name, QuantPolicy.parse)) for name in args.policies]
     for batch in args.batches:
-        if batch != "largest" and not (batch.isdigit() and int(batch)):
-            raise InvalidArgument(f"--batches {batch}: allowed are numbers from 1 and `largest`")
+        if batch != "largest" and not (batch.isdecimal() and 1 <= int(batch) <= MAX_BATCH):
+            raise InvalidArgument(f"--batches {batch}: allowed are numbers from 1 to {MAX_BATCH} and `largest`")
+    shape = SHAPES[args.shape]
+    for option, values, most in (
+        ("--layers", [args.layers or 1], shape["num_hidden_layers"]),
+        ("--lengths", args.lengths, shape["max_position_embeddings"] - ROOM),
+    ):
+        if max(values) > most:
+            raise InvalidArgument(f"{option} {max(values)}: allowed are integers from 1 to {most}")
     known = torch._inductor.config.get_config_copy()
     for option in args.inductor:
         if not isinstance(known.get(option), bool):
@@ -125,9 +134,9 @@ def run(args: argparse.Namespace) -> int:
             )
     if device.type != "cuda" and "largest" in args.batches:
         raise InvalidArgument("--batches largest: needs a GPU")
-    if args.steps * (ROUNDS + 1) + WARM_UP > ROOM or args.steps < 1:
+    if args.steps * (ROUNDS + 1) + WARM_UP > ROOM:
         raise InvalidArgument(f"--steps {args.steps}: allowed are 1 to {(ROOM - WARM_UP) // (ROUNDS + 1)}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", args.out)
     with torch.no_grad(), torch._inductor.config.patch(dict.fromkeys(args.inductor, True)):
         report = measure(args, policies, device)
     print(format_table(report))
@@ -210,8 +219,7 @@ def sequence_bytes(config: LlamaConfig, policy: QuantPolicy | None, max_tokens: 
 
 def largest_batch(weights: int, per_sequence: int, device: torch.device) -> int:
     """Sequences whose cache fits beside the weights, with some memory to spare: the same for every candidate."""
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return max(1, int(memory * (1 - SPARE) - weights * 1.07) // per_sequence)
+    return max(1, int(memory_bytes(device) * (1 - SPARE) - weights * 1.07) // per_sequence)
 
 
 def _measure_case(

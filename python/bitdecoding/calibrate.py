@@ -8,6 +8,7 @@ change that lowers the divergence most per byte.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .cute_kernels.checks import check_type
 from .cute_kernels.errors import InvalidArgument
 from .cute_kernels.layouts import BLOCK_TOKENS
-from .integrations.transformers import NAME, BitDecodingCache, BitDecodingLayer
+from .integrations.transformers import NAME, BitDecodingCache, BitDecodingLayer, kv_shape
 from .policy import UNQUANTISED, Format, QuantPolicy
 
 FORMATS = ("kv2", "k4v2", "kv4", "kv8")
@@ -38,17 +40,24 @@ class Prices:
 
     def policy(self, bits_per_value: float, tokens: int) -> QuantPolicy:
         """The formats with the least sum of prices within a budget, see :func:`calibrate`."""
-        formats = list(self.by_layer[0])
-        sizes = {f: QuantPolicy(f, **self.kept).bits_per_value(1, self.head_dim, tokens) for f in formats}
-        smallest = min(formats, key=sizes.__getitem__)
-        if sizes[smallest] > bits_per_value:
-            raise InvalidArgument(
-                f"bits_per_value={bits_per_value}: the smallest of the formats takes {sizes[smallest]:.3f} "
-                f"in sequences of {tokens} tokens"
-            )
+        sizes = sizes_within(bits_per_value, list(self.by_layer[0]), self.kept, self.head_dim, tokens)
         chosen = choose(self.by_layer, sizes, bits_per_value * len(self.by_layer))
         most = max(set(chosen), key=chosen.count)
         return QuantPolicy(most, {i: wanted for i, wanted in enumerate(chosen) if wanted != most}, **self.kept)
+
+
+def sizes_within(
+    bits_per_value: float, formats: Sequence[Format], kept: dict[str, Any], head_dim: int, tokens: int
+) -> dict[Format, float]:
+    """format -> its bits per value; raises InvalidArgument if none fits into a budget."""
+    sizes = {f: QuantPolicy(f, **kept).bits_per_value(1, head_dim, tokens) for f in formats}
+    smallest = min(sizes.values())
+    if not smallest <= bits_per_value < math.inf:
+        raise InvalidArgument(
+            f"bits_per_value={bits_per_value}: the smallest of the formats takes {smallest:.3f} "
+            f"in sequences of {tokens} tokens"
+        )
+    return sizes
 
 
 def calibrate(
@@ -83,12 +92,14 @@ def measure_prices(
     sink_tokens, recent, hadamard: of the policy, see :class:`bitdecoding.QuantPolicy`.
     progress: show a bar.
     """
+    check_type("model", model, PreTrainedModel)
+    check_type("ids", ids, Tensor)
     if ids.dim() != 2 or ids.shape[1] < 8 * BLOCK_TOKENS:
         raise InvalidArgument(
             f"ids is {list(ids.shape)}: allowed is [texts, tokens] with {8 * BLOCK_TOKENS} tokens or more"
         )
     config = model.config.get_text_config(decoder=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    _, head_dim = kv_shape(config)
     kept: dict[str, Any] = {"sink_tokens": sink_tokens, "recent": recent, "hadamard": hadamard}
     if not formats:
         raise InvalidArgument("formats is empty: allowed are one or more")

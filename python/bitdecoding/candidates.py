@@ -12,13 +12,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import cuda
+from .cute_kernels.checks import INT32_MAX
 from .cute_kernels.config import KernelConfig, QuantSpec
 from .cute_kernels.errors import InvalidArgument
 from .cute_kernels.layouts import BLOCK_TOKENS, block_format, symmetric_zero
 from .ops import decode, dequantize, rotate
 from .quantization import preset
-from .timing import Candidate, copies_of
+from .timing import Candidate, copies_of, memory_bytes
 
+MAX_BATCH = 1 << 15  # of an append
 RAGGED = tuple(1024 * n for n in (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128))
 CHECKED_TOKENS = 4096  # packed tokens of a sequence that is compared with fp32 attention
 FLASHINFER_PAGE = 16  # tokens, as in its own benchmark
@@ -49,7 +51,7 @@ class Shape(NamedTuple):
 def parse_shapes(text: str) -> list[Shape]:
     """ "batch,num_q_heads,num_kv_heads,tokens;..." or "ragged" -> Shapes; raises InvalidArgument."""
     shapes = []
-    for part in filter(None, text.split(";")):
+    for part in [part for part in text.split(";") if part] or [""]:
         if part == "ragged":
             shapes.append(Shape(RAGGED, 32, 8))
             continue
@@ -57,10 +59,11 @@ def parse_shapes(text: str) -> list[Shape]:
             batch, num_q_heads, num_kv_heads, tokens = map(int, part.split(","))
         except ValueError:
             batch = 0
-        if batch < 1 or min(num_q_heads, num_kv_heads, tokens) < 1 or num_q_heads % num_kv_heads:
+        sizes = (num_q_heads, num_kv_heads, tokens) if batch else (0,)
+        if not (1 <= batch <= MAX_BATCH and 1 <= min(sizes) and max(sizes) <= INT32_MAX) or num_q_heads % num_kv_heads:
             raise InvalidArgument(
-                f"shapes: {part!r}: allowed are 'ragged' and batch,num_q_heads,num_kv_heads,tokens, all positive, "
-                "num_q_heads a multiple of num_kv_heads"
+                f"--shapes {part}: allowed are 'ragged' and batch,num_q_heads,num_kv_heads,tokens, all from 1, "
+                f"batch to {MAX_BATCH}, num_q_heads a multiple of num_kv_heads"
             )
         shapes.append(Shape((tokens,) * batch, num_q_heads, num_kv_heads))
     return shapes
@@ -110,6 +113,8 @@ class LowBitCache:
         in_16_bit = sum(self.sinks) + sum(self.tails)
         self.cache_bytes = sum(blocks) * heads * self.spec.block_bytes(head_dim) + in_16_bit * token_bytes
         self.copies = copies_of(self.cache_bytes, device)
+        if (needed := self.copies * self.cache_bytes) > (memory := memory_bytes(device)):
+            raise InvalidArgument(f"--shapes {shape}: caches take {needed:,} bytes, {device} has {memory:,}")
 
         def tokens(count: int) -> Tensor:
             size = (2, self.copies, batch, count, heads, head_dim)

@@ -6,8 +6,9 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from .cute_kernels.errors import BitDecodingError
+from .cute_kernels.errors import BitDecodingError, InvalidArgument
 
 # name -> (module, what it does); a module is imported when its command is used
 COMMANDS = {
@@ -23,10 +24,17 @@ EXTRAS = {"bench": "bench"}  # what to install for a command; the others need wh
 USAGE_ERROR = 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are the library's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InvalidArgument(message)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; errors of the library and of files are one line on stderr and exit status 2."""
+    """Run a command; errors of arguments, of the library and of files are one line on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="bitdecoding", description="Decode attention over a low-bit KV cache.")
+    parser = _Parser(prog="bitdecoding", description="Decode attention over a low-bit KV cache.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (module, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
@@ -39,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return USAGE_ERROR
             loaded.add_arguments(command)
             command.set_defaults(run=loaded.run)
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         return args.run(args)
     except (BitDecodingError, OSError) as error:
-        print(f"bitdecoding {args.command}: {error}", file=sys.stderr)
+        print(f"{' '.join(['bitdecoding', *argv[:1]])}: {error}", file=sys.stderr)
         return USAGE_ERROR

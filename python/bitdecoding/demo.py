@@ -20,12 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from .arguments import MAX_SEED, check_presets, device_of, integers, make_folder, not_negative, read_text
 from .cute_kernels.errors import InvalidArgument
 from .cute_kernels.layouts import BLOCK_TOKENS
 from .evaluate import Scores, chunk_bounds, score
 from .integrations.transformers import NAME, BitDecodingCache, enable
 from .models import MODEL, TEXT, load_model, load_text
-from .quantization import PRESETS, preset
+from .quantization import PRESETS
 
 TIMED_STEPS = 8
 REFERENCE_CHUNK = 512
@@ -34,37 +35,40 @@ BLUE, GREY = "#1f6fb4", "#8a8a8a"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, default=3072, help="length of the text (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=integers(2 * BLOCK_TOKENS), default=3072, help="length of the text (default: %(default)s)"
+    )
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), metavar="NAME", help="default: all of them")
     parser.add_argument("--text", type=Path, metavar="FILE", help=f"a UTF-8 text file (default: {TEXT})")
     parser.add_argument(
         "--out", type=Path, default=Path("bitdecoding-demo"), metavar="DIR", help="for the table and plot"
     )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (with --temperature)")
+    parser.add_argument("--seed", type=integers(0, MAX_SEED), default=0, help="of sampling (with --temperature)")
     parser.add_argument("--prompt", help="answer this instead of measuring")
     parser.add_argument("--preset", default="kv4", help="of the answer's cache (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=200, help="of the answer at most (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
+    parser.add_argument("--new-tokens", type=integers(1), default=200, help="of the answer (default: %(default)s)")
+    parser.add_argument("--temperature", type=not_negative, default=0.0, help="0: the likeliest token (default)")
 
 
 def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    for name in [args.preset, *args.presets]:
-        preset(name)  # raises for unknown names, before anything is downloaded
+    device = device_of(args.device)
+    check_presets("--preset", [args.preset])
+    check_presets("--presets", args.presets)
+    text = None if args.text is None else read_text("--text", args.text)
+    if args.prompt is None:
+        make_folder("--out", args.out)
     transformers.utils.logging.disable_progress_bar()  # bars within ours
     model, tokenizer = load_model(device)
     if args.prompt is not None:
         answer(model, tokenizer, args.prompt, args.preset, args.new_tokens, args.temperature)
         return 0
 
-    text = load_text() if args.text is None else args.text.read_text(encoding="utf-8")
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.tokens].to(device)
+    ids = tokenizer(load_text() if text is None else text, return_tensors="pt").input_ids[:, : args.tokens].to(device)
     report = measure(model, ids, args.presets)
     report |= {"model": MODEL, "text": TEXT if args.text is None else args.text.name}
     print(format_table(report))
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(report, args.out / "demo.png")
     print(f"\nwrote {args.out / 'demo.json'} and {args.out / 'demo.png'}")
@@ -99,7 +103,7 @@ def measure(model: PreTrainedModel, ids: Tensor, presets: list[str]) -> dict:
     tokens = ids.shape[1]
     longest = model.config.max_position_embeddings - TIMED_STEPS
     if not 2 * BLOCK_TOKENS <= tokens <= longest:
-        raise InvalidArgument(f"the text has {tokens} tokens: allowed are {2 * BLOCK_TOKENS} to {longest}")
+        raise InvalidArgument(f"--tokens: the text has {tokens} tokens: allowed are {2 * BLOCK_TOKENS} to {longest}")
     config = model.config
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
     plain_attention = config._attn_implementation

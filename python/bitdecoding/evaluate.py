@@ -22,10 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .calibrate import measure_prices
+from .arguments import MAX_SEED, device_of, integers, make_folder, parsed, read_text
+from .calibrate import FORMATS, measure_prices, sizes_within
 from .cute_kernels.errors import InvalidArgument
 from .cute_kernels.layouts import BLOCK_TOKENS
-from .integrations.transformers import NAME, BitDecodingCache
+from .integrations.transformers import NAME, BitDecodingCache, kv_shape
 from .models import MODELS, REFERENCE_TEXT, TEXT, load_model, load_reference_text, load_text
 from .policy import UNQUANTISED, QuantPolicy
 
@@ -38,6 +39,7 @@ QUESTION = "\n\nNow, what was the secret number of Windsor? The secret number of
 NEEDLE_DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.9)
 NEEDLE_NUMBERS = ("48213", "70952")
 ANSWER_TOKENS = 8
+MIN_TOKENS = 3 * BLOCK_TOKENS  # of a text
 PROMPT_TOKENS = 512  # that a generated text goes on from
 NGRAM = 4  # of the repetition measure
 BLUE, ORANGE = "#1f6fb4", "#d1701f"
@@ -51,32 +53,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrate", nargs="*", default=[], metavar="BITS[:CHANGES]", help=(
         "also find policies with formats per layer, of so many bits per value, on the text behind the scored tokens"
     ))  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=8192, help="of every text (default: %(default)s)")
+    parser.add_argument("--tokens", type=integers(MIN_TOKENS), default=8192, help="of every text (default: %(default)s)")
     parser.add_argument(
-        "--segments", type=int, default=1, help="so many stretches of every text (default: %(default)s)"
+        "--segments", type=integers(1), default=1, help="so many stretches of every text (default: %(default)s)"
     )
-    parser.add_argument("--skip", type=int, default=1024, metavar="TOKENS", help=(
+    parser.add_argument("--skip", type=integers(0), default=1024, metavar="TOKENS", help=(
         "of every text that are not scored: the first ones hardly see a packed token (default: %(default)s)"
     ))  # fmt: skip
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help=f"default: {TEXT}; {REFERENCE_TEXT}")
-    parser.add_argument("--needle", type=int, nargs="*", default=[1024, 4096], metavar="TOKENS", help=(
+    parser.add_argument("--needle", type=integers(1), nargs="*", default=[1024, 4096], metavar="TOKENS", help=(
         "lengths of the texts that a number is hidden in (default: 1024 4096)"
     ))  # fmt: skip
-    parser.add_argument("--generate", type=int, default=1000, metavar="TOKENS", help="to be written; 0: none")
+    parser.add_argument("--generate", type=integers(0), default=1000, metavar="TOKENS", help="to be written; 0: none")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--seed", type=int, default=0, help="of the texts that the model writes")
+    parser.add_argument("--seed", type=integers(0, MAX_SEED), default=0, help="of the texts that the model writes")
     parser.add_argument("--out", type=Path, default=Path("bitdecoding-eval"), metavar="DIR")
 
 
 def run(args: argparse.Namespace) -> int:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    policies = {name: QuantPolicy.parse(name) for name in args.policies}
-    budgets = [(text, *_parse_budget(text)) for text in args.calibrate]
+    device = device_of(args.device)
+    policies = {name: parsed("--policies", name, QuantPolicy.parse) for name in args.policies}
+    budgets = [(text, *parsed("--calibrate", text, _parse_budget)) for text in args.calibrate]
+    check_sizes(args)
+    files = None if args.text is None else read_files(args.text)
+    make_folder("--out", args.out)
     transformers.utils.logging.disable_progress_bar()  # bars within ours
     torch.backends.cuda.matmul.allow_tf32 = False
     model, tokenizer = load_model(device, torch.float32, MODELS.get(args.model, args.model))
-    args.out.mkdir(parents=True, exist_ok=True)
-    texts = read_texts(args.text, tokenizer)
+    longest = model.config.max_position_embeddings
+    if args.tokens > longest:
+        raise InvalidArgument(f"--tokens {args.tokens}: allowed are {MIN_TOKENS} to {longest}, the model's most")
+    for n in args.needle:
+        needle_room(tokenizer, n, args.tokens)
+    _, head_dim = kv_shape(model.config.get_text_config(decoder=True))
+    for _, bits, kept in budgets:
+        sizes_within(bits, FORMATS, kept, head_dim, args.tokens)
+    texts = read_texts(files, tokenizer)
     stretches = {name: cut(ids, name, args.tokens, args.segments).to(device) for name, ids in texts.items()}
     for _, same in itertools.groupby(sorted(budgets, key=lambda budget: str(budget[2])), lambda budget: budget[2]):
         behind = [ids[args.tokens * args.segments :][:CALIBRATION_TOKENS] for ids in texts.values()]
@@ -111,24 +123,41 @@ def _parse_budget(text: str) -> tuple[float, dict[str, Any]]:
     try:
         bits = float(head)
     except ValueError:
-        raise InvalidArgument(f"--calibrate {text}: allowed are bits per value, such as 3.5 or 2.8:recent=64") from None
+        bits = math.nan
+    if not 0 < bits < math.inf:
+        raise InvalidArgument("allowed are bits per value, such as 3.5 or 2.8:recent=64")
     kept = {name: getattr(changed, name) for name in ("sink_tokens", "recent", "hadamard")}
     return bits, {name: value for name, value in kept.items() if value is not None}
 
 
-def read_texts(files: list[Path] | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+def check_sizes(args: argparse.Namespace) -> None:
+    """What numbers of tokens ask of each other and of the model's name."""
+    if args.model not in MODELS and not (Path(args.model) / "config.json").is_file():
+        raise InvalidArgument(f"--model {args.model}: allowed are {', '.join(MODELS)}, and folders with a config.json")
+    if args.skip > (most := args.tokens - BLOCK_TOKENS - 1):
+        raise InvalidArgument(f"--skip {args.skip}: allowed are 0 to {most}")
+    if 0 < args.generate < NGRAM:
+        raise InvalidArgument(f"--generate {args.generate}: allowed are 0 and integers from {NGRAM}")
+
+
+def read_files(files: list[Path]) -> dict[str, str]:
+    """name -> text."""
+    for file in files:
+        if sum(file.name == other.name for other in files) > 1:
+            raise InvalidArgument(f"--text {file}: allowed are files of different names")
+    return {file.name: read_text("--text", file) for file in files}
+
+
+def read_texts(files: dict[str, str] | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """name -> tokens [length]."""
-    if files is None:
-        named = {TEXT: load_text(), REFERENCE_TEXT: load_reference_text()}
-    else:
-        named = {file.name: file.read_text(encoding="utf-8") for file in files}
+    named = {TEXT: load_text(), REFERENCE_TEXT: load_reference_text()} if files is None else files
     return {name: tokenizer(text, return_tensors="pt").input_ids[0] for name, text in named.items()}
 
 
 def cut(ids: Tensor, name: str, tokens: int, segments: int) -> Tensor:
     """The first stretches of a text, [segments, tokens]."""
     if len(ids) < tokens * segments:
-        raise InvalidArgument(f"{name} has {len(ids)} tokens: {segments} x {tokens} are needed")
+        raise InvalidArgument(f"--tokens {tokens}: {name} has {len(ids)} tokens: {segments} x {tokens} are needed")
     return ids[: tokens * segments].view(segments, tokens)
 
 
@@ -166,10 +195,6 @@ def measure(
     ids = torch.cat([texts[name] for name in names])
     tokens, segments = ids.shape[1], ids.shape[0] // len(names)
     longest = model.config.max_position_embeddings
-    if not 3 * BLOCK_TOKENS <= tokens <= longest:
-        raise InvalidArgument(f"texts have {tokens} tokens: allowed are {3 * BLOCK_TOKENS} to {longest}")
-    if not 0 <= skip <= tokens - BLOCK_TOKENS - 1:
-        raise InvalidArgument(f"--skip {skip}: allowed are 0 to {tokens - BLOCK_TOKENS - 1}")
     plain_attention = model.config.get_text_config(decoder=True)._attn_implementation
     rows: list[Row] = []
     needles: dict[str, dict[int, float]] = {}
@@ -315,6 +340,21 @@ def bits_per_value(cache: BitDecodingCache, tokens: int) -> float:
 # ---------------------------------------------------------------------------------------------- finding and writing
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Tokens [length]."""
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+
+
+def needle_room(
+    tokenizer: PreTrainedTokenizerBase, tokens: int, filler_tokens: int, number: str = NEEDLE_NUMBERS[0]
+) -> int:
+    """Tokens of the filler in a text of so many tokens that a number is hidden in."""
+    others = ANSWER_TOKENS + sum(len(encode(tokenizer, text)) for text in (NEEDLE.format(number), QUESTION))
+    if not others < tokens <= others + filler_tokens:
+        raise InvalidArgument(f"--needle {tokens}: allowed are {others + 1} to {others + filler_tokens}")
+    return tokens - others
+
+
 def find_needle(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, filler: Tensor, tokens: int, policy: QuantPolicy
 ) -> float:
@@ -323,15 +363,10 @@ def find_needle(
     The text is quantised before the question comes, and the answer is written step by step.
     """
 
-    def encode(text: str) -> Tensor:
-        return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0].to(filler.device)
-
-    question, rows, wanted = encode(QUESTION), [], []
+    question, rows, wanted = encode(tokenizer, QUESTION).to(filler.device), [], []
     for depth, number in itertools.product(NEEDLE_DEPTHS, NEEDLE_NUMBERS):
-        needle = encode(NEEDLE.format(number))
-        room = tokens - len(needle) - len(question) - ANSWER_TOKENS
-        if not 0 < room <= len(filler):
-            raise InvalidArgument(f"--needle {tokens}: allowed are lengths up to that of a text")
+        needle = encode(tokenizer, NEEDLE.format(number)).to(filler.device)
+        room = needle_room(tokenizer, tokens, len(filler), number)
         at = int(room * depth)
         rows.append(torch.cat((filler[:at], needle, filler[at:room])))
         wanted.append(number)

@@ -6,6 +6,7 @@ successive copies: all data come from memory, as between the layers of a model.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -57,6 +58,13 @@ class Times(NamedTuple):
 def copies_of(cache_bytes: int, device: torch.device) -> int:
     """How many copies of a cache to rotate."""
     return min(MAX_COPIES, COLD_BYTES // cache_bytes + 1) if device.type == "cuda" else 1
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def measure(candidates: Sequence[Candidate], rounds: int, device: torch.device) -> list[Times]:

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from . import cuda, tuned
+from .arguments import check_output, check_presets, integers
 from .bench import DTYPES, MAIN_CUDA, MAX_ERROR
 from .candidates import LowBitCache, Shape, parse_shapes
 from .cute_kernels import native
@@ -30,6 +31,7 @@ from .cute_kernels.config import (
     device_arch,
 )
 from .cute_kernels.errors import BitDecodingError, InvalidArgument, KernelNotFound, UnsupportedConfig
+from .cute_kernels.layouts import HEAD_DIMS
 from .cute_kernels.pack import dsl_version, read_pack, write_pack
 from .quantization import PRESETS, preset
 from .timing import call_times
@@ -55,11 +57,11 @@ Measured = dict[str, dict[str, float]]  # kernel -> shape -> microseconds
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), metavar="NAME", help="default: all of them")
-    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, default=128)
     parser.add_argument("--shapes", default=MAIN_CUDA, help="as of bench; default: its main suite")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16")
-    parser.add_argument("--device", type=int, default=0, metavar="INDEX", help="of the GPU (default: 0)")
-    parser.add_argument("--rounds", type=int, default=15, help="measurements of which the median counts (default: 15)")
+    parser.add_argument("--device", type=integers(0), default=0, metavar="INDEX", help="of the GPU (default: 0)")
+    parser.add_argument("--rounds", type=integers(1), default=15, help="measurements of which the median counts (default: 15)")
     parser.add_argument(
         "--table",
         type=Path,
@@ -75,12 +77,16 @@ def run(args: argparse.Namespace) -> int:
     table = args.table or tuned.table_path()
     if table is None:
         raise InvalidArgument(f"{tuned.VARIABLE}: is empty; name a file there or with --table")
-    if args.rounds < 1:
-        raise InvalidArgument(f"rounds={args.rounds}: allowed are integers from 1")
     if args.arch is not None and not (args.dry_run or args.compile_only):
         raise InvalidArgument("--arch: is the GPU's, unless with --dry-run or --compile-only")
+    check_presets("--presets", args.presets, args.head_dim)
+    if not args.dry_run:
+        check_output("--table" if args.table else tuned.VARIABLE, table)
     problems = find_problems(
-        args.presets, args.head_dim, parse_shapes(args.shapes), args.arch or device_arch(args.device)
+        args.presets,
+        args.head_dim,
+        parse_shapes(args.shapes),
+        device_arch(args.device) if args.arch is None else args.arch,
     )
     pack = tuned.pack_path(table)
     load_kernels(problems, pack)

@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .cute_kernels.checks import parse_json
 from .cute_kernels.config import KernelConfig, QuantSpec, column_tile
 from .cute_kernels.errors import BitDecodingError, CacheFormatError, InvalidArgument
 from .cute_kernels.pack import cache_dir, source_digest
@@ -82,9 +83,9 @@ def read(path: Path) -> Table:
     except (OSError, UnicodeDecodeError) as error:
         raise CacheFormatError(f"{path}: cannot be read: {error}") from None
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CacheFormatError(f"{path}: not JSON: {error}") from None
+        values = parse_json("table", text)
+    except InvalidArgument as error:
+        raise CacheFormatError(f"{path}: {error}") from None
     if not isinstance(values, dict) or values.get("version") != VERSION:
         raise CacheFormatError(f"{path}: not a table of version {VERSION}")
     if values.get("sources") != source_digest():

@@ -44,6 +44,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 
 from .. import ops
 from ..cache import KVCache
+from ..cute_kernels.checks import check_int, check_path, check_type, parse_json
 from ..cute_kernels.config import QuantSpec
 from ..cute_kernels.errors import CacheFormatError, InvalidArgument, OutOfPages, UnsupportedConfig
 from ..policy import QuantPolicy
@@ -269,10 +270,12 @@ class BitDecodingLayer(CacheLayerMixin):
 
         Exact as long as they are in the 16-bit tail, which holds at least the policy's ``recent`` tokens.
         """
+        check_type("tokens_to_remove", tokens_to_remove, int, Tensor)
         if tokens_to_remove > 0:
             raise InvalidArgument(f"tokens_to_remove={tokens_to_remove}: allowed are negative numbers and 0")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
+        check_int("-tokens_to_remove", -int(tokens_to_remove))
         lengths = (self.kv.seqlens + int(tokens_to_remove)).clamp_(min=0).tolist()
         self.kv.truncate(lengths)
         self._reserve()
@@ -314,20 +317,21 @@ class BitDecodingCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, quant: Quantisation = "kv4", max_tokens: int | None = None) -> None:
+        check_type("config", config, PreTrainedConfig)
         config = config.get_text_config(decoder=True)
         num_layers = config.num_hidden_layers
         strange = set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES)
         if strange or getattr(config, "num_kv_shared_layers", 0):
             kinds = ", ".join(sorted(strange)) or "layers that share a cache"
             raise UnsupportedConfig(f"{config.model_type} has {kinds}: supported are {', '.join(LAYER_TYPES)}")
-        if isinstance(quant, list) and len(quant) != num_layers:
-            raise InvalidArgument(f"quant has {len(quant)} entries: the model has {num_layers} layers")
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.policy = QuantPolicy.of(quant)
+        by_layer = isinstance(quant, list | tuple) and not isinstance(quant[-1], CachePolicy)
+        if by_layer and len(quant) != num_layers:
+            raise InvalidArgument(f"quant has {len(quant)} entries: the model has {num_layers} layers")
+        _, head_dim = kv_shape(config)
         if max_tokens is None:
             max_tokens = getattr(config, "max_position_embeddings", None)
-        if type(max_tokens) is not int or max_tokens < 1:
-            raise InvalidArgument(f"max_tokens={max_tokens!r}: allowed are integers from 1")
+        check_int("max_tokens", max_tokens, 1)
         self._shared = _Shared()
         formats = self.policy.resolve(num_layers, head_dim)
         layers = [BitDecodingLayer(*wanted, max_tokens, i, self._shared) for i, wanted in enumerate(formats)]
@@ -335,9 +339,8 @@ class BitDecodingCache(Cache):
 
     def initialize(self, model: PreTrainedModel, batch_size: int) -> None:
         """Allocate everything now, which the first tokens do otherwise: before a first chunk that is compiled."""
-        config = model.config.get_text_config(decoder=True)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.early_initialization(batch_size, config.num_key_value_heads, head_dim, model.dtype, model.device)
+        shape = kv_shape(model.config.get_text_config(decoder=True))
+        self.early_initialization(batch_size, *shape, model.dtype, model.device)
 
     @property
     def nbytes(self) -> int:
@@ -356,6 +359,7 @@ class BitDecodingCache(Cache):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the policy and every layer's tokens into a folder."""
+        check_path("folder", folder)
         if not self.is_initialized:
             raise InvalidArgument("the cache is empty: there is nothing to save")
         folder = Path(folder)
@@ -370,11 +374,14 @@ class BitDecodingCache(Cache):
         cls, folder: str | os.PathLike[str], config: PreTrainedConfig, device: torch.device | str = "cpu"
     ) -> BitDecodingCache:
         """Read what :meth:`save` wrote for a model with this config; raises CacheFormatError for anything else."""
+        check_path("folder", folder)
+        check_type("config", config, PreTrainedConfig)
         folder, config = Path(folder), config.get_text_config(decoder=True)
         try:
-            state = json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))
-            policy, length = QuantPolicy.from_json(json.dumps(state["policy"])), int(state["length"])
-        except (OSError, ValueError, TypeError, KeyError, InvalidArgument) as error:
+            state = parse_json("policy", (folder / POLICY_FILE).read_bytes())
+            policy, length = QuantPolicy.from_json(json.dumps(state["policy"])), state["length"]
+            check_int("length", length)
+        except (OSError, TypeError, KeyError, InvalidArgument) as error:
             raise CacheFormatError(f"{folder / POLICY_FILE}: {error!r}") from None
         try:
             kvs = [KVCache.load(folder / _layer_file(i), device) for i in range(config.num_hidden_layers)]
@@ -388,6 +395,11 @@ class BitDecodingCache(Cache):
         cache = cls(config, policy, kvs[0].max_tokens)
         cache._shared.count(length, device)
         for layer, kv in zip(cache.layers, kvs, strict=True):
+            if (kv.num_kv_heads, kv.head_dim) != kv_shape(config):
+                raise CacheFormatError(
+                    f"{folder / _layer_file(layer.index)}: num_kv_heads={kv.num_kv_heads}, head_dim={kv.head_dim}: "
+                    f"the model has {' and '.join(map(str, kv_shape(config)))}"
+                )
             if (kv.max_tokens, kv.seqlens.tolist()) != (kvs[0].max_tokens, lengths) or (
                 layer.quant not in (None, kv.quant)
             ):
@@ -395,6 +407,12 @@ class BitDecodingCache(Cache):
             layer._use(kv)
             layer.empty, layer.begun = not any(lengths), all(lengths)
         return cache
+
+
+def kv_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """num_kv_heads and head_dim of a text decoder."""
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return num_kv_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _layer_file(index: int) -> str:
@@ -407,6 +425,7 @@ def enable(model: PreTrainedModel, quant: Quantisation = "kv4", max_tokens: int 
     ``model.generate(..)`` then creates a :class:`BitDecodingCache` of the size it needs, ``model(..)`` one for
     ``max_tokens`` (default: the model's maximum). A cache that the caller passes is used as it is.
     """
+    check_type("model", model, PreTrainedModel)
     BitDecodingCache(model.config, quant, max_tokens)  # raises if the model or the arguments cannot do
     disable(model)
     previous = model.config.get_text_config(decoder=True)._attn_implementation
