@@ -255,8 +255,10 @@ void to_params(const bitdecoding_append_params& given, const QuantSpec& quant, b
   const auto or_default = [](std::int64_t value, std::int64_t otherwise) { return value != 0 ? value : otherwise; };
   const std::int64_t row_bytes = std::int64_t{given.head_dim} * (given.dtype == BITDECODING_FLOAT32 ? 4 : 2);
   p.new_head_stride_bytes = or_default(given.new_head_stride_bytes, row_bytes);
-  p.new_token_stride_bytes = or_default(given.new_token_stride_bytes, product(given.num_kv_heads, p.new_head_stride_bytes));
-  p.new_batch_stride_bytes = or_default(given.new_batch_stride_bytes, product(given.new_tokens, p.new_token_stride_bytes));
+  p.new_token_stride_bytes =
+      or_default(given.new_token_stride_bytes, product(given.num_kv_heads, p.new_head_stride_bytes));
+  p.new_batch_stride_bytes =
+      or_default(given.new_batch_stride_bytes, product(given.new_tokens, p.new_token_stride_bytes));
   p.head_stride_bytes = or_default(given.head_stride_bytes, block_bytes(given.head_dim, quant));
   p.page_stride_bytes = or_default(given.page_stride_bytes, product(given.num_kv_heads, p.head_stride_bytes));
   p.batch = given.batch;

@@ -62,19 +62,20 @@ def device_of(name: str | None) -> torch.device:
     return ops.check_device("--device", default if name is None else name)
 
 
-def make_folder(option: str, folder: Path) -> None:
-    """For a command's results."""
+def make_folder(option: str, folder: Path, given: Path | None = None) -> None:
+    """For a command's results. given: what the option says, if not the folder."""
+    given = given or folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InvalidArgument(f"{option} {folder}: {error.strerror}: allowed are folders, there or not") from None
+        raise InvalidArgument(f"{option} {given}: no folder can be there: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
-        raise InvalidArgument(f"{option} {folder}: cannot be written to")
+        raise InvalidArgument(f"{option} {given}: cannot be written to")
 
 
 def check_output(option: str, file: Path) -> None:
     """A file to be written, whose folder is made."""
-    make_folder(option, file.parent)
+    make_folder(option, file.parent, file)
     if file.is_dir() or (file.exists() and not os.access(file, os.W_OK)):
         raise InvalidArgument(f"{option} {file}: cannot be written: allowed are files, there or not")
 

@@ -140,9 +140,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, default=128)
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of q, out and the 16-bit cache")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--rounds", type=integers(1), default=15, help="measurements of which the median counts (default: 15)")
+    parser.add_argument(
+        "--rounds", type=integers(1), default=15, help="measurements of which the median counts (default: 15)"
+    )
     parser.add_argument("--no-rivals", action="store_true", help="without SDPA and FlashInfer")
-    parser.add_argument("--ceiling", type=positive, metavar="GB/S", help="read bandwidth (default: measured by torch.sum)")
+    parser.add_argument(
+        "--ceiling", type=positive, metavar="GB/S", help="read bandwidth (default: measured by torch.sum)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the report as JSON, after every shape")
     parser.add_argument("--load", type=Path, metavar="FILE", help="show such a report again instead of measuring")
     parser.add_argument("--plot", action="store_true", help="draw the sweeps over length and batch, PNGs next to FILE")

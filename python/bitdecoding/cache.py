@@ -385,7 +385,7 @@ class KVCache:
             *(self.tail_k, self.tail_v, self.sink_k, self.sink_v),
         )
 
-    def _per_sequence(self, name: str, values: Sequence[int] | Tensor) -> list[int]:
+    def _per_sequence(self, name: str, values: int | Sequence[int] | Tensor) -> list[int]:
         listed = values.tolist() if isinstance(values, Tensor) else values
         if isinstance(listed, Iterable):
             listed = list(listed)

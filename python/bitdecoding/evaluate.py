@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrate", nargs="*", default=[], metavar="BITS[:CHANGES]", help=(
         "also find policies with formats per layer, of so many bits per value, on the text behind the scored tokens"
     ))  # fmt: skip
-    parser.add_argument("--tokens", type=integers(MIN_TOKENS), default=8192, help="of every text (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=integers(MIN_TOKENS), default=8192, help="of every text (default: %(default)s)"
+    )
     parser.add_argument(
         "--segments", type=integers(1), default=1, help="so many stretches of every text (default: %(default)s)"
     )

@@ -71,7 +71,9 @@ class QuantPolicy:
             return cls(value[0], sink_tokens=value[1].sink_tokens, recent=value[1].recent)
         if isinstance(value, Sequence) and value:
             return cls(value[0], dict(enumerate(value)))
-        raise InvalidArgument(f"quant={shown(value)}: allowed are a QuantPolicy, {_FORMATS}, (QuantSpec, CachePolicy), or a list")
+        raise InvalidArgument(
+            f"quant={shown(value)}: allowed are a QuantPolicy, {_FORMATS}, (QuantSpec, CachePolicy), or a list"
+        )
 
     @classmethod
     def parse(cls, text: str) -> QuantPolicy:

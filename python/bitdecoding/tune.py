@@ -61,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", default=MAIN_CUDA, help="as of bench; default: its main suite")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16")
     parser.add_argument("--device", type=integers(0), default=0, metavar="INDEX", help="of the GPU (default: 0)")
-    parser.add_argument("--rounds", type=integers(1), default=15, help="measurements of which the median counts (default: 15)")
+    parser.add_argument(
+        "--rounds", type=integers(1), default=15, help="measurements of which the median counts (default: 15)"
+    )
     parser.add_argument(
         "--table",
         type=Path,
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if table is None:
         raise InvalidArgument(f"{tuned.VARIABLE}: is empty; name a file there or with --table")
     if args.arch is not None and not (args.dry_run or args.compile_only):
-        raise InvalidArgument("--arch: is the GPU's, unless with --dry-run or --compile-only")
+        raise InvalidArgument(f"--arch {args.arch}: the GPU decides, unless with --dry-run or --compile-only")
     check_presets("--presets", args.presets, args.head_dim)
     if not args.dry_run:
         check_output("--table" if args.table else tuned.VARIABLE, table)

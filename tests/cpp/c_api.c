@@ -21,6 +21,8 @@ static void expect(int line, bitdecoding_status status, bitdecoding_status wante
 #define FAILS(call, status, text) expect(__LINE__, call, status, text)
 #define CHECK(condition) ((condition) ? (void)0 : (void)(++failures, printf("line %d: %s\n", __LINE__, #condition)))
 
+#define HUGE_STRIDE (INT64_C(1) << 62) /* products of it have no room in 64 bits */
+
 enum { BATCH = 1, HEADS = 2, DIM = 64, PAGES = 2, TAIL = 4 };
 
 static const int32_t table[PAGES] = {1, 0}, bad_table[PAGES] = {1, 2};
@@ -125,6 +127,14 @@ static void decode(void) {
   WITH(page_stride_bytes, 16, "page_stride_bytes=16: must be at least block_bytes=8960");
   WITH(page_stride_bytes, 2 * 8960 + 8, "page_stride_bytes=17928: allowed are multiples of 16");
   WITH(head_stride_bytes, -8960, "head_stride_bytes=-8960");
+  WITH(head_stride_bytes, HUGE_STRIDE, "head_stride_bytes=4611686018427387904: allowed are multiples of 16 from 0 to");
+  WITH(page_stride_bytes, HUGE_STRIDE, "page_stride_bytes=4611686018427387904");
+  WITH(max_pages, 1 << 24, "max_pages=16777216: allowed are 0 to 16777215");
+  WITH(batch, INT32_MAX, "q: batch=2147483647, q_len=1, num_q_heads=2: allowed are less than 2^31 rows");
+  bitdecoding_decode_params wide = p;
+  wide.num_q_heads = wide.num_kv_heads = 1 << 20;
+  wide.num_sink = 1 << 30;
+  REJECTED(bitdecoding_decode_cpu(&quant, &wide, 1), "sink_k: batch=1, num_sink=1073741824, num_kv_heads=1048576");
   WITH(block_table, NULL, "block_table: is null");
   WITH(block_table, bad_table, "block_table[0, 1]=2: allowed are 0 to 1");
   WITH(seqlens, NULL, "seqlens: is null");
@@ -152,6 +162,7 @@ static void decode(void) {
   REJECTED(bitdecoding_merge_cpu(0, 2, outs, NULL, HEADS, DIM, merged, NULL), "lses: is null");
   REJECTED(bitdecoding_merge_cpu(0, 2, outs, lses, HEADS, DIM, NULL, NULL), "out: is null");
   REJECTED(bitdecoding_merge_cpu(0, 2, outs, lses, -1, DIM, merged, NULL), "rows=-1");
+  REJECTED(bitdecoding_merge_cpu(0, 2, outs, lses, INT64_MAX, DIM, merged, NULL), "rows=9223372036854775807");
   REJECTED(bitdecoding_merge_cpu(0, 2, outs, lses, HEADS, 257, merged, NULL), "head_dim=257");
   outs[1] = NULL;
   REJECTED(bitdecoding_merge_cpu(0, 2, outs, lses, HEADS, DIM, merged, NULL), "outs[1]: is null");
@@ -225,6 +236,11 @@ static void append(void) {
   APPEND_WITH(k_new, (char*)k + 4, "k_new: address");
   APPEND_WITH(v_new, NULL, "v_new: is null");
   APPEND_WITH(new_batch_stride_bytes, -16, "new_batch_stride_bytes=-16");
+  APPEND_WITH(new_token_stride_bytes, HUGE_STRIDE, "new_token_stride_bytes=4611686018427387904");
+  APPEND_WITH(new_head_stride_bytes, HUGE_STRIDE, "new_head_stride_bytes=4611686018427387904");
+  APPEND_WITH(page_stride_bytes, HUGE_STRIDE, "page_stride_bytes=4611686018427387904");
+  APPEND_WITH(max_pages, 1 << 24, "max_pages=16777216");
+  APPEND_WITH(new_tokens, INT32_MAX, "new_tokens=2147483647: with tail_capacity=130");
   APPEND_WITH(pages, NULL, "pages: is null");
   APPEND_WITH(head_stride_bytes, 16, "head_stride_bytes=16");
   APPEND_WITH(block_table, NULL, "block_table: is null");
