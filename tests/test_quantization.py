@@ -431,7 +431,7 @@ SPEC64 = {"v_group": 64}
     ("call", "names"),
     [
         (lambda s: bd.preset("kv3"), ["name='kv3'", "kv4"]),
-        (lambda s: bd.preset("kv4", 80), ["head_dim=80", "32"]),
+        (lambda s: bd.preset("kv4", 80), ["head_dim=80", "96"]),
         (lambda s: bd.quantize(K[0], K, s), ["k is", "num_tokens"]),
         (lambda s: bd.quantize(K.int(), K, s), ["k is torch.int32", "torch.bfloat16"]),
         (lambda s: bd.quantize([1], K, s), ["k is a list"]),

@@ -372,6 +372,9 @@ def test_saved_cache_goes_on_where_it_was(tmp_path):
     for layers, message in ((1, "more than 1 layers"), (3, "not a cache of 3 layers")):
         with pytest.raises(CacheFormatError, match=message):
             BitDecodingCache.load(tmp_path / "prompt", LlamaConfig(**SIZES | {"num_hidden_layers": layers}))
+    for changed in ({"head_dim": 128}, {"num_key_value_heads": 4}):
+        with pytest.raises(CacheFormatError, match="num_kv_heads=2, head_dim=64: the model has"):
+            BitDecodingCache.load(tmp_path / "prompt", LlamaConfig(**SIZES | changed))
     cache.layers[1].kv.save(tmp_path / "prompt" / "layer-001.safetensors")  # 20 tokens more than layer 0 has
     with pytest.raises(CacheFormatError, match="layer-001.safetensors: not a layer of this cache"):
         BitDecodingCache.load(tmp_path / "prompt", model.config)
@@ -381,8 +384,33 @@ def test_saved_cache_goes_on_where_it_was(tmp_path):
     (tmp_path / "prompt" / "policy.json").write_text('{"policy": {"default": "kv2"}, "length": 300}')
     with pytest.raises(CacheFormatError, match="layer"):
         BitDecodingCache.load(tmp_path / "prompt", model.config)
+    for length in ("NaN", "1e400", "true", "-1", "300.5", '"300"', "9" * 30):
+        (tmp_path / "prompt" / "policy.json").write_text(f'{{"policy": {{"default": "kv4"}}, "length": {length}}}')
+        with pytest.raises(CacheFormatError, match="policy.json: .*length="):
+            BitDecodingCache.load(tmp_path / "prompt", model.config)
     with pytest.raises(CacheFormatError, match="policy.json"):
         BitDecodingCache.load(tmp_path / "nothing", model.config)
+
+
+def test_arguments_of_other_types(tmp_path):
+    model = build()
+    cache = BitDecodingCache(model.config)
+    attention = model.config._attn_implementation
+    for call, message in (
+        *((lambda x=x: enable(x), "model=") for x in (None, "kv4", model.config)),
+        *((lambda x=x: BitDecodingCache(x), "config=") for x in (None, "kv4", model)),
+        *((lambda x=x: enable(model, x), "quant=") for x in (None, 4, {}, [], ())),
+        *((lambda x=x: enable(model, x), "quant has") for x in (("kv4",), ["kv4"] * 3)),
+        *((lambda x=x: enable(model, x), "default=") for x in ("kv5", b"kv4", [1, 2])),
+        *((lambda x=x: enable(model, "kv4", x), "max_tokens=") for x in (0, -1, True, 1.5, "1", 2**31)),
+        *((lambda x=x: cache.save(x), "folder=") for x in (None, 1)),
+        *((lambda x=x: BitDecodingCache.load(x, model.config), "folder=") for x in (None, 1)),
+        (lambda: BitDecodingCache.load(tmp_path, None), "config="),
+        *((lambda x=x: cache.layers[0].crop(x), "tokens_to_remove=") for x in (None, 1, -1.5, "1")),
+    ):
+        with pytest.raises(InvalidArgument, match=message):
+            call()
+    assert model.config._attn_implementation == attention
 
 
 @pytest.mark.gpu
