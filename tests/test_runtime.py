@@ -201,6 +201,19 @@ def quantize_tensors(device="cpu"):
     return [qkv[:, 1], qkv[:, 2], pages, torch.zeros(2, 3, **int32), torch.zeros(3, **int32)]
 
 
+def test_an_append_names_what_is_no_tensor():
+    for name, value, message in (
+        ("v_new", [1.0], "v_new=ffi.Array: allowed is a tensor"),
+        ("tail_k", None, "tail_k=None: allowed is a tensor"),
+        ("status", 3, "status=3: allowed is a tensor or None"),
+    ):
+        with pytest.raises(InvalidArgument) as caught:
+            launch_append(append_tensors() | {name: value})
+        assert str(caught.value) == message
+    with pytest.raises(InvalidArgument, match="recent=True: allowed is an integer"):
+        launch_append(append_tensors(), recent=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sound_tensors_of_an_append_only_are_in_the_wrong_place(dtype):
     for change in ({}, dict.fromkeys(APPEND_NAMES[9:])):
