@@ -305,7 +305,7 @@ def _default_handle(config: KernelConfig) -> int:
                     f"{error}; until then {smaller.name()} is used, which reads the cache once per {smaller.q_tile} "
                     "query columns",
                     KernelWarning,
-                    stacklevel=4,
+                    stacklevel=5,  # the line that calls bd.decode
                 )
                 return handle
             columns //= 2
