@@ -25,21 +25,21 @@ from email.parser import HeaderParser
 from pathlib import Path
 from urllib.parse import quote
 
+from wheel_version import ARCHS, TOOLKITS
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-ARCHS = ("cpu", "sm80", "sm86", "sm89", "sm90a", "sm100", "sm120")
-TOOLKITS = ("cu12", "cu13")
 PACKS = "bitdecoding/lib/packs/"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="build the wheels of a release and an index of them")
     parser.add_argument("--out", type=Path, default=Path("whl"), help="folder of the index (default: whl)")
-    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS, help="default: all")
+    parser.add_argument("--arch", nargs="+", choices=("cpu", *ARCHS), default=("cpu", *ARCHS), help="default: all")
     parser.add_argument("--cuda", choices=TOOLKITS, default=TOOLKITS[0], help="toolkit that compiles the kernels")
     parser.add_argument(
         "--python", type=Path, help="an interpreter that has the build requirements, instead of a new one"
