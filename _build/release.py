@@ -44,19 +44,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--python", type=Path, help="an interpreter that has the build requirements, instead of a new one"
     )
+    parser.add_argument("--keep", type=Path, help="folder for what is built on the way; a later call goes on from there")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        python = args.python or make_environment(Path(scratch, "venv"), args.cuda)
+        work = args.keep or Path(scratch)
+        python = args.python or make_environment(work / "venv", args.cuda)
         for arch in args.arch:
             folder = args.out / ("cpu" if arch == "cpu" else f"{args.cuda}/{arch}")
-            wheel = build(python, arch, args.cuda, folder, Path(scratch, "build"))
+            wheel = build(python, arch, args.cuda, folder, work / "build")
             print(f"{wheel.name}: {wheel.stat().st_size / 2**20:.1f} MiB", file=sys.stderr, flush=True)
     write_index(args.out)
     return 0
 
 
 def make_environment(folder: Path, cuda: str) -> Path:
-    """A virtual environment with the build requirements -> its interpreter."""
+    """A virtual environment with the build requirements, made where it is missing -> its interpreter."""
+    python = folder / "bin" / "python"
+    if python.exists():
+        return python
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     overrides = project["tool"]["scikit-build"]["overrides"]
     wanted = [*project["build-system"]["requires"], "cmake", "ninja", "pip"]
@@ -67,7 +72,6 @@ def make_environment(folder: Path, cuda: str) -> Path:
         for each in o["build"]["requires"]
     ]
     venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
     run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *wanted], {})
     return python
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -103,3 +104,15 @@ def test_the_build_knows_devices_as_the_library_does():
     environment = {"PYTHONPATH": ".", "BITDECODING_ARCH": "cpu"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=BUILD, env=environment)
     assert done.stdout.strip().split(",") == [native.function("arch_of")(*each) for each in capabilities]
+
+
+@pytest.mark.parametrize(("arch", "compilers"), [("cpu", []), ("sm80", ["nvidia-cutlass-dsl==4.8.1"])])
+def test_kernels_need_their_compiler_to_be_built(arch, compilers):
+    """What pip asks for before it builds."""
+    pytest.importorskip("scikit_build_core")
+    program = "import sys; sys.path.append('_build'); import backend; print(*backend.get_requires_for_build_wheel())"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"BITDECODING_ARCH": arch}
+    )
+    assert [each for each in done.stdout.split() if "cutlass-dsl" in each] == compilers
