@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-ARCHS = ("sm80", "sm86", "sm89", "sm90a", "sm100", "sm120")
-TOOLKITS = ("cu12", "cu13")  # the first is the default: drivers for CUDA 13 run its kernels too
+from wheel_version import ARCHS, TOOLKITS
+
 SOURCE_DATE_EPOCH = "1767225600"  # of all files in a wheel, so that equal sources give equal wheels
 
 
@@ -25,10 +25,14 @@ def local_archs() -> list[str]:
         output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    by_capability = {"8.6": "sm86", "8.9": "sm89", "8": "sm80", "9": "sm90a", "10": "sm100", "12": "sm120"}
-    capabilities = [line.strip() for line in output.splitlines()]
-    archs = [by_capability.get(c) or by_capability.get(c.split(".")[0]) for c in capabilities]
+    archs = [arch_of(line.strip()) for line in output.splitlines()]
     return [arch for arch in ARCHS if arch in archs]
+
+
+def arch_of(capability: str) -> str:
+    """The architecture whose kernels run on a device of a compute capability, "" if there is none; as in the library."""
+    archs = {"8.6": "sm86", "8.9": "sm89", "8": "sm80", "9": "sm90a", "10": "sm100", "12": "sm120"}
+    return archs.get(capability) or archs.get(capability.split(".")[0], "")
 
 
 def settled_archs(requested: str | None) -> list[str]:

@@ -25,38 +25,43 @@ from email.parser import HeaderParser
 from pathlib import Path
 from urllib.parse import quote
 
+from wheel_version import ARCHS, TOOLKITS
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-ARCHS = ("cpu", "sm80", "sm86", "sm89", "sm90a", "sm100", "sm120")
-TOOLKITS = ("cu12", "cu13")
 PACKS = "bitdecoding/lib/packs/"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="build the wheels of a release and an index of them")
     parser.add_argument("--out", type=Path, default=Path("whl"), help="folder of the index (default: whl)")
-    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS, help="default: all")
+    parser.add_argument("--arch", nargs="+", choices=("cpu", *ARCHS), default=("cpu", *ARCHS), help="default: all")
     parser.add_argument("--cuda", choices=TOOLKITS, default=TOOLKITS[0], help="toolkit that compiles the kernels")
     parser.add_argument(
         "--python", type=Path, help="an interpreter that has the build requirements, instead of a new one"
     )
+    parser.add_argument("--keep", type=Path, help="folder for what is built on the way; a later call goes on from there")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        python = args.python or make_environment(Path(scratch, "venv"), args.cuda)
+        work = args.keep or Path(scratch)
+        python = args.python or make_environment(work / "venv", args.cuda)
         for arch in args.arch:
             folder = args.out / ("cpu" if arch == "cpu" else f"{args.cuda}/{arch}")
-            wheel = build(python, arch, args.cuda, folder, Path(scratch, "build"))
+            wheel = build(python, arch, args.cuda, folder, work / "build")
             print(f"{wheel.name}: {wheel.stat().st_size / 2**20:.1f} MiB", file=sys.stderr, flush=True)
     write_index(args.out)
     return 0
 
 
 def make_environment(folder: Path, cuda: str) -> Path:
-    """A virtual environment with the build requirements -> its interpreter."""
+    """A virtual environment with the build requirements, made where it is missing -> its interpreter."""
+    python = folder / "bin" / "python"
+    if python.exists():
+        return python
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     overrides = project["tool"]["scikit-build"]["overrides"]
     wanted = [*project["build-system"]["requires"], "cmake", "ninja", "pip"]
@@ -67,7 +72,6 @@ def make_environment(folder: Path, cuda: str) -> Path:
         for each in o["build"]["requires"]
     ]
     venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
     run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *wanted], {})
     return python
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 BASE = "0.1.0"
+ARCHS = ("sm80", "sm86", "sm89", "sm90a", "sm100", "sm120")
+TOOLKITS = ("cu12", "cu13")  # the first is the default: drivers for CUDA 13 run its kernels too
 
 
 class Version:

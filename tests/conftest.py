@@ -6,7 +6,6 @@ Where pytest-xdist has several processes, the longest files begin, so that none 
 import os
 
 import pytest
-import torch
 
 LONGEST = ("test_kernels.py", "test_append_kernels.py", "test_cpp_api.py", "test_transformers.py")
 
@@ -19,6 +18,9 @@ def pytest_collection_modifyitems(config, items):
         for item in gpu_tests:
             items.remove(item)
         config.hook.pytest_deselected(items=gpu_tests)
-    elif not torch.cuda.is_available():
-        for item in gpu_tests:
-            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+    else:
+        import torch  # the process that only hands out tests needs none of it
+
+        if not torch.cuda.is_available():
+            for item in gpu_tests:
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))

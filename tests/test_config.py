@@ -8,7 +8,7 @@ import pickle
 import pytest
 from bitdecoding.cute_kernels import config as config_module
 from bitdecoding.cute_kernels import native
-from bitdecoding.cute_kernels.compile import MANIFEST_HEAD_DIMS, preset_specs
+from bitdecoding.cute_kernels.compile import GPU_ARCHS, MANIFEST_HEAD_DIMS, preset_specs
 from bitdecoding.cute_kernels.layouts import FORMAT_VERSION, GROUPS, block_format
 from bitdecoding.cute_kernels.tile_plan import decode_plan
 
@@ -243,7 +243,7 @@ def test_format_version_is_the_same_in_both_languages():
     assert native.function("format_version")() == FORMAT_VERSION
 
 
-@pytest.mark.parametrize("arch", ["sm80", "sm86", "sm89", "sm90a", "sm100", "sm120"])
+@pytest.mark.parametrize("arch", GPU_ARCHS)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_for_problem_fits_every_arch(arch, head_dim, bits):

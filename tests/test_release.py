@@ -1,25 +1,24 @@
 """The index of a release, and what the build backend makes of the environment; without building anything."""
 
-import importlib.util
+import importlib
 import json
+import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from bitdecoding.cute_kernels import native
+from bitdecoding.cute_kernels.compile import GPU_ARCHS
 
-BUILD = Path(__file__).parents[1] / "_build"
+import bitdecoding as bd
 
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, BUILD / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-release = load("release")
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "_build"
+sys.path.append(str(BUILD))
+release, wheel_version = (importlib.import_module(name) for name in ("release", "wheel_version"))
 
 
 def make_wheel(folder: Path, version: str) -> Path:
@@ -86,3 +85,34 @@ def test_the_environment_decides_the_version(environment, version):
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, cwd=BUILD, env={"PYTHONPATH": "."} | environment)
     assert (done.stdout or done.stderr).strip() == version
+
+
+def test_every_part_knows_the_same_architectures():
+    archs = tuple(GPU_ARCHS)
+    assert wheel_version.ARCHS == archs
+    with pytest.raises(bd.InvalidArgument, match=f"arch=sm70: allowed are {', '.join(archs)}$"):
+        bd.KernelConfig(arch="sm70").validate()
+    (row,) = (line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| GPU |"))
+    assert tuple(dict.fromkeys(re.findall(r"sm\d+a?", row))) == archs
+
+
+def test_the_build_knows_devices_as_the_library_does():
+    pytest.importorskip("scikit_build_core")
+    capabilities = [(major, minor) for major in range(7, 14) for minor in range(10)]
+    program = "import backend, sys; print(*map(backend.arch_of, sys.argv[1:]), sep=',')"
+    command = [sys.executable, "-c", program, *(f"{major}.{minor}" for major, minor in capabilities)]
+    environment = {"PYTHONPATH": ".", "BITDECODING_ARCH": "cpu"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=BUILD, env=environment)
+    assert done.stdout.strip().split(",") == [native.function("arch_of")(*each) for each in capabilities]
+
+
+@pytest.mark.parametrize(("arch", "compilers"), [("cpu", []), ("sm80", ["nvidia-cutlass-dsl==4.8.1"])])
+def test_kernels_need_their_compiler_to_be_built(arch, compilers):
+    """What pip asks for before it builds."""
+    pytest.importorskip("scikit_build_core")
+    program = "import sys; sys.path.append('_build'); import backend; print(*backend.get_requires_for_build_wheel())"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"BITDECODING_ARCH": arch}
+    )
+    assert [each for each in done.stdout.split() if "cutlass-dsl" in each] == compilers

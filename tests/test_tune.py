@@ -234,7 +234,7 @@ def test_packs_of_other_kernel_sources_are_not_looked_at(table, monkeypatch) -> 
 SHAPES = "1,8,2,300;2,4,4,256;1,12,1,40"
 
 
-@pytest.mark.parametrize("arch", ["sm80", "sm86", "sm89", "sm90a", "sm100", "sm120"])
+@pytest.mark.parametrize("arch", compile_module.GPU_ARCHS)
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_candidates(arch: str, head_dim: int) -> None:
     problems = tune.find_problems(["kc4", "kv2"], head_dim, parse_shapes(SHAPES), arch)

@@ -177,7 +177,7 @@ bool read_name(NameReader& in, KernelConfig* c) {
   QuantSpec& q = c->quant;
   std::string axis;
   if (!(in.one_of({"decode", "append", "merge"}, &c->kind) && in.literal("_"))) return false;
-  if (!in.one_of({"sm80", "sm86", "sm89", "sm90a", "sm100", "sm120"}, &c->arch)) return false;
+  if (!in.one_of(kArchs, &c->arch)) return false;
   if (!(in.literal("_d") && in.number(&c->head_dim))) return false;
   if (c->kind == "merge") return in.at_end();
   if (!(in.literal("_k") && in.number(&q.k_bits) && in.one_of({"c", "t"}, &axis) && in.number(&q.k_group)))
@@ -233,7 +233,7 @@ std::string QuantSpec::name() const {
 
 Status KernelConfig::validate() const noexcept {
   BITDECODING_TRY(check_one_of("kind", kind, {"decode", "append", "merge"}));
-  BITDECODING_TRY(check_one_of("arch", arch, {"sm80", "sm86", "sm89", "sm90a", "sm100", "sm120"}));
+  BITDECODING_TRY(check_one_of("arch", arch, kArchs));
   BITDECODING_TRY(check_one_of("head_dim", head_dim, {64, 96, 128, 256}));
   if (kind == "merge") {  // knows no blocks
     BITDECODING_TRY(check_one_of("quant", quant.name(), {QuantSpec{}.name()}));

@@ -24,19 +24,24 @@ inline Status check_present(const char* argument, const void* pointer) {
   return pointer != nullptr ? Status::ok : fail(Status::invalid_argument, argument, ": is null");
 }
 
+// "8, 4, 2"
+template <typename T>
+std::string listed(std::initializer_list<T> values) {
+  std::ostringstream text;
+  const char* separator = "";
+  for (const T& value : values) {
+    text << separator << value;
+    separator = ", ";
+  }
+  return text.str();
+}
+
 template <typename T, typename Allowed>
 Status check_one_of(const char* argument, const T& value, std::initializer_list<Allowed> allowed) {
   for (const Allowed& candidate : allowed) {
     if (value == candidate) return Status::ok;
   }
-  std::ostringstream text;
-  text << argument << "=" << value << ": allowed are ";
-  const char* separator = "";
-  for (const Allowed& candidate : allowed) {
-    text << separator << candidate;
-    separator = ", ";
-  }
-  return set_error(Status::invalid_argument, text.str());
+  return fail(Status::invalid_argument, argument, "=", value, ": allowed are ", listed(allowed));
 }
 
 #define BITDECODING_TRY(expression)                                                                 \

@@ -19,8 +19,7 @@ bool suits_better(std::int64_t columns, std::int64_t tile, std::int64_t other) {
 Status check_device(const DeviceInfo& device) {
   if (device.num_sms < 1) return fail(Status::invalid_argument, "num_sms=", device.num_sms, ": must be positive");
   if (smem_limit(device.arch) != 0) return Status::ok;
-  return fail(Status::unsupported_config, "arch='", device.arch,
-              "': allowed are sm80, sm86, sm89, sm90a, sm100 and sm120");
+  return fail(Status::unsupported_config, "arch='", device.arch, "': allowed are ", listed(kArchs));
 }
 
 // What a kernel must be for.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 
 #include "bitdecoding/status.hpp"
@@ -72,6 +73,8 @@ struct KernelConfig {
 
 #undef BITDECODING_DECLARE_FIELD
 
+// The architectures that kernels are for.
+inline constexpr std::initializer_list<const char*> kArchs = {"sm80", "sm86", "sm89", "sm90a", "sm100", "sm120"};
 // Bytes of dynamic shared memory that a block of threads may ask for on an architecture; 0 for an unknown one.
 std::int64_t smem_limit(const std::string& arch) noexcept;
 // The architecture whose kernels run on a device of this compute capability; "" if there is none.

@@ -79,12 +79,14 @@ def synchronise(
     if not launch.races:
         return
     release = lambda: w.release(ALL if mask is None else mask)  # noqa: E731
-    for address in {int(a) for a in addresses}:
-        if where == "shared":
-            clock = w.cta.sync_clocks.setdefault(address, np.zeros(len(launch.clocks.now), np.int64))
-            launch.clocks.synchronise(w.agent, clock, reads, writes, "acq_rel", release)
-        else:
-            launch.clocks.synchronise(w.agent, launch.memory.sync_clock(address), reads, writes, order, release)
+    shared = where == "shared"
+    clocks = (w.cta if shared else launch.memory).sync_clocks
+    for address in set(addresses.tolist()):
+        if address not in clocks:
+            if not writes:
+                continue  # nobody told anything there
+            clocks[address] = np.zeros(len(launch.clocks.now), np.int64)
+        launch.clocks.synchronise(w.agent, clocks[address], reads, writes, "acq_rel" if shared else order, release)
 
 
 @ops.builder("ld", "ldu")

@@ -25,6 +25,10 @@ from .parser import TYPE_BYTES, Entry, Immediate, Instruction, parse
 
 ALL = np.ones(32, bool)
 LOCAL_BASE = 16
+GARBAGE = {
+    n: np.full(32, 0xBAADF00DBAADF00D >> (64 - 8 * min(n, 8)), ops.UNSIGNED.get(n, np.uint64)) for n in (2, 4, 8, 16)
+}
+GARBAGE[1] = np.zeros(32, bool)  # of a register of n bytes that nobody wrote
 
 
 @dataclass
@@ -129,6 +133,28 @@ class AsyncCopy:
     source_bytes: np.ndarray
 
 
+class Rows(dict[int, np.ndarray]):
+    """A warp's operands by slot, made when one is first used: a warp runs a small part of most kernels."""
+
+    def __init__(self, warp: Warp):
+        super().__init__()
+        self.warp = warp
+        self.registers: dict[int, np.ndarray] = {}
+
+    def __missing__(self, slot: int) -> np.ndarray:
+        kind, what, *dtype = self.warp.program.decoder.plan[slot]
+        if kind == "const":
+            row = what
+        elif kind == "special":
+            row = np.broadcast_to(np.asarray(self.warp.special(what)), 32).astype(*dtype)
+        else:
+            if what.index not in self.registers:
+                self.registers[what.index] = GARBAGE[TYPE_BYTES[what.type]].copy()
+            row = self.registers[what.index].view(*dtype)
+        self[slot] = row
+        return row
+
+
 class Warp:
     def __init__(self, cta: Cta, index: int, program: Program, live: np.ndarray):
         self.cta, self.index, self.program = cta, index, program
@@ -151,25 +177,7 @@ class Warp:
         self.bulk_stores: list[list] = [[]]
         self.local = np.full((32, max(program.local_bytes, 1)), mem.POISON, np.uint8)
         self.local_valid = np.zeros(self.local.shape, bool)
-        self.r = self._rows()
-
-    def _rows(self) -> list[np.ndarray]:
-        registers = self.program.entry.registers
-        base: dict[int, np.ndarray] = {}
-        for size in {TYPE_BYTES[r.type] for r in registers}:
-            same = [r.index for r in registers if TYPE_BYTES[r.type] == size]
-            dtype = np.bool_ if size == 1 else ops.UNSIGNED.get(size, np.uint64)
-            garbage = False if size == 1 else 0xBAADF00DBAADF00D >> (64 - 8 * min(size, 8))
-            base |= zip(same, np.full((len(same), 32), garbage, dtype), strict=True)
-        rows = []
-        for kind, what, *rest in self.program.decoder.plan:
-            if kind == "const":
-                rows.append(what)
-            elif kind == "special":
-                rows.append(np.broadcast_to(np.asarray(self.special(what)), 32).astype(rest[0]))
-            else:
-                rows.append(base[what.index].view(rest[0]))
-        return rows
+        self.r = Rows(self)
 
     def special(self, name: str):
         cta, launch = self.cta, self.cta.launch
@@ -177,7 +185,7 @@ class Warp:
         x, y, _ = launch.block
         one = {
             "%tid.x": threads % x, "%tid.y": threads // x % y, "%tid.z": threads // (x * y),
-            "%laneid": ops.LANES, "%warpid": self.index, "%nwarpid": len(cta.warps) or cta.num_warps,
+            "%laneid": ops.LANES, "%warpid": self.index, "%nwarpid": cta.num_warps,
             "%smid": cta.number % launch.num_sms, "%nsmid": launch.num_sms, "%gridid": 1,
             "%lanemask_eq": 1 << ops.LANES, "%lanemask_lt": (1 << ops.LANES) - 1,
             "%lanemask_le": (2 << ops.LANES) - 1, "%lanemask_ge": 0xFFFFFFFF & -(1 << ops.LANES),

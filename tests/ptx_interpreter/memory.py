@@ -134,9 +134,6 @@ class Memory:
         which = [np.flatnonzero(windows == window) for window in np.unique(windows)]
         return [(part, *self.locate(addresses[part], nbytes, align)) for part in which]
 
-    def sync_clock(self, address: int) -> np.ndarray:
-        return self.sync_clocks.setdefault(address, np.zeros(len(self.clocks.now), np.int64))
-
     def check_race(
         self, buffer: Buffer, offsets: np.ndarray, nbytes: int, agent: int, write: bool, by: int | None = None
     ) -> None:

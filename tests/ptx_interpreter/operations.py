@@ -65,7 +65,7 @@ class Modifiers:
 
 
 class Decoder:
-    """Assigns slots to operands; a warp fills ``rows`` with views when it starts."""
+    """Assigns slots to operands; a warp has a row for each that it comes to."""
 
     def __init__(self, symbols: dict[str, int]):
         self.symbols = symbols  # addresses of variables and parameters
