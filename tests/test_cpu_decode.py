@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -265,6 +266,15 @@ def test_merge_of_parts_equals_the_whole(dtype: torch.dtype) -> None:
         assert out.dtype == dtype
         assert relative_error(out, want) < TOLERANCE[dtype]
         torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lse", [-1e30, 1000.3, 12345.6, 1e30])
+def test_merge_of_large_lses(lse: float) -> None:
+    """Equal parts give themselves, however coarse fp32 is at their lse."""
+    part = torch.randn(5, 96)
+    out, merged = bd.merge(part.expand(3, 5, 96), torch.full((3, 5), lse))
+    torch.testing.assert_close(out, part)
+    torch.testing.assert_close(merged, torch.full((5,), lse + math.log(3)))
 
 
 def test_merge_of_nothing_is_nothing() -> None:
