@@ -155,6 +155,11 @@ def test_causal_queries_and_windows(q_len: int, window: int | None) -> None:
     made.check(random_q(len(RAGGED), q_len, 4, 64), **({"window": window} if window else {}))
 
 
+def test_many_query_rows_over_many_blocks() -> None:
+    made = problem([(4700, 9)], spec_for("rotated", 64), heads=1, num_sink=4)
+    made.check(random_q(1, 130, 5, 64))
+
+
 @pytest.mark.parametrize("name", ["default", "kv2-like"])
 def test_soft_cap_sink_logits_and_scale(name: str) -> None:
     made = problem(RAGGED, spec_for(name, 64), num_sink=2)
