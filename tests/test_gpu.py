@@ -20,9 +20,9 @@ FORMATS = [(d, i) for d in MANIFEST_HEAD_DIMS for i in range(len(manifest_specs(
 KV4 = bd.QuantSpec()
 
 
-def on_gpu(case: Problem) -> Problem:
-    move = lambda x: None if x is None else tuple(t.cuda() for t in x)  # noqa: E731
-    tensors = {name: getattr(case, name).cuda() for name in ("pages", "block_table", "seqlens", "packed_lens")}
+def on_gpu(case: Problem, device: str = "cuda") -> Problem:
+    move = lambda x: None if x is None else tuple(t.to(device) for t in x)  # noqa: E731
+    tensors = {name: getattr(case, name).to(device) for name in ("pages", "block_table", "seqlens", "packed_lens")}
     return replace(case, **tensors, tail=move(case.tail), sink=move(case.sink))
 
 

@@ -402,6 +402,24 @@ def test_without_a_compiler_the_error_names_the_remedy(monkeypatch):
     assert "pip install '.[jit]'" in str(caught.value)
 
 
+def test_without_a_compiler_a_kernel_of_fewer_columns_serves(monkeypatch):
+    spec = QuantSpec(k_bits=8, v_bits=2, v_group=64)
+    q, pages = torch.empty(1, 4, 64, 128), torch.empty(1, 8, spec.block_bytes(128), dtype=torch.uint8)
+    for name, known in (
+        ("device_arch", "sm90a"), ("_device_info", {"name": "a GPU"}), ("dsl_version", None), ("_workspace_bytes", 0),
+    ):  # fmt: skip
+        monkeypatch.setattr(cuda, name, lambda *args, known=known: known)
+    with pytest.raises(KernelNotFound, match="_q32_wgmma"):
+        cuda._plan(("none",), q, pages, spec, None)
+    small = KernelConfig.for_problem(head_dim=128, quant=spec, num_q_heads=8, num_kv_heads=1, arch="sm90a")
+    handle = native.function("add_kernel")(small.name(), "entry", b"cubin", 160, small.smem_bytes(), 128, 1)
+    with pytest.warns(cuda.KernelWarning, match=f"_q32_wgmma.*{small.name()} is used.* per 8 query columns"):
+        assert cuda._plan(("small",), q, pages, spec, None).handle == handle
+    with pytest.raises(KernelNotFound, match="_q32_wgmma"):  # it was asked for
+        wanted = cuda.choose(0, 128, spec, 64, 8, 4)
+        cuda._plan(("wanted",), q, pages, spec, wanted)
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import tuned
 from .cute_kernels import native
-from .cute_kernels.config import KernelConfig, QuantSpec, device_arch
+from .cute_kernels.config import FEW_COLUMNS, KernelConfig, QuantSpec, device_arch
 from .cute_kernels.errors import BitDecodingError, CacheFormatError, InvalidArgument, KernelNotFound
 from .cute_kernels.pack import DSL, CompiledKernel, cache_dir, dsl_version, source_digest, write_pack
 
@@ -38,6 +38,10 @@ _load_pack = native.function("load_pack")
 _workspace_bytes = native.function("workspace_bytes")
 _capture_id = native.function("capture_id")
 _counter_bytes: int = native.function("counter_bytes")()
+
+
+class KernelWarning(UserWarning):
+    """A kernel is missing, and a slower one is used."""
 
 
 class _Plan(NamedTuple):
@@ -219,9 +223,11 @@ def _plan(key: tuple, q: Tensor, pages: Tensor, spec: QuantSpec, config: KernelC
     _, q_len, num_q_heads, head_dim = q.shape
     if config is None:
         config = choose(device, head_dim, spec, num_q_heads, pages.shape[1], q_len)
+        handle = _default_handle(config)
     elif config.quant.for_kernel() != spec.for_kernel():
         raise InvalidArgument(f"config.quant={config.quant.name()}: differs from spec={spec.name()}")
-    handle = kernel_handle(config)
+    else:
+        handle = kernel_handle(config)
     plan = _Plan(handle, _workspace_bytes(handle, device), head_dim**-0.5, (spec, key, config))
     if len(_plans) >= MAX_PLANS:
         _plans.clear()
@@ -271,6 +277,30 @@ def kernel_handle(config: KernelConfig) -> int:
             _load_tuned_pack(tuned.pack_path())
         handle = _find_kernel(name)
         return handle if handle >= 0 else _compile(config, name)
+
+
+def _default_handle(config: KernelConfig) -> int:
+    """The handle of a problem's default kernel; where that neither is nor can be compiled, of the one for as many query
+    columns as possible, with a KernelWarning.
+    """
+    try:
+        return kernel_handle(config)
+    except KernelNotFound as error:
+        columns = config.q_tile // 2
+        while columns >= FEW_COLUMNS:
+            smaller = KernelConfig.for_problem(
+                head_dim=config.head_dim, quant=config.quant, num_q_heads=columns, num_kv_heads=1, arch=config.arch
+            )
+            if (handle := _find_kernel(smaller.name())) >= 0:
+                warnings.warn(
+                    f"{error}; until then {smaller.name()} is used, which reads the cache once per {smaller.q_tile} "
+                    "query columns",
+                    KernelWarning,
+                    stacklevel=5,  # the line that calls bd.decode
+                )
+                return handle
+            columns //= 2
+        raise
 
 
 @lru_cache(maxsize=None)

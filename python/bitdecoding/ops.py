@@ -177,7 +177,8 @@ def decode(
     """Attention of the newest tokens of each sequence over its cache.
 
     q: [batch, q_len, num_q_heads, head_dim]; the last query is the newest token, query i sees the keys at positions
-        up to seqlen - q_len + i. num_q_heads is a multiple of num_kv_heads.
+        up to seqlen - q_len + i. Of sequences with fewer new tokens the last rows count. num_q_heads is a multiple of
+        num_kv_heads.
     pages: uint8 [num_pages, num_kv_heads, block_bytes].
     block_table: int32 [batch, max_pages]; entries beyond a sequence's packed tokens are never read.
     seqlens: int32 [batch], all tokens of a sequence: first its sink tokens, then its packed, then its tail tokens.
