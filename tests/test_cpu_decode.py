@@ -63,6 +63,7 @@ def problem(
     tail_capacity: int = 160,
     seed: int = 0,
     offset: float = 3.0,
+    v_factor: float = 1.0,
 ) -> Problem:
     """A cache of sequences of (packed, tail) tokens behind up to num_sink sinks, with poison wherever it may lie."""
     generator = torch.Generator().manual_seed(seed)
@@ -80,8 +81,8 @@ def problem(
     for b, (packed, in_tail) in enumerate(lengths):
         used = [free.pop() for _ in range(blocks[b])]
         block_table[b, : len(used)] = torch.tensor(used, dtype=torch.int32)
-        packed_kv = random_kv(packed, heads, head_dim, seed + 3 * b, dtype, offset)
-        pages[used] = bd.quantize(*packed_kv, spec)
+        packed_k, packed_v = random_kv(packed, heads, head_dim, seed + 3 * b, dtype, offset)
+        pages[used] = bd.quantize(packed_k, packed_v * v_factor, spec)
         stored = [x[:packed] for x in bd.dequantize(pages[used], head_dim, spec, torch.float32)]
         tail_kv = list(random_kv(in_tail, heads, head_dim, seed + 3 * b + 1, dtype, offset))
         # a sequence with anything behind its sinks has all of them

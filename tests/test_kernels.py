@@ -315,6 +315,15 @@ def test_many_query_columns(preset: str, head_dim: int, group: int, q_len: int, 
     check(config, made, case, random_q(3, q_len, group, head_dim, dtype), grid=2, async_copies=copies, **options)
 
 
+@pytest.mark.parametrize("group", [3, 16])
+def test_small_values(group: int) -> None:
+    """Whose scales at 8 bits are below the normal numbers of fp16."""
+    spec = PRESETS["kv8"]
+    config, made = kernel("sm90a", spec, 64, group)
+    case = problem([(128, 0)], spec, heads=1, head_dim=64, v_factor=2e-3)
+    check(config, made, case, random_q(1, 1, group, 64), grid=1)
+
+
 @pytest.mark.parametrize(("head_dim", "heads", "dtype"), [(64, 3, torch.float16), (128, 4, torch.bfloat16)])
 @pytest.mark.parametrize("grid", [1, 5])
 def test_rotation_of_queries_and_outputs(head_dim: int, heads: int, dtype: torch.dtype, grid: int) -> None:
