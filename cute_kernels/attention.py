@@ -20,7 +20,7 @@ from .queries import LOG2E, read_slot
 from .schedule import Params, Piece, tokens_of
 
 FIRST_MAX = -1.0e30  # running maximum before the first key: finite, so that masked scores give exp2(-inf) = 0
-RESCALE_ABOVE = 1.0  # log2; P <= 2 keeps P * scale within fp16 for every scale of the quantiser
+RESCALE_ABOVE = 1.0  # log2: room that a raised maximum leaves below the limit of P
 HALF_MAX = 65504.0
 HALF2_ONES = 0x3C003C00
 
@@ -37,7 +37,7 @@ class Query(NamedTuple):
 class State(NamedTuple):
     """A warp's running result of a piece."""
 
-    top: list  # [n][j] maximum of the scores, log2
+    top: list  # [n][j] what is subtracted from the scores, log2: their maximum but for a constant
     total: list  # [n][j] sum of P
     out: list  # [n][c][4] O^T, in units of the codes' powers of two until ``finished``
 
@@ -287,7 +287,7 @@ class Attention:
 
     @cute.jit
     def softmax(self, scores: list, state: State):
-        """P = exp2(S - maximum), [n][t][r][j], and the State, rescaled if the maximum must grow."""
+        """P = exp2(S - top), [n][t][r][j], and the State, rescaled if ``top`` must grow."""
         top, total, out = state
         highest = []
         grown = Boolean(False)
@@ -297,14 +297,14 @@ class Attention:
                 peak = ptx.fmax(scores[n][0][0][j], scores[n][0][1][j])
                 for t in range_constexpr(1, len(scores[n])):
                     peak = ptx.fmax(peak, ptx.fmax(scores[n][t][0][j], scores[n][t][1][j]))
-                grown = grown | (peak > top[n][j] + RESCALE_ABOVE)
+                grown = grown | (peak > top[n][j] + self.plan.p_limit)
                 peaks.append(peak)
             highest.append(peaks)
         if ptx.any_lane(grown):
             for n in range_constexpr(self.columns):
                 for j in range_constexpr(self.lane_columns):
                     peak = ptx.over_lanes(ptx.fmax, highest[n][j], ptx.LANE_BITS[2:])
-                    peak = ptx.fmax(peak, top[n][j])
+                    peak = ptx.fmax(peak - (self.plan.p_limit - RESCALE_ABOVE), top[n][j])
                     factor = ptx.exp2(top[n][j] - peak)
                     top[n][j] = peak
                     total[n][j] = total[n][j] * factor

@@ -41,6 +41,9 @@ class Plan:
         self.lane_columns = LANE_COLUMNS // self.copies
         self.k_groups = config.head_dim // quant.k_group if quant.k_axis == "token" else 1  # along channels
         self.v_groups = config.head_dim // quant.v_group
+        # log2 of the largest P: times any scale of V, at most 2^16 / (2^bits - 1), it is within fp16; and the larger P
+        # is, the smaller may scales be before P * scale loses bits
+        self.p_limit = quant.v_bits - 1
         self.bulk = config.copy == "bulk"
         # try_wait suspends the warp; before Hopper test_wait polls
         self.wait = "try_wait" if config.arch in HOPPER_ARCHS else "test_wait"

@@ -147,7 +147,7 @@ class TileWriter:
         """Of K per channel; ``first``: channel tile of the first warp's pair."""
         row_bytes = 2 * self.plan.head_dim
         base = folded + (lane & 3) * 16 + pair * (2 * PAIR)
-        if self.plan.k_rows > NUM_SLICES // self.key_slices:
+        if self.key_slices < NUM_SLICES and self.plan.k_rows >= NUM_SLICES // self.key_slices:
             base += part * (self.key_slices * SLICE_TOKENS // self.quant.k_group * 2 * row_bytes)
         found = {}
 

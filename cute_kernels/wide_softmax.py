@@ -19,8 +19,8 @@ from .schedule import Params
 from .wide_places import Place, Team, WidePlaces
 from .wide_plan import HIGH_BYTES, WidePlan
 
-P_LIMIT = 2.0  # of a lane's sum of P in a column: keeps P * scale within fp16 for every scale of the quantiser
-HEADROOM = 3.0  # log2 by which a raised maximum lies above the scores: with many columns one would grow at every block
+# log2: room that a raised ``top`` leaves below the limit of P; with many columns one would grow at every block
+HEADROOM = 4.0
 
 
 class State(NamedTuple):
@@ -79,7 +79,7 @@ class WideSoftmax:
         ptx.mbarrier_wait(self.places.free(smem, team), parity, self.plan.wait)
         parts, largest = self.write(smem, team, scores, factor, scales)
         wg.fence_async()
-        if wg.barrier_any(team.barrier, threads, largest > P_LIMIT):
+        if wg.barrier_any(team.barrier, threads, largest > 2.0**self.plan.p_limit):
             place = self.places.place(smem)
             tops = []
             for n in range_constexpr(self.column_tiles):
@@ -107,7 +107,7 @@ class WideSoftmax:
                     peak = found[0][j]
                     for w in range_constexpr(1, self.plan.team_warps):
                         peak = ptx.fmax(peak, found[w][j])
-                    raised = ptx.fmax(top[j], peak + HEADROOM)
+                    raised = ptx.fmax(top[j], peak + (HEADROOM - self.plan.p_limit))
                     shrinks[n][j] = ptx.exp2(top[j] - raised)
                     tops[n][j] = raised
                     for m in range_constexpr(self.value_tiles):

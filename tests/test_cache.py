@@ -242,6 +242,17 @@ def test_a_tail_only_cache_is_exact() -> None:
         assert relative_error(out[b], attention(random_q(3)[b], k[b], v[b])[0]) < 1e-3
 
 
+def test_a_cache_without_pages_has_its_tail() -> None:
+    cache = make(num_pages=0)
+    k, v = new_tokens(128)
+    cache.append(k[:, :127], v[:, :127])
+    out = cache.decode(random_q())
+    for b in range(BATCH):
+        assert relative_error(out[b], attention(random_q()[b], k[b, :127], v[b, :127])[0]) < 1e-3
+    with pytest.raises(bd.OutOfPages, match=r"3 pages are needed, 0 of num_pages=0"):
+        cache.append(k[:, 127:], v[:, 127:])
+
+
 def test_a_cache_outlives_inference_mode() -> None:
     k, v = new_tokens(300)
     with torch.inference_mode():

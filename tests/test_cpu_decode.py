@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -62,6 +63,7 @@ def problem(
     tail_capacity: int = 160,
     seed: int = 0,
     offset: float = 3.0,
+    v_factor: float = 1.0,
 ) -> Problem:
     """A cache of sequences of (packed, tail) tokens behind up to num_sink sinks, with poison wherever it may lie."""
     generator = torch.Generator().manual_seed(seed)
@@ -79,8 +81,8 @@ def problem(
     for b, (packed, in_tail) in enumerate(lengths):
         used = [free.pop() for _ in range(blocks[b])]
         block_table[b, : len(used)] = torch.tensor(used, dtype=torch.int32)
-        packed_kv = random_kv(packed, heads, head_dim, seed + 3 * b, dtype, offset)
-        pages[used] = bd.quantize(*packed_kv, spec)
+        packed_k, packed_v = random_kv(packed, heads, head_dim, seed + 3 * b, dtype, offset)
+        pages[used] = bd.quantize(packed_k, packed_v * v_factor, spec)
         stored = [x[:packed] for x in bd.dequantize(pages[used], head_dim, spec, torch.float32)]
         tail_kv = list(random_kv(in_tail, heads, head_dim, seed + 3 * b + 1, dtype, offset))
         # a sequence with anything behind its sinks has all of them
@@ -152,6 +154,11 @@ def test_causal_queries_and_windows(q_len: int, window: int | None) -> None:
     made = problem(RAGGED, spec_for("rotated", 64), num_sink=4)
     # more queries than tokens: the first see no key, and give zeros
     made.check(random_q(len(RAGGED), q_len, 4, 64), **({"window": window} if window else {}))
+
+
+def test_many_query_rows_over_many_blocks() -> None:
+    made = problem([(4700, 9)], spec_for("rotated", 64), heads=1, num_sink=4)
+    made.check(random_q(1, 130, 5, 64))
 
 
 @pytest.mark.parametrize("name", ["default", "kv2-like"])
@@ -265,6 +272,15 @@ def test_merge_of_parts_equals_the_whole(dtype: torch.dtype) -> None:
         assert out.dtype == dtype
         assert relative_error(out, want) < TOLERANCE[dtype]
         torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lse", [-1e30, 1000.3, 12345.6, 1e30])
+def test_merge_of_large_lses(lse: float) -> None:
+    """Equal parts give themselves, however coarse fp32 is at their lse."""
+    part = torch.randn(5, 96)
+    out, merged = bd.merge(part.expand(3, 5, 96), torch.full((3, 5), lse))
+    torch.testing.assert_close(out, part)
+    torch.testing.assert_close(merged, torch.full((5,), lse + math.log(3)))
 
 
 def test_merge_of_nothing_is_nothing() -> None:

@@ -16,7 +16,9 @@ pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 
 from attention_reference import attention, relative_error
 from bitdecoding.cute_kernels import compile as compiler
+from bitdecoding.cute_kernels import tile_writer
 from bitdecoding.cute_kernels.cubin import read_cubin
+from bitdecoding.cute_kernels.layouts import NUM_SLICES, SLICE_TOKENS
 from bitdecoding.cute_kernels.schedule import Params
 from bitdecoding.cute_kernels.tile_plan import TilePlan
 from dsl import compile_configs, listing, sass
@@ -147,6 +149,28 @@ def test_wgmma_over_tiles(head_dim: int, q_tile: int) -> None:
     assert code.count("WARPGROUP.DEPBAR") == 2
     assert "STSM.16.M88.4" in code
     assert not re.search(r"\b(LDL|STL)\b", code), "registers in local memory"
+
+
+@pytest.mark.parametrize("k_group", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_tiles_of_keys_have_the_parameters_of_their_groups(head_dim: int, k_group: int, monkeypatch) -> None:
+    """Where a warp looks for them, its tokens' group and its channels: formats that no build has among them."""
+    config = choose("sm90a", bd.QuantSpec(k_group=k_group, v_group=64), head_dim, 64)
+    writer = tile_writer.TileWriter(TilePlan(config))
+
+    def load(base: int, offset: int, count: int) -> list[int]:
+        return [base + offset + 4 * i for i in range(count)]
+
+    monkeypatch.setattr(tile_writer.ptx, "load_shared", load)
+    for warp in range(NUM_SLICES):
+        pair, part = warp % writer.pair_warps, warp // writer.pair_warps
+        params = writer.channel_params(0, pair, part, 0, 0)
+        for i in range(writer.key_slices):
+            multipliers, offsets = params(tile_writer.Tile(i, 0, 0, []))
+            group = (part * writer.key_slices + i) * SLICE_TOKENS // k_group
+            row = writer.plan.folded_k_at + group * 4 * head_dim  # multipliers, then offsets
+            assert multipliers[0].made[0] == row + 2 * tile_writer.PAIR * pair
+            assert offsets[0] == row + 2 * head_dim + 2 * tile_writer.PAIR * pair
 
 
 # -- execution -----------------------------------------------------------------------------------------------------
@@ -289,6 +313,15 @@ def test_many_query_columns(preset: str, head_dim: int, group: int, q_len: int, 
     )
     copies = ("late", "early")[index % 2]
     check(config, made, case, random_q(3, q_len, group, head_dim, dtype), grid=2, async_copies=copies, **options)
+
+
+@pytest.mark.parametrize("group", [3, 16])
+def test_small_values(group: int) -> None:
+    """Whose scales at 8 bits are below the normal numbers of fp16."""
+    spec = PRESETS["kv8"]
+    config, made = kernel("sm90a", spec, 64, group)
+    case = problem([(128, 0)], spec, heads=1, head_dim=64, v_factor=2e-3)
+    check(config, made, case, random_q(1, 1, group, 64), grid=1)
 
 
 @pytest.mark.parametrize(("head_dim", "heads", "dtype"), [(64, 3, torch.float16), (128, 4, torch.bfloat16)])

@@ -342,7 +342,8 @@ Status check_decode(const DecodeTensors& t, const QuantSpec& quant, std::int64_t
   p.num_q_heads = static_cast<std::int32_t>(num_q_heads);
   p.num_kv_heads = static_cast<std::int32_t>(num_kv_heads);
   p.num_pages = static_cast<std::int32_t>(t.pages->shape[0]);
-  p.max_pages = static_cast<std::int32_t>(t.block_table->shape[1]);
+  // an empty pool has no address, and the table no entry that could be used
+  p.max_pages = p.num_pages == 0 ? 0 : static_cast<std::int32_t>(t.block_table->shape[1]);
   p.tail_capacity = slots(t.tail_k);
   p.num_sink = slots(t.sink_k);
   p.window = static_cast<std::int32_t>(window);

@@ -1,5 +1,5 @@
 // Decode on the CPU: one task per (sequence, KV head, part of its keys), then one per (sequence, KV head) that merges
-// the parts. How keys are divided depends on the lengths alone, so the result does not depend on the threads.
+// the parts. How keys are divided depends on lengths and queries alone, so the result does not depend on the threads.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -78,6 +78,7 @@ namespace {
 
 constexpr std::int64_t kMaxRows = 1 << 20;  // of a KV head
 constexpr std::int64_t kPartBlocks = 16;    // work for about 100 us: little is lost where threads wait for the last
+constexpr std::int64_t kPartRows = 512;  // with more, parts are longer: their results take no more than the cache does
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -124,6 +125,7 @@ class Decode {
                                 : Type::float16),
         group_(p.num_q_heads / p.num_kv_heads),
         rows_(group_ * p.q_len),
+        part_blocks_(kPartBlocks * ((rows_ + kPartRows - 1) / kPartRows)),
         partial_floats_(std::int64_t{rows_} * (head_dim_ + 2)),
         format_(make_format(block_spec(options.head_dim, options.quant))) {}
 
@@ -172,7 +174,7 @@ class Decode {
       const std::int64_t oldest = s.seqlen - p_.q_len - p_.window + 1;  // that any query sees
       s.first_block = std::min(s.blocks, std::max<std::int64_t>(0, oldest - s.sinks) / kBlockTokens);
       s.first_part = first_part;
-      s.parts = 1 + (s.blocks - s.first_block + kPartBlocks - 1) / kPartBlocks;
+      s.parts = 1 + (s.blocks - s.first_block + part_blocks_ - 1) / part_blocks_;
       first_part += s.parts;
     }
     return Status::ok;
@@ -244,8 +246,8 @@ class Decode {
       blocks.pages = static_cast<const unsigned char*>(p_.pages) + head * p_.head_stride_bytes;
       blocks.page_stride = p_.page_stride_bytes;
       blocks.table = p_.block_table + b * p_.max_pages;
-      blocks.begin = s.first_block + (part - s.first_part - 1) * kPartBlocks;
-      blocks.end = std::min(s.blocks, blocks.begin + kPartBlocks);
+      blocks.begin = s.first_block + (part - s.first_part - 1) * part_blocks_;
+      blocks.end = std::min(s.blocks, blocks.begin + part_blocks_);
       blocks.position = s.sinks;
       blocks.packed_len = s.packed;
       loops().blocks(format_, blocks, rows, &space->scratch);
@@ -314,6 +316,7 @@ class Decode {
   const Type type_;
   const int group_;
   const int rows_;
+  const std::int64_t part_blocks_;
   const std::int64_t partial_floats_;
   const Format format_;
   std::vector<Sequence> sequences_;

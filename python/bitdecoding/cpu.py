@@ -23,9 +23,14 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     outs [parts, .., head_dim]; lses fp32 [parts, ..], -inf for a part without keys (its out does not matter).
     -> fp32 out [.., head_dim], lse [..]; zero and -inf where no part has keys.
     """
-    lse = lses.logsumexp(0)
-    weights = (lses - lse).exp().masked_fill(lses == -torch.inf, 0.0).unsqueeze(-1)
-    return (outs.float() * weights).masked_fill(weights == 0, 0.0).sum(0), lse
+    largest = lses.amax(0)
+    base = largest.masked_fill(largest == -torch.inf, 0.0)
+    # their sum divides the result: relative to an lse rounded to fp32, weights of large lses would not add up to 1
+    weights = (lses - base).exp()
+    total = weights.sum(0)
+    weights = weights.unsqueeze(-1)
+    out = (outs.float() * weights).masked_fill(weights == 0, 0.0).sum(0)
+    return out / total.masked_fill(total == 0, 1.0).unsqueeze(-1), base + total.log()
 
 
 def append(
