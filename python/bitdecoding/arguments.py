@@ -16,6 +16,7 @@ from .cute_kernels.checks import INT32_MAX
 from .cute_kernels.errors import InvalidArgument
 from .quantization import preset
 
+MAX_BATCH = 1 << 15  # of an append
 MAX_SEED = 2**63 - 1  # of torch
 
 Number = TypeVar("Number", int, float)

@@ -29,7 +29,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 
-from .arguments import device_of, integers, make_folder, parsed
+from .arguments import MAX_BATCH, device_of, integers, make_folder, parsed
 from .cute_kernels.errors import InvalidArgument
 from .cute_kernels.layouts import BLOCK_TOKENS
 from .integrations.transformers import NAME, BitDecodingCache
@@ -65,7 +65,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-MAX_BATCH = 1 << 15  # of an append
 RIVALS = ("transformers", "sdpa")
 UNMASKED = "bitdecoding_bench_sdpa"  # the name of `sdpa`'s attention function
 ROOM = 512  # tokens that steps may append

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import cuda
+from .arguments import MAX_BATCH
 from .cute_kernels.checks import INT32_MAX
 from .cute_kernels.config import KernelConfig, QuantSpec
 from .cute_kernels.errors import InvalidArgument
@@ -20,7 +21,6 @@ from .ops import decode, dequantize, rotate
 from .quantization import preset
 from .timing import Candidate, copies_of, memory_bytes
 
-MAX_BATCH = 1 << 15  # of an append
 RAGGED = tuple(1024 * n for n in (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128))
 CHECKED_TOKENS = 4096  # packed tokens of a sequence that is compared with fp32 attention
 FLASHINFER_PAGE = 16  # tokens, as in its own benchmark
