@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
-from cutlass.cute.runtime import make_ptr
 
 from . import ptx
 from .append_plan import COUNTER_BYTES, JOB_BYTES, ROW_LANES, SMEM_ALIGN, VECTOR, WARP_ROWS, AppendPlan
@@ -96,17 +95,17 @@ class Job(NamedTuple):
     copies: Int32  # 16-bit tokens that this item copies
     length: Int32  # of the sequence, afterwards; -1: there is no page for one of the blocks, so nothing is done
     todo: Int32  # 1: for all warps; 0: no block, and no more copies than a warp makes at once
-    unused: Int32
+    any: Int32  # 1: a thread has found what makes all do again
 
 
-TODO_AT = 4 * Job._fields.index("todo")
+TODO_AT, ANY_AT = (4 * Job._fields.index(name) for name in ("todo", "any"))
 
 
 class AppendKernel:
     """The kernel of one KernelConfig, and the host function that the DSL compiles."""
 
-    def __init__(self, config):
-        self.plan = AppendPlan(config)
+    def __init__(self, config, plan: AppendPlan | None = None):
+        self.plan = plan or AppendPlan(config)
         self.rows = Rows(self.plan)
         self.encoders = {name: Encoder(self.plan, name) for name in ("k", "v")}
 
@@ -219,8 +218,12 @@ class AppendKernel:
             start, count = self.new_tokens(p, item.b)
             if lane // ROW_LANES < count:
                 row_at += Int64(start) * p.new_token_stride
-                row = [ptx.load_global(row_at, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)]
+                row = self.load_row(row_at)
         return row
+
+    def load_row(self, address: Int64) -> list:
+        """A lane's vectors of a row; address: of its first."""
+        return [ptx.load_global(address, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)]
 
     @cute.jit
     def begin(
@@ -379,8 +382,7 @@ class AppendKernel:
             if i < job.to_sink:
                 source = self.new_row(p, job, job.start + i)
             source += part
-            row = [ptx.load_global(source, 4, ROW_LANES * VECTOR * j, cache="cg") for j in range(self.plan.vectors)]
-            self.keep(p, place, job, i, inside, row, lane)
+            self.keep(p, place, job, i, inside, self.load_row(source), lane)
             first += self.plan.rows_at_once
 
     def kept_token(self, job: Job, i: Int32) -> Int32:
@@ -430,7 +432,7 @@ class AppendKernel:
         again = Int32(1)
         while again == 1:
             self.prepare_rows(p, smem, place, warp, lane, load_job(job_at), block, careful)
-            cute.arch.sync_threads()
+            ptx.sync_team(self.plan.barrier, self.plan.threads)
             fits = Boolean(True)
             limit = cutlass.select_(self.rotates(p, operand), Float32(SMALL), Float32(LIMIT))
             if operand == 0:
@@ -438,7 +440,8 @@ class AppendKernel:
             else:
                 fits = self.encoders["v"].find_parameters(p, smem, warp, lane, count, p.v_clip, limit)
             again = Int32(0)
-            if ptx.any_thread((careful == 0) & (fits == False)):  # noqa: E712
+            unfit = (careful == 0) & (fits == False)  # noqa: E712
+            if self.any_thread(unfit, job_at, lane) & (careful == 0):
                 again = Int32(1)
             careful = Int32(1)
         target = p.pages.toint() + Int64(page) * p.page_stride + Int64(load_job(job_at).head) * p.head_stride
@@ -446,7 +449,22 @@ class AppendKernel:
             self.encoders["k"].encode(p, smem, warp, lane, target, count)
         else:
             self.encoders["v"].encode(p, smem, warp, lane, target, count)
-        cute.arch.sync_threads()
+        ptx.sync_team(self.plan.barrier, self.plan.threads)
+
+    @cute.jit
+    def any_thread(self, condition: Boolean, job_at: Int32, lane: Int32):
+        """A barrier of the warps that pack the block; tells whether the condition holds, or did for a block before of
+        the same job, for one of their threads.
+        """
+        found = Boolean(False)
+        if cutlass.const_expr(self.plan.barrier is None):
+            found = ptx.any_thread(condition)
+        else:  # named barriers do not vote
+            if ptx.any_lane(condition) & (lane == 0):
+                ptx.store_shared(job_at, ANY_AT, [Int32(1)])
+            ptx.sync_team(self.plan.barrier, self.plan.threads)
+            found = ptx.load_shared(job_at, ANY_AT, 1)[0] == 1
+        return found
 
     @cute.jit
     def prepare_rows(
@@ -484,16 +502,3 @@ def store_job(address: Int32, job: Job) -> None:
 
 def load_job(address: Int32) -> Job:
     return Job(*[word for i in range(0, JOB_BYTES, VECTOR) for word in ptx.load_shared(address, i, 4)])
-
-
-def example_params() -> Params:
-    """Arguments of the right types, for compiling."""
-
-    def pointer(dtype: type) -> cute.Pointer:
-        return make_ptr(dtype, 0, cute.AddressSpace.gmem, assumed_align=16)
-
-    integers = ("lengths", "cu_seqlens", "block_table", "seqlens", "packed_lens", "status", "workspace")
-    values = []
-    for name, kind in Params.__annotations__.items():
-        values.append(pointer(Int32 if name in integers else cutlass.Uint8) if kind is cute.Pointer else kind(1))
-    return Params(*values)

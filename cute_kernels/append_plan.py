@@ -18,9 +18,13 @@ CTA_SMEM = 1024
 
 
 class AppendPlan:
-    """The constants of one kernel; read-only."""
+    """The constants of one kernel; read-only.
 
-    def __init__(self, config):
+    barrier: None, or where several teams of ``threads`` of a CTA pack a block each, the first of their named barriers.
+    """
+
+    def __init__(self, config, barrier: int | None = None):
+        self.barrier = barrier
         self.config, self.quant = config, config.quant
         self.fmt = block_format(config.head_dim, config.quant)
         self.head_dim = config.head_dim

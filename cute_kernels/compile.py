@@ -82,19 +82,23 @@ def _compile(config: KernelConfig) -> Compiled:
     arch = GPU_ARCHS[config.arch]
     os.environ["CUTE_DSL_ARCH"] = arch  # without it the DSL asks a driver
     os.environ["CUTE_DSL_DISABLE_FILE_CACHING"] = "1"  # packs are the cache
-    from cutlass import Int32, cute
+    from cutlass import Int32, Uint8, cute
+    from cutlass.cute.runtime import make_ptr
 
-    from . import append, decode, merge_parts, tiles, wide
+    from . import append, decode, merge_parts, schedule, step, tiles, wide
 
     of_plan = {Plan: decode.DecodeKernel, WidePlan: wide.WideKernel, TilePlan: tiles.TileKernel}
-    kernel, module = {
-        "append": (append.AppendKernel, append),
-        "decode": (of_plan.get(type(plan_of(config))), decode),
-        "merge": (merge_parts.MergePartsKernel, merge_parts),
+    kernel, params = {
+        "append": (append.AppendKernel, append.Params),
+        "decode": (of_plan.get(type(plan_of(config))), schedule.Params),
+        "step": (decode.DecodeKernel, step.Params),
+        "merge": (merge_parts.MergePartsKernel, merge_parts.Params),
     }[config.kind]
+    pointer = make_ptr(Uint8, 0, cute.AddressSpace.gmem, assumed_align=16)  # kernels take addresses only
+    example = params(*[pointer if kind is cute.Pointer else kind(1) for kind in params.__annotations__.values()])
     options = f"--gpu-arch {arch} --keep-ptx --keep-cubin"
     with _scratch_directory():
-        made = cute.compile(kernel(config), module.example_params(), Int32(1), options=options)
+        made = cute.compile(kernel(config), example, Int32(1), options=options)
         ptx, cubin = made.__ptx__, made.__cubin__
     if not ptx or not cubin:
         raise UnsupportedConfig(f"{config.name()}: the CuTe DSL produced no code for {arch}")
@@ -124,7 +128,7 @@ def compile_kernel(config: KernelConfig) -> CompiledKernel:
 
 def plan_of(config: KernelConfig) -> Plan | AppendPlan | MergePartsPlan:
     """What a launch of the kernel must know: ``threads`` and ``smem_bytes``."""
-    return {"append": AppendPlan, "decode": decode_plan, "merge": MergePartsPlan}[config.kind](config)
+    return {"append": AppendPlan, "decode": decode_plan, "step": Plan, "merge": MergePartsPlan}[config.kind](config)
 
 
 @contextlib.contextmanager

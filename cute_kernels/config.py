@@ -181,8 +181,9 @@ class KernelConfig(Object):
     """One kernel to compile. All fields are keywords with defaults; :meth:`for_problem` chooses them.
 
     Attributes:
-        kind: "decode"; "append" for the kernel of append and quantize, "merge" for that of merge. What these do not
-            need stays at its default and is no part of the name: the fields from q_tile on, and quant for merge.
+        kind: "decode"; "step" for a decode that appends; "append" for the kernel of append and quantize, "merge" for
+            that of merge. What these two do not need stays at its default and is no part of the name: the fields from
+            q_tile on, and quant for merge.
         arch: "sm80", "sm86", "sm89", "sm90a", "sm100" or "sm120".
         head_dim: 64, 96, 128 or 256.
         quant: QuantSpec of the cache.
@@ -246,11 +247,14 @@ class KernelConfig(Object):
         num_kv_heads: int,
         q_len: int = 1,
         arch: str | None = None,
+        kind: str = "decode",
     ) -> KernelConfig:
-        """The default kernel for a problem; ``arch`` None: that of device 0.
+        """The default kernel for a problem; ``arch`` None: that of device 0; ``kind``: "decode" or "step".
 
-        Raises InvalidArgument, UnsupportedConfig, or CudaError if a device is needed and there is none.
+        Raises InvalidArgument, UnsupportedConfig (a step for more than 8 query columns of a KV head, too), or CudaError
+        if a device is needed and there is none.
         """
+        check_one_of("kind", kind, ("decode", "step"))
         check_one_of("head_dim", head_dim, HEAD_DIMS)
         check_type("quant", quant, QuantSpec)
         for name, value in (("num_kv_heads", num_kv_heads), ("num_q_heads", num_q_heads), ("q_len", q_len)):
@@ -260,6 +264,11 @@ class KernelConfig(Object):
         columns = num_q_heads // num_kv_heads * q_len
         if arch is None:
             arch = device_arch(0)
+        if kind == "step" and columns > MMA_COLUMNS:
+            raise UnsupportedConfig(
+                f"q_len={q_len}: kind=step has at most {MMA_COLUMNS} query columns, num_q_heads / num_kv_heads * q_len "
+                f"is {columns}; append and decode have more"
+            )
         if columns > MMA_COLUMNS and (wide := _wgmma_config(arch, head_dim, quant.for_kernel(), columns)):
             return wide
         q_tile = min(column_tile(columns), MAX_Q_TILE)
@@ -272,6 +281,7 @@ class KernelConfig(Object):
         for columns in (q_tile, MMA_COLUMNS):
             for num_warps, warps_per_block, stages in tilings:
                 config = cls(
+                    kind=kind,
                     arch=arch,
                     head_dim=head_dim,
                     quant=quant.for_kernel(),

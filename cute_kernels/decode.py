@@ -18,14 +18,13 @@ merge warps     find out the next piece and prepare its queries (queries.py); me
 
 import cutlass
 from cutlass import Int32, cute, range_constexpr
-from cutlass.cute.runtime import make_ptr
 
-from . import ptx
+from . import ptx, step
 from . import warpgroup as wg
 from .attention import Attention
 from .layouts import BLOCK_TOKENS, LANES
-from .merge import CONSUMER_BARRIER, Merge
-from .plan import BARRIER_BYTES, MERGE_WARPS, SLOTS, Plan
+from .merge import Merge
+from .plan import BARRIER_BYTES, CONSUMER_BARRIER, MERGE_WARPS, SLOTS, Plan
 from .schedule import Params, Schedule, load_piece
 
 COPY_BYTES = 16  # of one cp.async
@@ -40,9 +39,10 @@ class DecodeKernel:
         self.schedule = Schedule(self.plan)
         self.attention = Attention(self.plan)
         self.merge = Merge(self.plan, self.schedule)
+        self.step = self.merge.step
 
     @cute.jit
-    def __call__(self, p: Params, grid: Int32):
+    def __call__(self, p: Params | step.Params, grid: Int32):
         self.kernel(p).launch(
             grid=(grid, 1, 1),
             block=(self.plan.threads, 1, 1),
@@ -52,7 +52,7 @@ class DecodeKernel:
         )
 
     @cute.kernel
-    def kernel(self, p: Params):
+    def kernel(self, p: Params | step.Params):
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(thread // LANES)
         lane = thread % LANES
@@ -80,6 +80,8 @@ class DecodeKernel:
         ptx.mbarrier_init(smem + plan.merge_empty_at, MERGE_WARPS * LANES)
         for slot in range(SLOTS):
             ptx.mbarrier_init(smem + (plan.slot_full_at + BARRIER_BYTES * slot), MERGE_WARPS * LANES)
+            if plan.steps:
+                ptx.mbarrier_init(smem + (plan.rows_full_at + BARRIER_BYTES * slot), LANES)
 
     @cute.jit
     def assist(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
@@ -104,8 +106,11 @@ class DecodeKernel:
         )
         stage = Int32(0)
         parity = Int32(1)  # the first round finds every stage empty
+        due = Int32(0)
         while at.x < end:
             count, blocks, pages, _ = self.schedule.blocks_of(p, at, end, seq)
+            if cutlass.const_expr(self.plan.steps):
+                due = due | self.step.blocks_due(p, seq.tail)
             i = Int32(0)
             while i < blocks:
                 source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES)) * p.page_stride
@@ -121,6 +126,10 @@ class DecodeKernel:
             if at.x < end:
                 seq = self.schedule.sequence(p, at.b)
                 page = self.schedule.entries(p, at, end, seq, Int32(0), lane)
+        if cutlass.const_expr(self.plan.steps):
+            ptx.barrier(CONSUMER_BARRIER, self.plan.consumer_threads)  # nobody in the CTA reads lengths any more
+            if due == 0:
+                self.step.count(p, lane)
 
     @cute.jit
     def copy_block(self, smem: Int32, source: cutlass.Int64, stage: Int32, parity: Int32, lane: Int32):
@@ -167,6 +176,7 @@ class DecodeKernel:
         ring = Int32(0)  # blocks of the share before this piece
         done = Int32(0)  # pieces
         is_last = Int32(0)
+        due = Int32(0)  # not 0: a piece has a block to pack
         while is_last == 0:
             slot = smem + plan.slots_at + done % SLOTS * plan.slot_bytes
             ptx.mbarrier_wait(smem + plan.slot_full_at + done % SLOTS * BARRIER_BYTES, done // SLOTS % 2, plan.wait)
@@ -200,6 +210,10 @@ class DecodeKernel:
             state = self.attention.finished(state)
             piece = load_piece(slot + plan.piece_offset)  # again, rather than in registers all the while
             warp, lane = self.place_again(warp, lane)
+            if cutlass.const_expr(plan.steps):
+                ptx.mbarrier_wait(smem + plan.rows_full_at + done % SLOTS * BARRIER_BYTES, done // SLOTS % 2, plan.wait)
+                if piece.columns > 0:
+                    due = due | self.step.blocks_due(p, piece.tail)
             chunk = piece.first_chunk + warp // plan.warps_per_block
             while chunk < piece.end_chunk:
                 member_again = warp % plan.warps_per_block
@@ -208,7 +222,7 @@ class DecodeKernel:
             ptx.mbarrier_wait(smem + plan.merge_empty_at, (done + 1) % 2, plan.wait)  # the first finds it empty
             self.merge.store_state(smem, warp, lane, state)
             if piece.is_last == 1:
-                ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
+                ptx.barrier(CONSUMER_BARRIER, plan.consumer_threads)
             else:
                 ptx.mbarrier_arrive(smem + plan.merge_full_at)
             is_last = piece.is_last
@@ -218,6 +232,9 @@ class DecodeKernel:
         first = load_piece(smem + plan.first_piece_at)
         if first.collects == 1:
             self.merge.collect(p, warp, team, lane, first)
+        if cutlass.const_expr(plan.steps):
+            if due != 0:
+                self.step.pack(p, smem, warp, lane, self.merge.piece_at(smem, (done - 1) % SLOTS))
 
     def place_again(self, warp: Int32, lane: Int32) -> tuple:
         """(warp, lane): found anew in kernels of few columns, which otherwise would hold registers in local memory."""
@@ -225,17 +242,3 @@ class DecodeKernel:
             return warp, lane
         thread = wg.thread_again()
         return thread // LANES, thread % LANES
-
-
-def example_params() -> Params:
-    """Arguments of the right types, for compiling."""
-
-    def pointer(dtype: type) -> cute.Pointer:
-        return make_ptr(dtype, 0, cute.AddressSpace.gmem, assumed_align=16)
-
-    types = {"block_table": Int32, "seqlens": Int32, "packed_lens": Int32, "sink_logits": cutlass.Float32}
-    types["lse"] = cutlass.Float32
-    values = []
-    for name, kind in Params.__annotations__.items():
-        values.append(pointer(types.get(name, cutlass.Uint8)) if kind is cute.Pointer else kind(1))
-    return Params(*values)

@@ -46,7 +46,7 @@ class Encoder:
         fits = Boolean(True)
         if cutlass.const_expr(self.operand.mean is not None):
             fits = self.store_means(p, smem, rows, warp, lane, count, limit)
-            cute.arch.sync_threads()
+            ptx.sync_team(self.plan.barrier, self.plan.threads)
         for x in cutlass.range(warp, self.operand.minors * self.operand.groups, self.plan.warps, unroll=1):
             minor, group = x % self.operand.minors, x // self.operand.minors
             at = rows + self.operand.panel_offset(minor, group)

@@ -15,11 +15,11 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 from . import ptx
 from .attention import FIRST_MAX, State
 from .layouts import LANES, TILE
-from .plan import BARRIER_BYTES, COLUMNS, MERGE_WARPS, QUAD, Plan
+from .plan import BARRIER_BYTES, COLUMNS, MERGE_BARRIER, MERGE_WARPS, QUAD, Plan
 from .queries import LOG2E, Queries, hadamard_lanes, hadamard_registers
 from .schedule import Params, Piece, Place, Schedule, Sequence, load_piece, store_piece
+from .step import Step
 
-CONSUMER_BARRIER, MERGE_BARRIER = 1, 2
 STATES_AT_ONCE = 8  # results of warps that a thread holds while merging
 MINUS_ZERO, MINUS_INFINITY = -0x80000000, -0x800000  # as fp32
 
@@ -31,6 +31,7 @@ class Merge:
         self.plan = plan
         self.schedule = schedule
         self.queries = Queries(plan)
+        self.step = Step(plan, schedule) if plan.steps else None
         self.item_bits = ptx.LANE_BITS[: plan.items.bit_length() - 1]  # those that tell the lanes of a row apart
 
     @cute.jit
@@ -44,6 +45,7 @@ class Merge:
             fetch=lambda at, end, seq: self.prepare(p, smem, slot, helper, lane, at, seq),
         )
         ptx.mbarrier_arrive(smem + self.plan.slot_full_at)
+        self.keep_rows(p, smem, slot, helper, lane)
         parity = Int32(0)
         units = seq.units
         count = self.schedule.count(at, end, seq)
@@ -57,6 +59,7 @@ class Merge:
             self.tell(p, smem, slot, helper, lane, (at, end, seq, shares), is_first=False)
             self.prepare(p, smem, slot, helper, lane, at, seq)
             ptx.mbarrier_arrive(smem + self.plan.slot_full_at + slot * BARRIER_BYTES)
+            self.keep_rows(p, smem, slot, helper, lane)
             ptx.mbarrier_wait(smem + self.plan.merge_full_at, parity, self.plan.wait)
             parity = parity ^ 1
             self.merge(p, smem, helper, Int32(MERGE_WARPS), lane, load_piece(self.piece_at(smem, slot ^ 1)))
@@ -77,6 +80,14 @@ class Merge:
         b = cutlass.max(at.b, 0)
         self.queries.prepare(p, self.slot(smem, slot), helper, lane, b, head, first_row, seq.length)
         return Int32(0)
+
+    @cute.jit
+    def keep_rows(self, p: Params, smem: Int32, slot: Int32, helper: Int32, lane: Int32):
+        """Append a piece's new rows, in a kernel that does so, by the warp that told of the piece."""
+        if cutlass.const_expr(self.plan.steps):
+            if helper == MERGE_WARPS - 1:
+                self.step.keep_rows(p, smem, lane, load_piece(self.piece_at(smem, slot)))
+                ptx.mbarrier_arrive(smem + self.plan.rows_full_at + slot * BARRIER_BYTES)
 
     def slot(self, smem: Int32, slot: Int32) -> Int32:
         return smem + self.plan.slots_at + slot * self.plan.slot_bytes

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute, range_constexpr
-from cutlass.cute.runtime import make_ptr
 
 from . import ptx
 from .merge_plan import THREADS, VECTOR, MergePartsPlan
@@ -76,13 +75,3 @@ class MergePartsKernel:
     def at(self, p: Params, base: cute.Pointer, part: Int32, row: Int64, vector: Int32) -> Int64:
         """Address of a vector of [parts, rows, head_dim]."""
         return base.toint() + ((Int64(part) * p.rows + row) * self.plan.vectors + vector) * (2 * VECTOR)
-
-
-def example_params() -> Params:
-    """Arguments of the right types, for compiling."""
-    kinds = {"lses": Float32, "lse": Float32}
-    values = []
-    for name, kind in Params.__annotations__.items():
-        pointer = make_ptr(kinds.get(name, cutlass.Uint8), 0, cute.AddressSpace.gmem, assumed_align=16)
-        values.append(pointer if kind is cute.Pointer else kind(1))
-    return Params(*values)

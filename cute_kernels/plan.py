@@ -2,6 +2,7 @@
 
 from functools import cached_property
 
+from .append_plan import VECTOR, WARP_ROWS, AppendPlan
 from .config import HOPPER_ARCHS
 from .layouts import LANES, NUM_SLICES, TILE, block_format
 
@@ -21,6 +22,8 @@ PIECE_WORDS = 20  # of a Piece (schedule.py)
 # warps that merge: with producer and up to 8 consumers a scheduler holds three warps, as without them, so they cost no
 # registers
 MERGE_WARPS = 3
+# named barriers (0 is the CTA's): of the consumers, of the merge warps, and of the teams of warps that pack blocks
+CONSUMER_BARRIER, MERGE_BARRIER, FIRST_TEAM_BARRIER = 1, 2, 3
 MERGE_FLOATS = 72  # of partial results that a thread has in flight while merging: one round trip for 18 CTAs
 
 
@@ -54,6 +57,9 @@ class Plan:
         self.block_groups = self.warps // self.warps_per_block  # blocks in work at once
         self.slices = NUM_SLICES // self.warps_per_block  # of a block, per warp
         self.chunk = TILE * self.warps_per_block  # tokens of a 16-bit unit
+        self.steps = config.kind == "step"  # the kernel appends, too
+        # threads at the consumers' barrier: with the producer, where it must have read all lengths by then
+        self.consumer_threads = LANES * (self.warps + self.steps)
         self.states = self.warps  # results of a piece that the CTA merges
         self.merge_floats = MERGE_FLOATS
         self.threads = LANES * (self.warps + 1 + MERGE_WARPS)  # consumers, producer, mergers
@@ -137,8 +143,31 @@ class Plan:
         return self.merge_empty_at + BARRIER_BYTES
 
     @cached_property
+    def rows_full_at(self) -> int:
+        """Of a kernel that appends: as slot_full_at, of the pieces' new rows."""
+        return self.slot_full_at + SLOTS * BARRIER_BYTES
+
+    @cached_property
+    def rows_at(self) -> int:
+        """Then room for the rows that a warp appends at once."""
+        return -(-(self.rows_full_at + SLOTS * BARRIER_BYTES) // VECTOR) * VECTOR
+
+    @cached_property
     def smem_bytes(self) -> int:
-        return -(-(self.slot_full_at + SLOTS * BARRIER_BYTES) // SMEM_ALIGN) * SMEM_ALIGN
+        end = self.rows_full_at
+        if self.steps:
+            end = self.rows_at + WARP_ROWS * self.append.row_bytes
+        return -(-end // SMEM_ALIGN) * SMEM_ALIGN
+
+    @cached_property
+    def append(self) -> AppendPlan:
+        """The plan of packing a block, in a kernel that appends."""
+        return AppendPlan(self.config, FIRST_TEAM_BARRIER)
+
+    @cached_property
+    def teams(self) -> int:
+        """How many teams of warps pack a block each, in the memory of the ring."""
+        return min(self.warps // self.append.warps, self.scratch_at // self.append.smem_bytes)
 
     @cached_property
     def width(self) -> int:

@@ -369,6 +369,14 @@ def wait_for_previous_kernel() -> None:
 # -- barriers and asynchronous copies --------------------------------------------------------------------------
 
 
+def sync_team(first: int | None, threads: int) -> None:
+    """A barrier of the CTA (``first`` None), or of each ``threads`` threads of it: the next ones' from ``first`` on."""
+    if first is None:
+        cute.arch.sync_threads()
+    else:
+        barrier(first + cute.arch.thread_idx()[0] // threads, threads)
+
+
 @dsl_user_op
 def any_thread(condition: Boolean, *, loc=None, ip=None) -> Boolean:
     """A barrier of the CTA that tells whether the condition holds for a thread."""

@@ -194,6 +194,7 @@ class Schedule:
         self.chunk = plan.chunk
         self.q_tile = plan.q_tile
         self.programmatic = plan.programmatic
+        self.steps = plan.steps
         self.warm_blocks = plan.warm_blocks
         self.late_units, self.round_units = plan.late_units, plan.block_groups
         self.block_bytes = plan.fmt.block_bytes
@@ -214,6 +215,8 @@ class Schedule:
     def units_of(self, p: Params, b: Int32, lengths: tuple):
         """The Sequence of these lengths, clamped to what the buffers hold, so that no read leaves them."""
         length = cutlass.max(lengths[0], 0)
+        if cutlass.const_expr(self.steps):
+            length += p.q_len  # the tokens that the kernel appends
         sinks = cutlass.min(length, p.num_sink)
         rest = length - sinks
         packed = rest

@@ -6,7 +6,7 @@ from cutlass import Int32, cute, range_constexpr
 from . import ptx
 from . import warpgroup as wg
 from .layouts import LANES
-from .merge import CONSUMER_BARRIER
+from .plan import CONSUMER_BARRIER
 from .schedule import Params, Piece, quotient
 from .tile_plan import M_TILE
 from .wide_plan import HIGH_BYTES

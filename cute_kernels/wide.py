@@ -22,8 +22,7 @@ from . import warpgroup as wg
 from .decode import DecodeKernel
 from .fold import Fold
 from .layouts import BLOCK_TOKENS, LANES
-from .merge import CONSUMER_BARRIER
-from .plan import BARRIER_BYTES
+from .plan import BARRIER_BYTES, CONSUMER_BARRIER
 from .schedule import Params, Schedule, Shares, load_piece, store_piece, whole_blocks
 from .wide_attention import WideAttention
 from .wide_merge import WideMerge

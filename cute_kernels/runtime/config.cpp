@@ -67,6 +67,28 @@ std::int64_t folded_bytes(std::int64_t head_dim, const QuantSpec& q, bool tiles)
   return bytes + (q.k_mean == "block" ? head_dim * kHalf : 0);
 }
 
+// A row of 16-bit values on its way to a block, and how many of them a warp copies at once.
+std::int64_t row_bytes(std::int64_t head_dim) {
+  constexpr std::int64_t kRowPadBytes = 16;
+  return 2 * head_dim + kRowPadBytes;
+}
+constexpr std::int64_t kWarpRows = 8;
+
+// As in cute_kernels/append_plan.py: a block's rows of one operand, its parameters, 1 / scale as fp32, a job per warp.
+std::int64_t append_smem_bytes(std::int64_t head_dim, const QuantSpec& quant) {
+  constexpr std::int64_t kJobsBytes = 4 * 64;
+  const BlockSections s = block_sections(block_spec(head_dim, quant));
+  const std::int64_t image = std::max(s.v_codes.offset - s.k_scale.offset, s.block_bytes - s.v_scale.offset);
+  const std::int64_t inverse = 2 * std::max(s.k_scale.bytes, s.v_scale.bytes);
+  return round_up(kBlockTokens * row_bytes(head_dim) + image + inverse + kJobsBytes, kSmemAlign);
+}
+
+// As in cute_kernels/plan.py and wide_plan.py: the blocks, with wgmma their folded parameters, too.
+std::int64_t ring_bytes(const KernelConfig& c) {
+  const std::int64_t folded = c.mma == "wgmma" ? folded_bytes(c.head_dim, c.quant, false) : 0;
+  return c.stages * (block_bytes(c.head_dim, c.quant) + folded);
+}
+
 // As in cute_kernels/tile_plan.py: ring, two stages of tiles, queries as fetched, pieces, barriers, results' states.
 std::int64_t tile_smem_bytes(const KernelConfig& c) {
   constexpr std::int64_t kHalf = 2, kBarrierBytes = 8, kPieceBytes = 80, kPositionBytes = 4, kSharesBytes = 32;
@@ -176,7 +198,7 @@ class NameReader {
 bool read_name(NameReader& in, KernelConfig* c) {
   QuantSpec& q = c->quant;
   std::string axis;
-  if (!(in.one_of({"decode", "append", "merge"}, &c->kind) && in.literal("_"))) return false;
+  if (!(in.one_of({"decode", "append", "step", "merge"}, &c->kind) && in.literal("_"))) return false;
   if (!in.one_of(kArchs, &c->arch)) return false;
   if (!(in.literal("_d") && in.number(&c->head_dim))) return false;
   if (c->kind == "merge") return in.at_end();
@@ -232,7 +254,7 @@ std::string QuantSpec::name() const {
 }
 
 Status KernelConfig::validate() const noexcept {
-  BITDECODING_TRY(check_one_of("kind", kind, {"decode", "append", "merge"}));
+  BITDECODING_TRY(check_one_of("kind", kind, {"decode", "append", "step", "merge"}));
   BITDECODING_TRY(check_one_of("arch", arch, kArchs));
   BITDECODING_TRY(check_one_of("head_dim", head_dim, {64, 96, 128, 256}));
   if (kind == "merge") {  // knows no blocks
@@ -242,6 +264,10 @@ Status KernelConfig::validate() const noexcept {
   BITDECODING_TRY(quant.validate(head_dim));
   if (kind == "append") return check_untiled(*this);
   BITDECODING_TRY(check_one_of("mma", mma, {"mma_sync", "wgmma"}));
+  if (kind == "step") {
+    BITDECODING_TRY(check_one_of("mma", mma, {"mma_sync"}));
+    BITDECODING_TRY(check_one_of("num_warps", num_warps, {4, 8, 12, 16}));  // teams of four pack a block each
+  }
   const bool wide = mma == "wgmma";
   const std::int64_t most_columns = wide ? 128 : 64;
   const bool few = !wide && q_tile == 4;
@@ -271,6 +297,10 @@ Status KernelConfig::validate() const noexcept {
   }
   if (ctas_per_sm < 1 || ctas_per_sm > 8) {
     return fail(Status::invalid_argument, "ctas_per_sm=", ctas_per_sm, ": allowed are 1 to 8");
+  }
+  if (kind == "step" && ring_bytes(*this) < append_smem_bytes(head_dim, quant)) {
+    return fail(Status::unsupported_config, "stages=", stages, ": kind=step packs a block in the memory of the ring, ",
+                append_smem_bytes(head_dim, quant), " bytes");
   }
   // the driver reserves a kilobyte per thread block, which the limit of one leaves out
   const std::int64_t available = (smem_limit(arch) + kKilobyte) / ctas_per_sm - kKilobyte;
@@ -304,15 +334,7 @@ Status KernelConfig::parse(const std::string& name, KernelConfig* out) noexcept 
 
 std::int64_t KernelConfig::smem_bytes() const noexcept {
   if (kind == "merge") return 0;
-  if (kind == "append") {
-    // as in cute_kernels/append.py: a block's rows of one operand, its parameters, 1 / scale as fp32, a job per warp
-    constexpr std::int64_t kRowPadBytes = 16;
-    constexpr std::int64_t kJobsBytes = 4 * 64;
-    const BlockSections s = block_sections(block_spec(head_dim, quant));
-    const std::int64_t rows = kBlockTokens * (2 * head_dim + kRowPadBytes);
-    const std::int64_t image = std::max(s.v_codes.offset - s.k_scale.offset, s.block_bytes - s.v_scale.offset);
-    return round_up(rows + image + 2 * std::max(s.k_scale.bytes, s.v_scale.bytes) + kJobsBytes, kSmemAlign);
-  }
+  if (kind == "append") return append_smem_bytes(head_dim, quant);
   // as in cute_kernels/plan.py: ring, merge scratch, slots of pieces, first piece, barriers
   constexpr std::int64_t kRowPad = 4;
   constexpr std::int64_t kBarrierBytes = 16;  // two mbarriers: per stage, of the scratch, of the slots
@@ -320,7 +342,7 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   constexpr std::int64_t kMmaColumns = 8;  // a tile of 4 has each of its query columns twice
   const bool wide = mma == "wgmma";
   if (has_tiles(*this)) return tile_smem_bytes(*this);
-  const std::int64_t ring = stages * (block_bytes(head_dim, quant) + (wide ? folded_bytes(head_dim, quant, false) : 0));
+  const std::int64_t ring = ring_bytes(*this);
   const std::int64_t states = wide ? num_warps / warps_per_block : num_warps;
   const std::int64_t scratch = states * q_tile * (head_dim + kRowPad) * static_cast<std::int64_t>(sizeof(float));
   // two slots of 16-bit queries, a factor and a position of each, the piece; one slot of queries as operand and as
@@ -328,6 +350,9 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   const std::int64_t slots = wide ? q_tile * (4 * head_dim + 4) + 2 * kPieceBytes
                                   : 2 * (std::max(q_tile, kMmaColumns) * 2 * head_dim + q_tile * 8 + kPieceBytes);
   std::int64_t bytes = ring + scratch + slots + kPieceBytes + kBarrierBytes * (stages + 2);
+  if (kind == "step") {  // another barrier per slot, rows of a warp
+    bytes = round_up(bytes + kBarrierBytes, 16) + kWarpRows * row_bytes(head_dim);
+  }
   if (wide) {  // more barriers: per stage, per team; floats per warp and column, two per team and column; the shares
     constexpr std::int64_t kSharesBytes = 32;
     const WideTiling tiling(*this);

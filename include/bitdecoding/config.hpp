@@ -33,7 +33,7 @@ struct Clip {
   X(bool, rotate_v, false, "values go through a Hadamard transform, undone on the output")
 
 #define BITDECODING_KERNEL_CONFIG_FIELDS(X)                                                               \
-  X(std::string, kind, "decode", "what the kernel does: decode, append (which also quantises) or merge")  \
+  X(std::string, kind, "decode", "what the kernel does: decode, append (which also quantises), step (both) or merge") \
   X(std::string, arch, "sm90a", "sm80, sm86, sm89, sm90a, sm100 or sm120")                                \
   X(std::int64_t, head_dim, 128, "channels per head: 64, 96, 128 or 256")                                 \
   X(QuantSpec, quant, QuantSpec{}, "the cache's format; clip and rotation do not reach the kernel")       \

@@ -14,7 +14,7 @@ from .cute_kernels.errors import (
     OutOfPages,
     UnsupportedConfig,
 )
-from .ops import append, block_bytes, decode, dequantize, merge, quantize, rotate
+from .ops import append, block_bytes, decode, dequantize, merge, quantize, rotate, step
 from .policy import QuantPolicy
 from .quantization import PRESETS, CachePolicy, hadamard, preset
 
@@ -41,4 +41,5 @@ __all__ = [
     "preset",
     "quantize",
     "rotate",
+    "step",
 ]

@@ -354,6 +354,92 @@ def append(
 
 
 @torch.no_grad()
+def step(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seqlens: Tensor,
+    packed_lens: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    spec: QuantSpec | str,
+    *,
+    sink_k: Tensor | None = None,
+    sink_v: Tensor | None = None,
+    recent: int = 0,
+    status: Tensor | None = None,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    config: KernelConfig | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A step of decoding in one kernel: append the tokens of the queries, attend to all, pack the blocks that are full.
+
+    It is :func:`append` and then :func:`decode`, but that a block which gets full is packed after the attention, which
+    so sees its tokens in 16 bit.
+    q: [batch, q_len, num_q_heads, head_dim] as for decode. k_new, v_new: [batch, q_len, num_kv_heads, head_dim] as for
+        append, the queries' own tokens, all of which count.
+    pages .. sink_v, recent, status: as for append, but the tail must have room for the new tokens beside all others:
+        tail_capacity >= recent + 127 + q_len.
+    softmax_scale .. workspace: as for decode; config: of kind "step".
+    -> as decode. A sequence without a page for a full block stays as it was (see append's status); its output counts.
+    On CUDA it raises UnsupportedConfig where num_q_heads / num_kv_heads * q_len is more than 8: append and decode do
+    that. Otherwise it raises as append and decode do.
+    """
+    if torch.compiler.is_compiling():
+        new_out, lse = torch_ops.step(
+            q, k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k, sink_v, sink_logits,
+            status, _workspace_to_trace(q, workspace), torch_ops.json_of(spec), recent, softmax_scale, window, softcap,
+            return_lse, None if config is None else torch_ops.json_of(config),
+        )  # fmt: skip
+        out = new_out if out is None else out.copy_(new_out)
+        return (out, lse) if return_lse else out
+
+    spec = parsed_spec(spec)
+    if isinstance(q, Tensor) and q.is_cuda:
+        from . import cuda
+
+        return cuda.step(
+            q, k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v, spec, sink_k=sink_k,
+            sink_v=sink_v, recent=recent, status=status, softmax_scale=softmax_scale, window=window, softcap=softcap,
+            sink_logits=sink_logits, out=out, return_lse=return_lse, config=config, workspace=workspace,
+        )  # fmt: skip
+
+    check_tensor("q", q, REAL_DTYPES, batch=None, q_len=None, num_q_heads=None, head_dim=None)
+    batch, q_len, _, head_dim = q.shape
+    check_tensor("k_new", k_new, (q.dtype,), batch=batch, q_len=q_len, num_kv_heads=None, head_dim=head_dim)
+    check_int("recent", recent)
+    check_tensor("seqlens", seqlens, (torch.int32,), batch=batch)
+    check_tensor("packed_lens", packed_lens, (torch.int32,), batch=batch)
+    cache = (pages, block_table, seqlens, packed_lens, tail_k, tail_v, spec)
+    kept = {"sink_k": sink_k, "sink_v": sink_v, "workspace": workspace}
+    before = seqlens.clone()
+    # with so many recent tokens nothing gets packed, and the tail's capacity is checked
+    append(k_new, v_new, *cache, recent=recent + q_len, **kept)
+    try:
+        result = decode(
+            q, pages, block_table, seqlens, spec, packed_lens=packed_lens, tail_k=tail_k, tail_v=tail_v, **kept,
+            softmax_scale=softmax_scale, window=window, softcap=softcap, sink_logits=sink_logits, out=out,
+            return_lse=return_lse, config=config,
+        )  # fmt: skip
+        policy = CachePolicy(recent, 0 if sink_k is None else sink_k.shape[1])
+        due = [policy.packed_len(n, p) for n, p in zip(seqlens.tolist(), packed_lens.tolist(), strict=True)]
+        append(k_new[:, :0], v_new[:, :0], *cache, recent=recent, status=status, **kept)
+    except BaseException:
+        seqlens.copy_(before)  # what was written lies beyond
+        raise
+    unpacked = packed_lens != torch.tensor(due, dtype=torch.int32)  # without a page
+    seqlens.copy_(torch.where(unpacked, before, seqlens))
+    return result
+
+
+@torch.no_grad()
 def merge(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Combine partial attention over disjoint sets of keys: splits, devices, a shared prefix.
 

@@ -1,0 +1,148 @@
+"""A step in one launch: the decode kernel that appends its query tokens' keys and values, and attends to them.
+
+Attention is that of a decode after these tokens have been appended, but before full blocks are packed.
+    merge warps     put the new rows of a piece to sinks and tail, rotated if need be; the consumers read them there
+    consumers       when they have merged, pack the full blocks of the pieces that end in their CTA: a team of four warps
+                    an operand, with the code of append.py, in the memory of the ring; the rest of the tail moves up
+    the last CTA    to read them advances the lengths, which so far are those of before
+The results of a piece's CTAs are collected where it ends, so by then none of them reads its tail.
+"""
+
+from typing import NamedTuple
+
+import cutlass
+from cutlass import Int32, Int64, cute
+
+from . import append, ptx, schedule
+from .append import AppendKernel, Job, load_job, store_job
+from .append_plan import ROW_LANES, VECTOR, WARP_ROWS
+from .layouts import BLOCK_TOKENS, LANES
+from .plan import CONSUMER_BARRIER, Plan
+from .schedule import BLOCK_SHIFT, Piece, Schedule, load_piece
+
+# The parameters of decode, those of append that it lacks, and where the CTAs are counted: i32, zero between launches.
+# The order is the launch ABI of the C++ core.
+_FIELDS = schedule.Params.__annotations__ | append.Params.__annotations__ | {"counter": cute.Pointer}
+Params = NamedTuple("Params", list(_FIELDS.items()))
+
+
+class Step:
+    """Appending in one kernel of kind "step"."""
+
+    def __init__(self, plan: Plan, schedule: Schedule):
+        self.plan, self.schedule = plan, schedule
+        self.append = AppendKernel(plan.config, plan.append)
+
+    # -- new rows ----------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def keep_rows(self, p: Params, smem: Int32, lane: Int32, piece: Piece):
+        """Put the new rows of a piece to sinks and tail, if this CTA attends to one of them; by one warp."""
+        sinks = cutlass.min(piece.packed_end + piece.tail - p.q_len, p.num_sink)  # tokens in the sinks before
+        to_sink = piece.sinks - sinks
+        old = piece.tail + to_sink - p.q_len  # tokens in the tail before
+        attended = (piece.end_chunk - piece.sink_chunks) * self.plan.chunk  # of the tail
+        attends = (piece.end_chunk > piece.first_chunk) & ((attended > old) | (to_sink > 0))
+        if (piece.columns > 0) & attends & (old >= 0):  # it is, unless lengths are inconsistent
+            part = lane % ROW_LANES * VECTOR
+            place = smem + self.plan.rows_at + lane // ROW_LANES * self.append.plan.row_bytes + part
+            for first in cutlass.range(0, p.q_len, WARP_ROWS, unroll=1):
+                i = first + lane // ROW_LANES
+                inside = i < p.q_len
+                i = cutlass.min(i, p.q_len - 1)
+                jobs = [self.job(piece.b, piece.head, Int32(x), sinks, to_sink, old) for x in range(append.OPERANDS)]
+                rows = [self.append.load_row(self.append.new_row(p, job, i) + Int64(part)) for job in jobs]
+                for job, row in zip(jobs, rows, strict=True):
+                    self.append.keep(p, place, job, i, inside, row, lane)
+
+    def job(
+        self, b: Int32, head: Int32, operand: Int32, sinks: Int32, to_sink: Int32, old: Int32, column=0, blocks=0
+    ) -> Job:
+        """What append.py needs to know; with blocks to pack, all of the tail is old."""
+        zero = Int32(0)
+        return Job(
+            b=b, head=head, operand=operand, start=zero, sinks=sinks, to_sink=to_sink, old=old, total=old,
+            blocks=Int32(blocks), column=Int32(column), first=zero, end=zero, copies=old - blocks * BLOCK_TOKENS,
+            length=zero, todo=zero, any=zero,
+        )  # fmt: skip
+
+    # -- full blocks -------------------------------------------------------------------------------------------
+
+    def blocks_due(self, p: Params, tail: Int32) -> Int32:
+        """How many blocks of a tail of so many tokens get packed."""
+        return cutlass.max(tail - p.recent, 0) >> BLOCK_SHIFT
+
+    @cute.jit
+    def has_pages(self, p: Params, b: Int32, column: Int32, blocks: Int32):
+        """1: the entries of the table for so many blocks name pages."""
+        found = Int32(1)
+        for i in cutlass.range(blocks, unroll=1):
+            if self.append.page(p, b, column + i) < 0:
+                found = Int32(0)
+        return found
+
+    @cute.jit
+    def pack(self, p: Params, smem: Int32, warp: Int32, lane: Int32, last_at: Int32):
+        """Pack the full blocks of the pieces that end in this CTA, by all consumers; then count it."""
+        plan = self.append.plan
+        ptx.barrier(CONSUMER_BARRIER, self.plan.warps * LANES)  # they are through with the ring
+        first, last = load_piece(smem + self.plan.first_piece_at), load_piece(last_at)
+        ends = cutlass.select_((last.ctas == 1) | (last.collects == 1), Int32(1), Int32(0))
+        team, member = warp // plan.warps, warp % plan.warps
+        at = smem + team * plan.smem_bytes
+        place = at + (member * WARP_ROWS + lane // ROW_LANES) * plan.row_bytes + lane % ROW_LANES * VECTOR
+        kept = p._replace(rotate_k=Int32(0), rotate_v=Int32(0))  # as the tail is, already
+        x = (first.b * p.num_kv_heads + first.head) * append.OPERANDS + team
+        end = (last.b * p.num_kv_heads + last.head + ends) * append.OPERANDS
+        if team >= self.plan.teams:
+            end = x
+        while x < end:
+            piece = x // append.OPERANDS
+            b = piece // p.num_kv_heads
+            seq = self.schedule.sequence(p, b)
+            blocks, column = self.blocks_due(p, seq.tail), seq.packed >> BLOCK_SHIFT
+            if (blocks > 0) & (self.has_pages(p, b, column, blocks) == 1):
+                ptx.sync_team(plan.barrier, plan.threads)  # the job before is done
+                if (member == 0) & (lane == 0):
+                    head = piece - b * p.num_kv_heads
+                    operand = x - piece * append.OPERANDS
+                    zero = Int32(0)
+                    store_job(at + plan.jobs_at, self.job(b, head, operand, zero, zero, seq.tail, column, blocks))
+                ptx.sync_team(plan.barrier, plan.threads)
+                block = Int32(0)
+                while block < load_job(at + plan.jobs_at).blocks:
+                    self.append.pack(kept, at, place, member, lane, at + plan.jobs_at, block)
+                    block += 1
+                self.append.copy(kept, place, member, lane, load_job(at + plan.jobs_at))
+            x += self.plan.teams
+        ptx.barrier(CONSUMER_BARRIER, self.plan.warps * LANES)  # nobody reads lengths any more
+        if warp == 0:
+            self.count(p, lane)
+
+    # -- lengths -----------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def count(self, p: Params, lane: Int32):
+        """Count the CTA as one that has read the lengths, by one warp; for the last one advance them."""
+        before = Int32(0)
+        if lane == 0:
+            before = ptx.atomic_add(p.counter.toint(), Int32(1))
+        if ptx.shuffle(before, 0) == cute.arch.grid_dim()[0] - 1:
+            if lane == 0:
+                ptx.store_relaxed(p.counter.toint(), [Int32(0)])  # ready for the next launch
+            b = lane
+            while b < p.batch:
+                self.advance(p, b)
+                b += LANES
+
+    @cute.jit
+    def advance(self, p: Params, b: Int32):
+        """Advance the lengths of a sequence, unless it had no page for a block: then it stays as it was."""
+        seq = self.schedule.sequence(p, b)
+        blocks, column = self.blocks_due(p, seq.tail), seq.packed >> BLOCK_SHIFT
+        if self.has_pages(p, b, column, blocks) == 1:
+            at = Int64(b) * 4
+            ptx.store_relaxed(p.seqlens.toint() + at, [seq.length])
+            ptx.store_relaxed(p.packed_lens.toint() + at, [(column + blocks) * BLOCK_TOKENS])
+        elif p.status.toint() != 0:
+            ptx.atomic_max(p.status.toint(), b + 1)
