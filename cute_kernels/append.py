@@ -441,7 +441,7 @@ class AppendKernel:
                 fits = self.encoders["v"].find_parameters(p, smem, warp, lane, count, p.v_clip, limit)
             again = Int32(0)
             unfit = (careful == 0) & (fits == False)  # noqa: E712
-            if self.any_thread(unfit, job_at, lane) & (careful == 0):
+            if self.any_thread(unfit, job_at, lane, careful):
                 again = Int32(1)
             careful = Int32(1)
         target = p.pages.toint() + Int64(page) * p.page_stride + Int64(load_job(job_at).head) * p.head_stride
@@ -452,9 +452,9 @@ class AppendKernel:
         ptx.sync_team(self.plan.barrier, self.plan.threads)
 
     @cute.jit
-    def any_thread(self, condition: Boolean, job_at: Int32, lane: Int32):
-        """A barrier of the warps that pack the block; tells whether the condition holds, or did for a block before of
-        the same job, for one of their threads.
+    def any_thread(self, condition: Boolean, job_at: Int32, lane: Int32, careful: Int32):
+        """A barrier of the warps that pack the block; tells whether the condition, which never does with care, holds
+        for one of their threads, or did for a block before of the same job.
         """
         found = Boolean(False)
         if cutlass.const_expr(self.plan.barrier is None):
@@ -463,7 +463,7 @@ class AppendKernel:
             if ptx.any_lane(condition) & (lane == 0):
                 ptx.store_shared(job_at, ANY_AT, [Int32(1)])
             ptx.sync_team(self.plan.barrier, self.plan.threads)
-            found = ptx.load_shared(job_at, ANY_AT, 1)[0] == 1
+            found = (ptx.load_shared(job_at, ANY_AT, 1)[0] == 1) & (careful == 0)
         return found
 
     @cute.jit

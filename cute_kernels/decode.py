@@ -127,6 +127,7 @@ class DecodeKernel:
                 seq = self.schedule.sequence(p, at.b)
                 page = self.schedule.entries(p, at, end, seq, Int32(0), lane)
         if cutlass.const_expr(self.plan.steps):
+            ptx.store_shared(smem, self.plan.due_at, [due])
             ptx.barrier(CONSUMER_BARRIER, self.plan.consumer_threads)  # nobody in the CTA reads lengths any more
             if due == 0:
                 self.step.count(p, lane)
@@ -176,7 +177,6 @@ class DecodeKernel:
         ring = Int32(0)  # blocks of the share before this piece
         done = Int32(0)  # pieces
         is_last = Int32(0)
-        due = Int32(0)  # not 0: a piece has a block to pack
         while is_last == 0:
             slot = smem + plan.slots_at + done % SLOTS * plan.slot_bytes
             ptx.mbarrier_wait(smem + plan.slot_full_at + done % SLOTS * BARRIER_BYTES, done // SLOTS % 2, plan.wait)
@@ -212,8 +212,6 @@ class DecodeKernel:
             warp, lane = self.place_again(warp, lane)
             if cutlass.const_expr(plan.steps):
                 ptx.mbarrier_wait(smem + plan.rows_full_at + done % SLOTS * BARRIER_BYTES, done // SLOTS % 2, plan.wait)
-                if piece.columns > 0:
-                    due = due | self.step.blocks_due(p, piece.tail)
             chunk = piece.first_chunk + warp // plan.warps_per_block
             while chunk < piece.end_chunk:
                 member_again = warp % plan.warps_per_block
@@ -233,7 +231,7 @@ class DecodeKernel:
         if first.collects == 1:
             self.merge.collect(p, warp, team, lane, first)
         if cutlass.const_expr(plan.steps):
-            if due != 0:
+            if ptx.load_shared(smem, plan.due_at, 1)[0] != 0:
                 self.step.pack(p, smem, warp, lane, self.merge.piece_at(smem, (done - 1) % SLOTS))
 
     def place_again(self, warp: Int32, lane: Int32) -> tuple:

@@ -148,9 +148,14 @@ class Plan:
         return self.slot_full_at + SLOTS * BARRIER_BYTES
 
     @cached_property
+    def due_at(self) -> int:
+        """Then a word that is not 0 if a piece has a block to pack."""
+        return self.rows_full_at + SLOTS * BARRIER_BYTES
+
+    @cached_property
     def rows_at(self) -> int:
         """Then room for the rows that a warp appends at once."""
-        return -(-(self.rows_full_at + SLOTS * BARRIER_BYTES) // VECTOR) * VECTOR
+        return -(-(self.due_at + VECTOR) // VECTOR) * VECTOR
 
     @cached_property
     def smem_bytes(self) -> int:

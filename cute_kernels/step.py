@@ -46,14 +46,12 @@ class Step:
         if (piece.columns > 0) & attends & (old >= 0):  # it is, unless lengths are inconsistent
             part = lane % ROW_LANES * VECTOR
             place = smem + self.plan.rows_at + lane // ROW_LANES * self.append.plan.row_bytes + part
-            for first in cutlass.range(0, p.q_len, WARP_ROWS, unroll=1):
-                i = first + lane // ROW_LANES
-                inside = i < p.q_len
-                i = cutlass.min(i, p.q_len - 1)
-                jobs = [self.job(piece.b, piece.head, Int32(x), sinks, to_sink, old) for x in range(append.OPERANDS)]
-                rows = [self.append.load_row(self.append.new_row(p, job, i) + Int64(part)) for job in jobs]
-                for job, row in zip(jobs, rows, strict=True):
-                    self.append.keep(p, place, job, i, inside, row, lane)
+            for operand in cutlass.range(append.OPERANDS, unroll=1):
+                job = self.job(piece.b, piece.head, operand, sinks, to_sink, old)
+                for first in cutlass.range(0, p.q_len, WARP_ROWS, unroll=1):
+                    i = cutlass.min(first + lane // ROW_LANES, p.q_len - 1)
+                    row = self.append.load_row(self.append.new_row(p, job, i) + Int64(part))
+                    self.append.keep(p, place, job, i, first + lane // ROW_LANES < p.q_len, row, lane)
 
     def job(
         self, b: Int32, head: Int32, operand: Int32, sinks: Int32, to_sink: Int32, old: Int32, column=0, blocks=0

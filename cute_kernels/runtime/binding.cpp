@@ -320,40 +320,81 @@ void decode_py(int64_t handle, Argument q, Argument pages, Argument block_table,
   raise_unless_ok(decode(kernel, params, space.shape[0], on_current_stream(*tensors.q)));
 }
 
+AppendTensors append_tensors(const Argument& k_new, const Argument& v_new, const Argument& pages,
+                             const Argument& block_table, const Argument& seqlens, const Argument& packed_lens,
+                             const Argument& tail_k, const Argument& tail_v, const Argument& workspace,
+                             const Argument& sink_k, const Argument& sink_v, const Argument& lengths,
+                             const Argument& status) {
+  AppendTensors t;
+  t.k_new = tensor("k_new", k_new);
+  t.v_new = tensor("v_new", v_new);
+  t.pages = tensor("pages", pages);
+  t.block_table = tensor("block_table", block_table);
+  t.seqlens = tensor("seqlens", seqlens);
+  t.packed_lens = tensor("packed_lens", packed_lens);
+  t.tail_k = tensor("tail_k", tail_k);
+  t.tail_v = tensor("tail_v", tail_v);
+  t.workspace = tensor("workspace", workspace);
+  t.sink_k = optional_tensor("sink_k", sink_k);
+  t.sink_v = optional_tensor("sink_v", sink_v);
+  t.lengths = optional_tensor("lengths", lengths);
+  t.status = optional_tensor("status", status);
+  return t;
+}
+
+// What tensors do not say of an append.
+void set_options(const Argument& recent, double k_clip, double v_clip, bool rotate_k, bool rotate_v,
+                 AppendParams* params) {
+  const std::int64_t kept = integer("recent", recent);
+  if (kept < 0 || kept > std::numeric_limits<std::int32_t>::max()) {
+    TVM_FFI_THROW(InvalidArgument) << "recent=" << kept << ": allowed are integers from 0";
+  }
+  params->recent = static_cast<std::int32_t>(kept);
+  params->k_clip = static_cast<float>(k_clip);
+  params->v_clip = static_cast<float>(v_clip);
+  params->rotate_k = rotate_k;
+  params->rotate_v = rotate_v;
+}
+
 void append_py(int64_t handle, Argument k_new, Argument v_new, Argument pages, Argument block_table, Argument seqlens,
                Argument packed_lens, Argument tail_k, Argument tail_v, Argument workspace, Argument sink_k,
                Argument sink_v, Argument lengths, Argument status, Argument recent, double k_clip, double v_clip,
                bool rotate_k, bool rotate_v) {
-  AppendTensors tensors;
-  tensors.k_new = tensor("k_new", k_new);
-  tensors.v_new = tensor("v_new", v_new);
-  tensors.pages = tensor("pages", pages);
-  tensors.block_table = tensor("block_table", block_table);
-  tensors.seqlens = tensor("seqlens", seqlens);
-  tensors.packed_lens = tensor("packed_lens", packed_lens);
-  tensors.tail_k = tensor("tail_k", tail_k);
-  tensors.tail_v = tensor("tail_v", tail_v);
-  tensors.workspace = tensor("workspace", workspace);
-  tensors.sink_k = optional_tensor("sink_k", sink_k);
-  tensors.sink_v = optional_tensor("sink_v", sink_v);
-  tensors.lengths = optional_tensor("lengths", lengths);
-  tensors.status = optional_tensor("status", status);
-  const std::int64_t kept = integer("recent", recent);
+  const AppendTensors tensors = append_tensors(k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v,
+                                               workspace, sink_k, sink_v, lengths, status);
   const KernelConfig* config = nullptr;
   AppendParams params;
   const int kernel = static_cast<int>(handle);
   raise_unless_ok(kernel_config(kernel, &config));
   raise_unless_ok(check_append_for_kernel(tensors, *config, &params));
+  set_options(recent, k_clip, v_clip, rotate_k, rotate_v, &params);
   if (params.batch == 0 || params.new_tokens == 0) return;
-  if (kept < 0 || kept > std::numeric_limits<std::int32_t>::max()) {
-    TVM_FFI_THROW(InvalidArgument) << "recent=" << kept << ": allowed are integers from 0";
-  }
-  params.recent = static_cast<std::int32_t>(kept);
-  params.k_clip = static_cast<float>(k_clip);
-  params.v_clip = static_cast<float>(v_clip);
-  params.rotate_k = rotate_k;
-  params.rotate_v = rotate_v;
   raise_unless_ok(append(kernel, params, tensors.workspace->shape[0], on_current_stream(*tensors.k_new)));
+}
+
+void step_py(int64_t handle, Argument q, Argument k_new, Argument v_new, Argument pages, Argument block_table,
+             Argument seqlens, Argument packed_lens, Argument tail_k, Argument tail_v, Argument workspace,
+             Argument sink_k, Argument sink_v, Argument sink_logits, Argument status, Argument out, Argument lse,
+             Argument recent, Argument window, Argument softmax_scale, Argument softcap, double k_clip, double v_clip,
+             bool rotate_k, bool rotate_v) {
+  const DecodeTensors decode = decode_tensors(q, pages, block_table, seqlens, packed_lens, tail_k, tail_v, sink_k,
+                                              sink_v, sink_logits, out, lse);
+  const AppendTensors append = append_tensors(k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v,
+                                              workspace, sink_k, sink_v, nullptr, status);
+  const KernelConfig* config = nullptr;
+  const int kernel = static_cast<int>(handle);
+  raise_unless_ok(kernel_config(kernel, &config));
+  DecodeParams of_decode;
+  raise_unless_ok(check_decode_for_kernel(decode, *config, *append.workspace, integer("window", window),
+                                          number("softmax_scale", softmax_scale), number("softcap", softcap),
+                                          &of_decode));
+  AppendParams of_append;
+  raise_unless_ok(check_append_for_kernel(append, *config, &of_append));
+  if (of_decode.batch == 0 && of_append.batch == 0) return;
+  of_decode.rotate_q = rotate_k;
+  of_decode.rotate_out = rotate_v;
+  set_options(recent, k_clip, v_clip, rotate_k, rotate_v, &of_append);
+  raise_unless_ok(step(kernel, of_decode, of_append, append.workspace->shape[0], on_current_stream(*decode.q)));
 }
 
 void quantize_py(int64_t handle, DLTensor* k, DLTensor* v, DLTensor* pages, DLTensor* block_table,
@@ -473,6 +514,7 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("bitdecoding.capture_id", capture_id_py)
       .def("bitdecoding.decode", decode_py)
       .def("bitdecoding.append", append_py)
+      .def("bitdecoding.step", step_py)
       .def("bitdecoding.quantize", quantize_py)
       .def("bitdecoding.merge", merge_py)
       .def("bitdecoding.decode_cpu", decode_cpu_py)

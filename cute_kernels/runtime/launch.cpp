@@ -314,6 +314,101 @@ std::int64_t append_grid(const Kernel& kernel, const DeviceInfo& info, const App
   return per_cta > kItemsOfCta ? num_items : (num_items + per_cta - 1) / per_cta;
 }
 
+// Launches a kernel of kind=decode, or of another kind with more parameters behind decode's.
+Status launch_decode(Registered* r, const DecodeParams& params, std::initializer_list<void*> more,
+                     std::int64_t workspace_bytes, const LaunchOptions& options) {
+  const cuda::Driver* driver = nullptr;
+  const DeviceInfo* info = nullptr;
+  BITDECODING_TRY(validate_params(params));
+  BITDECODING_TRY(vectors("workspace", params.workspace));
+  BITDECODING_TRY(find_target(*r, options.device, &driver, &info));
+  const int num_ctas = info->num_sms * r->kernel.ctas_per_sm;
+  const std::int64_t needed = decode_workspace_bytes(r->config, num_ctas);
+  if (workspace_bytes < needed) {
+    return fail(Status::invalid_argument, "workspace: has ", workspace_bytes, " bytes, ", needed, " are needed");
+  }
+
+  DecodeParams p = params;
+  p.workspace = static_cast<char*>(params.workspace) + kCounterBytes;
+  std::int32_t group = p.num_q_heads / p.num_kv_heads;
+  std::int32_t tiles = static_cast<std::int32_t>(q_tiles_of(r->config, params));
+  constexpr std::size_t kMaxArguments = 64;
+  std::array<void*, kMaxArguments> arguments = {&p.q,
+                                                &p.pages,
+                                                &p.block_table,
+                                                &p.seqlens,
+                                                &p.packed_lens,
+                                                &p.tail_k,
+                                                &p.tail_v,
+                                                &p.sink_k,
+                                                &p.sink_v,
+                                                &p.sink_logits,
+                                                &p.out,
+                                                &p.lse,
+                                                &p.workspace,
+                                                &p.page_stride_bytes,
+                                                &p.head_stride_bytes,
+                                                &p.batch,
+                                                &p.q_len,
+                                                &p.num_q_heads,
+                                                &p.num_kv_heads,
+                                                &p.num_pages,
+                                                &p.max_pages,
+                                                &p.tail_capacity,
+                                                &p.num_sink,
+                                                &p.window,
+                                                &p.softmax_scale_log2,
+                                                &p.softcap,
+                                                &p.bfloat16,
+                                                &p.rotate_q,
+                                                &p.rotate_out,
+                                                &group,
+                                                &tiles};
+  constexpr std::size_t kDecodeArguments = 31;
+  std::copy(more.begin(), more.end(), arguments.begin() + kDecodeArguments);
+  return launch(*driver, *info, r, num_ctas, arguments.data(), options);
+}
+
+// A step's two sets of parameters are of one cache and the same tokens.
+Status check_same_step(const DecodeParams& d, const AppendParams& a) {
+  const auto same = [](const char* name, auto of_append, auto of_decode) {
+    if (of_append == of_decode) return Status::ok;
+    return fail(Status::invalid_argument, name, ": must be the same for append and decode");
+  };
+  const auto same_size = [](const char* name, std::int64_t of_append, std::int64_t of_decode) {
+    if (of_append == of_decode) return Status::ok;
+    return fail(Status::invalid_argument, name, "=", of_append, ": must be ", of_decode, " as for decode");
+  };
+  BITDECODING_TRY(same_size("batch", a.batch, d.batch));
+  BITDECODING_TRY(same_size("new_tokens", a.new_tokens, d.q_len));
+  BITDECODING_TRY(same_size("num_kv_heads", a.num_kv_heads, d.num_kv_heads));
+  BITDECODING_TRY(same_size("num_pages", a.num_pages, d.num_pages));
+  BITDECODING_TRY(same_size("max_pages", a.max_pages, d.max_pages));
+  BITDECODING_TRY(same_size("tail_capacity", a.tail_capacity, d.tail_capacity));
+  BITDECODING_TRY(same_size("num_sink", a.num_sink, d.num_sink));
+  BITDECODING_TRY(same_size("page_stride_bytes", a.page_stride_bytes, d.page_stride_bytes));
+  BITDECODING_TRY(same_size("head_stride_bytes", a.head_stride_bytes, d.head_stride_bytes));
+  BITDECODING_TRY(same_size("bfloat16", a.bfloat16, d.bfloat16));
+  BITDECODING_TRY(same_size("rotate_k", a.rotate_k, d.rotate_q));
+  BITDECODING_TRY(same_size("rotate_v", a.rotate_v, d.rotate_out));
+  BITDECODING_TRY(same("pages", static_cast<const void*>(a.pages), d.pages));
+  BITDECODING_TRY(same("block_table", a.block_table, d.block_table));
+  BITDECODING_TRY(same("seqlens", static_cast<const std::int32_t*>(a.seqlens), d.seqlens));
+  BITDECODING_TRY(same("packed_lens", static_cast<const std::int32_t*>(a.packed_lens), d.packed_lens));
+  BITDECODING_TRY(same("tail_k", static_cast<const void*>(a.tail_k), d.tail_k));
+  BITDECODING_TRY(same("tail_v", static_cast<const void*>(a.tail_v), d.tail_v));
+  BITDECODING_TRY(same("sink_k", static_cast<const void*>(a.sink_k), d.sink_k));
+  BITDECODING_TRY(same("sink_v", static_cast<const void*>(a.sink_v), d.sink_v));
+  BITDECODING_TRY(same("workspace", a.workspace, d.workspace));
+  BITDECODING_TRY(absent("lengths", a.lengths, "for a step"));
+  BITDECODING_TRY(absent("cu_seqlens", a.cu_seqlens, "for a step"));
+  if (a.pack_all != 0) return fail(Status::invalid_argument, "pack_all=", a.pack_all, ": must be 0 for a step");
+  const std::int64_t least = std::int64_t{a.recent} + kBlockTokens - 1 + d.q_len;
+  if (a.tail_capacity >= least) return Status::ok;
+  return fail(Status::invalid_argument, "tail_capacity=", a.tail_capacity, ": allowed are numbers from ", least,
+              " (recent + ", kBlockTokens - 1, " + q_len)");
+}
+
 }  // namespace
 
 Status check_stride(const char* name, std::int64_t stride, std::int64_t count) {
@@ -407,7 +502,8 @@ Status decode_workspace_bytes(int handle, int device, std::int64_t* out) noexcep
   BITDECODING_TRY(check_present("out", out));
   Registered* r = nullptr;
   DeviceInfo info;
-  BITDECODING_TRY(find_kind(handle, "decode", &r));
+  BITDECODING_TRY(registry().get(handle, &r));
+  if (r->config.kind != "step") BITDECODING_TRY(find_kind(handle, "decode", &r));
   BITDECODING_TRY(device_info(device, &info));
   *out = decode_workspace_bytes(r->config, std::int64_t{info.num_sms} * r->kernel.ctas_per_sm);
   return Status::ok;
@@ -415,55 +511,29 @@ Status decode_workspace_bytes(int handle, int device, std::int64_t* out) noexcep
 
 Status decode(int handle, const DecodeParams& params, std::int64_t workspace_bytes,
               const LaunchOptions& options) noexcept {
-  const cuda::Driver* driver = nullptr;
   Registered* r = nullptr;
-  const DeviceInfo* info = nullptr;
   BITDECODING_TRY(find_kind(handle, "decode", &r));
-  BITDECODING_TRY(validate_params(params));
-  BITDECODING_TRY(vectors("workspace", params.workspace));
-  BITDECODING_TRY(find_target(*r, options.device, &driver, &info));
-  const int num_ctas = info->num_sms * r->kernel.ctas_per_sm;
-  const std::int64_t needed = decode_workspace_bytes(r->config, num_ctas);
-  if (workspace_bytes < needed) {
-    return fail(Status::invalid_argument, "workspace: has ", workspace_bytes, " bytes, ", needed, " are needed");
-  }
+  return launch_decode(r, params, {}, workspace_bytes, options);
+}
 
-  DecodeParams p = params;
-  p.workspace = static_cast<char*>(params.workspace) + kCounterBytes;
-  std::int32_t group = p.num_q_heads / p.num_kv_heads;
-  std::int32_t tiles = static_cast<std::int32_t>(q_tiles_of(r->config, params));
-  void* arguments[] = {&p.q,
-                       &p.pages,
-                       &p.block_table,
-                       &p.seqlens,
-                       &p.packed_lens,
-                       &p.tail_k,
-                       &p.tail_v,
-                       &p.sink_k,
-                       &p.sink_v,
-                       &p.sink_logits,
-                       &p.out,
-                       &p.lse,
-                       &p.workspace,
-                       &p.page_stride_bytes,
-                       &p.head_stride_bytes,
-                       &p.batch,
-                       &p.q_len,
-                       &p.num_q_heads,
-                       &p.num_kv_heads,
-                       &p.num_pages,
-                       &p.max_pages,
-                       &p.tail_capacity,
-                       &p.num_sink,
-                       &p.window,
-                       &p.softmax_scale_log2,
-                       &p.softcap,
-                       &p.bfloat16,
-                       &p.rotate_q,
-                       &p.rotate_out,
-                       &group,
-                       &tiles};
-  return launch(*driver, *info, r, num_ctas, arguments, options);
+Status step(int handle, const DecodeParams& decode, const AppendParams& append, std::int64_t workspace_bytes,
+            const LaunchOptions& options) noexcept {
+  Registered* r = nullptr;
+  BITDECODING_TRY(find_kind(handle, "step", &r));
+  BITDECODING_TRY(validate(append));
+  BITDECODING_TRY(check_same_step(decode, append));
+  if (q_tiles_of(r->config, decode) > 1) {
+    return fail(Status::unsupported_config, "q_len=", decode.q_len, ": kernel ", r->config.name(), " has ",
+                r->config.q_tile, " query columns, num_q_heads / num_kv_heads * q_len is ",
+                decode.num_q_heads / decode.num_kv_heads * decode.q_len);
+  }
+  AppendParams a = append;
+  std::int32_t items = 1;
+  return launch_decode(r, decode,
+                       {&a.k_new, &a.v_new, &a.lengths, &a.cu_seqlens, &a.status, &a.new_batch_stride_bytes,
+                        &a.new_token_stride_bytes, &a.new_head_stride_bytes, &a.new_tokens, &a.recent, &items,
+                        &a.k_clip, &a.v_clip, &a.rotate_k, &a.rotate_v, &a.pack_all, &a.workspace},
+                       workspace_bytes, options);
 }
 
 Status append(int handle, const AppendParams& params, std::int64_t workspace_bytes,

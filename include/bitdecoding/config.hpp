@@ -32,17 +32,17 @@ struct Clip {
   X(bool, rotate_k, false, "keys (and queries) go through a Hadamard transform")                                 \
   X(bool, rotate_v, false, "values go through a Hadamard transform, undone on the output")
 
-#define BITDECODING_KERNEL_CONFIG_FIELDS(X)                                                               \
+#define BITDECODING_KERNEL_CONFIG_FIELDS(X)                                                                           \
   X(std::string, kind, "decode", "what the kernel does: decode, append (which also quantises), step (both) or merge") \
-  X(std::string, arch, "sm90a", "sm80, sm86, sm89, sm90a, sm100 or sm120")                                \
-  X(std::int64_t, head_dim, 128, "channels per head: 64, 96, 128 or 256")                                 \
-  X(QuantSpec, quant, QuantSpec{}, "the cache's format; clip and rotation do not reach the kernel")       \
-  X(std::int64_t, q_tile, 8, "query columns of a tile: 4, or a multiple of 8 up to 64 (wgmma: 8 to 128)") \
-  X(std::string, mma, "mma_sync", "tensor-core instruction: mma_sync, or wgmma (sm90a)")                  \
-  X(std::string, copy, "bulk", "how blocks reach shared memory: bulk (sm90a and later) or cp_async")      \
-  X(std::int64_t, num_warps, 4, "warps that compute: 1 to 16")                                            \
-  X(std::int64_t, warps_per_block, 4, "warps that share a block: 1, 2 or 4 (wgmma: 4, 8 or 16)")          \
-  X(std::int64_t, stages, 4, "blocks in the shared-memory ring: 1 to 32")                                 \
+  X(std::string, arch, "sm90a", "sm80, sm86, sm89, sm90a, sm100 or sm120")                                            \
+  X(std::int64_t, head_dim, 128, "channels per head: 64, 96, 128 or 256")                                             \
+  X(QuantSpec, quant, QuantSpec{}, "the cache's format; clip and rotation do not reach the kernel")                   \
+  X(std::int64_t, q_tile, 8, "query columns of a tile: 4, or a multiple of 8 up to 64 (wgmma: 8 to 128)")             \
+  X(std::string, mma, "mma_sync", "tensor-core instruction: mma_sync, or wgmma (sm90a)")                              \
+  X(std::string, copy, "bulk", "how blocks reach shared memory: bulk (sm90a and later) or cp_async")                  \
+  X(std::int64_t, num_warps, 4, "warps that compute: 1 to 16")                                                        \
+  X(std::int64_t, warps_per_block, 4, "warps that share a block: 1, 2 or 4 (wgmma: 4, 8 or 16)")                      \
+  X(std::int64_t, stages, 4, "blocks in the shared-memory ring: 1 to 32")                                             \
   X(std::int64_t, ctas_per_sm, 1, "thread blocks that share an SM: 1 to 8")
 
 #define BITDECODING_DECLARE_FIELD(type, name, default_value, doc) type name = default_value;

@@ -195,6 +195,13 @@ Status plan_append(const QuantSpec& quant, std::int64_t head_dim, const DeviceIn
 Status append(int handle, const AppendParams& params, std::int64_t workspace_bytes,
               const LaunchOptions& options) noexcept;
 
+// Launches a registered kernel of kind=step: a decode that first appends the tokens of its queries, all of them, and
+// after the attention packs the blocks that are full (bitdecoding.step in python/bitdecoding/ops.py). The two are of
+// one cache, whose tail has room for recent + 127 + q_len tokens; num_q_heads / num_kv_heads * q_len is at most the
+// kernel's q_tile.
+Status step(int handle, const DecodeParams& decode, const AppendParams& append, std::int64_t workspace_bytes,
+            const LaunchOptions& options) noexcept;
+
 // ---- merge ----
 
 // The parameters of a kernel of kind=merge, in its order. Tensors are without gaps and begin at multiples of 16 bytes.

@@ -31,6 +31,7 @@ MAX_PLANS = 4096  # a bound for callers that make a new QuantSpec for every call
 
 _decode = native.function("decode")
 _append = native.function("append")
+_step = native.function("step")
 _quantize = native.function("quantize")
 _merge = native.function("merge")
 _device_info = native.function("device_info")
@@ -55,7 +56,7 @@ class _Plan(NamedTuple):
 
 class _AppendPlan(NamedTuple):
     handle: int
-    options: tuple[float, float, bool, bool]  # k_clip, v_clip, rotate_k, rotate_v
+    options: tuple[float, float, bool, bool]  # see write_options
     spec: QuantSpec  # its id() is part of the plan's key
 
 
@@ -91,7 +92,7 @@ def decode(
     if not isinstance(pages, Tensor):
         raise InvalidArgument(f"pages is a {type(pages).__name__}: allowed is a torch.Tensor")
     device = q.get_device()
-    key = (q.shape, device, pages.shape, id(spec), id(config))
+    key = (q.shape, device, pages.shape, id(spec), id(config), "decode")
     plan = _plans.get(key)
     if plan is None:
         plan = _plan(key, q, pages, spec, config)
@@ -136,6 +137,53 @@ def append(
         plan.handle, *_alike(k_new, v_new), pages, block_table, seqlens, packed_lens, tail_k, tail_v, workspace, sink_k,
         sink_v, lengths, status, recent, *plan.options,
     )  # fmt: skip
+
+
+def step(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seqlens: Tensor,
+    packed_lens: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    spec: QuantSpec,
+    *,
+    sink_k: Tensor | None = None,
+    sink_v: Tensor | None = None,
+    recent: int = 0,
+    status: Tensor | None = None,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    config: KernelConfig | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`bitdecoding.step` on CUDA tensors."""
+    if not isinstance(pages, Tensor):
+        raise InvalidArgument(f"pages is a {type(pages).__name__}: allowed is a torch.Tensor")
+    device = q.get_device()
+    key = (q.shape, device, pages.shape, id(spec), id(config), "step")
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plan(key, q, pages, spec, config)
+    if workspace is None:
+        workspace = _workspace(device, plan.workspace_bytes)
+    if out is None:
+        out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
+    _step(
+        plan.handle, q, *_alike(k_new, v_new), pages, block_table, seqlens, packed_lens, tail_k, tail_v, workspace,
+        sink_k, sink_v, sink_logits, status, out, lse, recent, native.NO_WINDOW if window is None else window,
+        plan.softmax_scale if softmax_scale is None else softmax_scale, 0.0 if softcap is None else softcap,
+        *write_options(spec),
+    )  # fmt: skip
+    return out if lse is None else (out, lse)
 
 
 def quantize(
@@ -230,7 +278,14 @@ def _plan(key: tuple, q: Tensor, pages: Tensor, spec: QuantSpec, config: KernelC
     _, q_len, num_q_heads, head_dim = q.shape
     check_one_of("head_dim", head_dim, HEAD_DIMS)
     check_type("config", config, KernelConfig, None)
-    if config is None:
+    kind = key[-1]
+    if config is None and kind == "step":
+        config = KernelConfig.for_problem(
+            head_dim=head_dim, quant=spec, num_q_heads=num_q_heads, num_kv_heads=pages.shape[1], q_len=q_len,
+            arch=device_arch(device), kind=kind,
+        )  # fmt: skip
+        handle = kernel_handle(config)
+    elif config is None:
         config = choose(device, head_dim, spec, num_q_heads, pages.shape[1], q_len)
         handle = _default_handle(config)
     elif config.quant.for_kernel() != spec.for_kernel():
@@ -247,12 +302,17 @@ def _plan(key: tuple, q: Tensor, pages: Tensor, spec: QuantSpec, config: KernelC
 def _append_plan(device: int, head_dim: int, spec: QuantSpec) -> _AppendPlan:
     """Find or compile the kernel that packs blocks of a format, and remember the answer."""
     config = KernelConfig(kind="append", arch=device_arch(device), head_dim=head_dim, quant=spec.for_kernel())
-    clips = ({"minmax": 1.0, "mse": 0.0}.get(clip, clip) for clip in (spec.k_clip, spec.v_clip))
-    plan = _AppendPlan(kernel_handle(config), (*clips, spec.rotate_k, spec.rotate_v), spec)
+    plan = _AppendPlan(kernel_handle(config), write_options(spec), spec)
     if len(_append_plans) >= MAX_PLANS:
         _append_plans.clear()
     _append_plans[device, head_dim, id(spec)] = plan
     return plan
+
+
+def write_options(spec: QuantSpec) -> tuple[float, float, bool, bool]:
+    """k_clip (1: min/max, 0: searched), v_clip, rotate_k, rotate_v."""
+    k_clip, v_clip = ({"minmax": 1.0, "mse": 0.0}.get(clip, clip) for clip in (spec.k_clip, spec.v_clip))
+    return k_clip, v_clip, spec.rotate_k, spec.rotate_v
 
 
 def choose(
