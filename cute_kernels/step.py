@@ -46,12 +46,19 @@ class Step:
         if (piece.columns > 0) & attends & (old >= 0):  # it is, unless lengths are inconsistent
             part = lane % ROW_LANES * VECTOR
             place = smem + self.plan.rows_at + lane // ROW_LANES * self.append.plan.row_bytes + part
-            for operand in cutlass.range(append.OPERANDS, unroll=1):
-                job = self.job(piece.b, piece.head, operand, sinks, to_sink, old)
-                for first in cutlass.range(0, p.q_len, WARP_ROWS, unroll=1):
-                    i = cutlass.min(first + lane // ROW_LANES, p.q_len - 1)
-                    row = self.append.load_row(self.append.new_row(p, job, i) + Int64(part))
-                    self.append.keep(p, place, job, i, first + lane // ROW_LANES < p.q_len, row, lane)
+            # rows of K and V take turns; if one of them is rotated and the other is not, once for each
+            rows = p.q_len * append.OPERANDS
+            alike = p.rotate_k == p.rotate_v
+            for turn in cutlass.range(cutlass.select_(alike, Int32(1), Int32(append.OPERANDS)), unroll=1):
+                rotate = cutlass.select_(turn == 0, p.rotate_k, p.rotate_v)
+                for first in cutlass.range(0, rows, WARP_ROWS, unroll=1):
+                    x = cutlass.min(first + lane // ROW_LANES, rows - 1)
+                    operand, token = x % append.OPERANDS, x // append.OPERANDS
+                    inside = (first + lane // ROW_LANES < rows) & (alike | (operand == turn))
+                    job = self.job(piece.b, piece.head, operand, sinks, to_sink, old)
+                    row = self.append.load_row(self.append.new_row(p, job, token) + Int64(part))
+                    kept = p._replace(rotate_k=rotate, rotate_v=rotate)
+                    self.append.keep(kept, place, job, token, inside, row, lane)
 
     def job(
         self, b: Int32, head: Int32, operand: Int32, sinks: Int32, to_sink: Int32, old: Int32, column=0, blocks=0

@@ -26,7 +26,6 @@ from . import ptx
 from . import warpgroup as wg
 from .fold import TileFold
 from .layouts import BLOCK_TOKENS, LANES, TILE
-from .plan import CONSUMER_BARRIER
 from .plan import BARRIER_BYTES, CONSUMER_BARRIER
 from .schedule import Params, Piece, Schedule, load_piece, whole_blocks
 from .tile_attention import EXPONENT_16_BIT, State, TileAttention

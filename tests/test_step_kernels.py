@@ -33,8 +33,8 @@ CASES = [
 
 def config_of(preset: str, head_dim: int, arch: str, columns: int) -> bd.KernelConfig:
     spec, _ = bd.preset(preset, head_dim)
-    return bd.KernelConfig.for_problem(kind="step", 
-        head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch
+    return bd.KernelConfig.for_problem(
+        kind="step", head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch
     )
 
 

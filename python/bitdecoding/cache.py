@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import ops
 from .cute_kernels.checks import check_int, check_one_of, check_path, check_type, parse_json, shown
-from .cute_kernels.config import QuantSpec
+from .cute_kernels.config import MMA_COLUMNS, QuantSpec
 from .cute_kernels.errors import CacheFormatError, InvalidArgument, OutOfPages
 from .cute_kernels.layouts import BLOCK_TOKENS, FORMAT_VERSION
 from .quantization import CachePolicy
@@ -106,7 +106,8 @@ class KVCache:
         self.packed_lens = int32(batch_size)
         self.seqlens = int32(batch_size)
         self.status = int32(1)  # see bitdecoding.append
-        self.tail_k, self.tail_v = (tokens(self.policy.tail_capacity) for _ in range(2))
+        # a step's tokens come to the tail before a full block leaves it
+        self.tail_k, self.tail_v = (tokens(self.policy.tail_capacity + MMA_COLUMNS) for _ in range(2))
         self.sink_k, self.sink_v = (tokens(sink_tokens) if sink_tokens else None for _ in range(2))
 
         # the host's books
@@ -134,24 +135,13 @@ class KVCache:
         the cache's device, or None); always so while a graph is being captured or torch.compile traces. A sequence that
         has no page left for a full block stays as it was, and the next :meth:`sync` raises OutOfPages.
         """
-        new_tokens = None
-        for name, x in (("k", k), ("v", v)):
-            ops.check_tensor(
-                name, x, (self.dtype,), batch_size=self.batch_size, new_tokens=new_tokens,
-                num_kv_heads=self.num_kv_heads, head_dim=self.head_dim,
-            )  # fmt: skip
-            new_tokens = k.shape[1]
-            if x.device != self.pages.device:
-                raise InvalidArgument(f"{name} is on {x.device}: allowed is {self.pages.device}")
-        recorded = self._recording()
-        if reserved or recorded:
+        new_tokens = self._check_new(k, v)
+        if reserved or self._recording():
             if lengths is not None:
                 ops.check_tensor("lengths", lengths, (torch.int32,), batch_size=self.batch_size)
                 assert isinstance(lengths, Tensor)
             self._append(k, v, lengths, self.status)
-            self._stale = True
-            if recorded:
-                self._captured = True
+            self._leave_to_device()
             return
 
         self.sync()
@@ -162,6 +152,36 @@ class KVCache:
         lens, packed = self._provide(new)
         self._append(k, v, None if lengths is None else self._on_device(new), None)
         self._lens, self._packed = lens, packed
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, *, reserved: bool = False, **options: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Append k, v [batch_size, q_len, num_kv_heads, head_dim] and attend to all tokens, see :meth:`append` and
+        :meth:`decode`; in one kernel where there is one for that: see :func:`bitdecoding.step`, which packs a block that
+        gets full after the attention. Where there is none they are appended, then attended to.
+        """
+        new_tokens = self._check_new(k, v)
+        ops.check_tensor("q", q, (self.dtype,), batch_size=self.batch_size, q_len=new_tokens, num_q_heads=None,
+                         head_dim=self.head_dim)  # fmt: skip
+        if not self._has_step(q):
+            self.append(k, v, reserved=reserved)
+            return self.decode(q, **options)
+        lens, packed, status = self._lens, self._packed, self.status
+        reserved = reserved or self._recording()
+        if not reserved:
+            self.sync()
+            lens, packed = self._provide([new_tokens] * self.batch_size)
+            status = None
+        result = ops.step(
+            q, k, v, self.pages, self.block_table, self.seqlens, self.packed_lens, self.tail_k, self.tail_v,
+            self._spec(), sink_k=self.sink_k, sink_v=self.sink_v, recent=self.recent, status=status,
+            workspace=self._workspace_to_trace(), **options,
+        )  # fmt: skip
+        if reserved:
+            self._leave_to_device()
+        else:
+            self._lens, self._packed = lens, packed
+        return result
 
     def reserve(self, new_tokens: int | Sequence[int] | Tensor) -> None:
         """Set pages aside for so many more tokens of each sequence, to be appended with ``reserved=True``.
@@ -301,6 +321,30 @@ class KVCache:
         return len(self._free)
 
     # ------------------------------------------------------------------------------------------ books
+
+    def _check_new(self, k: Tensor, v: Tensor) -> int:
+        """Check new keys and values -> how many tokens they are."""
+        new_tokens = None
+        for name, x in (("k", k), ("v", v)):
+            ops.check_tensor(
+                name, x, (self.dtype,), batch_size=self.batch_size, new_tokens=new_tokens,
+                num_kv_heads=self.num_kv_heads, head_dim=self.head_dim,
+            )  # fmt: skip
+            new_tokens = k.shape[1]
+            if x.device != self.pages.device:
+                raise InvalidArgument(f"{name} is on {x.device}: allowed is {self.pages.device}")
+        return k.shape[1]
+
+    def _has_step(self, q: Tensor) -> bool:
+        """Whether one kernel appends and attends."""
+        _, q_len, num_q_heads, _ = q.shape
+        return q_len * num_q_heads <= MMA_COLUMNS * self.num_kv_heads
+
+    def _leave_to_device(self) -> None:
+        """The device decides what is appended and packed, now or whenever this is replayed."""
+        self._stale = True
+        if self._recording():
+            self._captured = True
 
     def _append(self, k: Tensor, v: Tensor, lengths: Tensor | None, status: Tensor | None) -> None:
         ops.append(
