@@ -2,8 +2,8 @@
 
 Attention is that of a decode after these tokens have been appended, but before full blocks are packed.
     merge warps     put the new rows of a piece to sinks and tail, rotated if need be; the consumers read them there
-    consumers       when they have merged, pack the full blocks of the pieces that end in their CTA: a team of four warps
-                    an operand, with the code of append.py, in the memory of the ring; the rest of the tail moves up
+    consumers       when they have merged, pack the full blocks of the pieces that end in their CTA: a team of four
+                    warps an operand, by append.py, in the memory of the ring; the rest of the tail moves up
     the last CTA    to read them advances the lengths, which so far are those of before
 The results of a piece's CTAs are collected where it ends, so by then none of them reads its tail.
 """

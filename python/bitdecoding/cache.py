@@ -92,6 +92,11 @@ class KVCache:
         self.device = device
         self.workspace = workspace
 
+        self._step_columns = MMA_COLUMNS
+        if device.type == "cuda":
+            from . import cuda
+
+            self._step_columns = cuda.step_columns(device.index, head_dim, quant)
         max_pages = self.policy.packed_len(max_tokens, 0) // BLOCK_TOKENS
         self.num_pages = batch_size * max_pages if num_pages is None else num_pages
 
@@ -156,14 +161,15 @@ class KVCache:
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, *, reserved: bool = False, **options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Append k, v [batch_size, q_len, num_kv_heads, head_dim] and attend to all tokens, see :meth:`append` and
-        :meth:`decode`; in one kernel where there is one for that: see :func:`bitdecoding.step`, which packs a block that
-        gets full after the attention. Where there is none they are appended, then attended to.
+        """Append k, v [batch_size, q_len, num_kv_heads, head_dim] and attend to all tokens; reserved: as for append.
+
+        If there is one kernel for that (:meth:`can_step`), it packs a block that gets full after the attention, see
+        :func:`bitdecoding.step`; else it is :meth:`append`, then :meth:`decode`, and raises what they do.
         """
         new_tokens = self._check_new(k, v)
         ops.check_tensor("q", q, (self.dtype,), batch_size=self.batch_size, q_len=new_tokens, num_q_heads=None,
                          head_dim=self.head_dim)  # fmt: skip
-        if not self._has_step(q):
+        if not self.can_step(q):
             self.append(k, v, reserved=reserved)
             return self.decode(q, **options)
         lens, packed, status = self._lens, self._packed, self.status
@@ -182,6 +188,11 @@ class KVCache:
         else:
             self._lens, self._packed = lens, packed
         return result
+
+    def can_step(self, q: Tensor) -> bool:
+        """Whether one kernel does the :meth:`step` of queries [batch_size, q_len, num_q_heads, head_dim]."""
+        _, q_len, num_q_heads, _ = q.shape
+        return q_len * num_q_heads <= self._step_columns * self.num_kv_heads
 
     def reserve(self, new_tokens: int | Sequence[int] | Tensor) -> None:
         """Set pages aside for so many more tokens of each sequence, to be appended with ``reserved=True``.
@@ -334,11 +345,6 @@ class KVCache:
             if x.device != self.pages.device:
                 raise InvalidArgument(f"{name} is on {x.device}: allowed is {self.pages.device}")
         return k.shape[1]
-
-    def _has_step(self, q: Tensor) -> bool:
-        """Whether one kernel appends and attends."""
-        _, q_len, num_q_heads, _ = q.shape
-        return q_len * num_q_heads <= MMA_COLUMNS * self.num_kv_heads
 
     def _leave_to_device(self) -> None:
         """The device decides what is appended and packed, now or whenever this is replayed."""

@@ -21,8 +21,8 @@ from torch import Tensor
 from . import tuned
 from .cute_kernels import native
 from .cute_kernels.checks import check_one_of, check_type
-from .cute_kernels.config import FEW_COLUMNS, KernelConfig, QuantSpec, device_arch
-from .cute_kernels.errors import BitDecodingError, CacheFormatError, InvalidArgument, KernelNotFound
+from .cute_kernels.config import FEW_COLUMNS, MMA_COLUMNS, KernelConfig, QuantSpec, device_arch
+from .cute_kernels.errors import BitDecodingError, CacheFormatError, InvalidArgument, KernelNotFound, UnsupportedConfig
 from .cute_kernels.layouts import HEAD_DIMS
 from .cute_kernels.pack import DSL, CompiledKernel, cache_dir, dsl_version, source_digest, write_pack
 
@@ -346,6 +346,20 @@ def kernel_handle(config: KernelConfig) -> int:
             _load_tuned_pack(tuned.pack_path())
         handle = _find_kernel(name)
         return handle if handle >= 0 else _compile(config, name)
+
+
+def step_columns(device: int, head_dim: int, spec: QuantSpec) -> int:
+    """The most query columns of a KV head for which a kernel does a whole step, or can be compiled; 0: none."""
+    arch = device_arch(device)
+    for columns in (MMA_COLUMNS, FEW_COLUMNS):
+        with contextlib.suppress(UnsupportedConfig):
+            config = KernelConfig.for_problem(
+                head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch, kind="step"
+            )
+            load_built_pack(arch)
+            if _find_kernel(config.name()) >= 0 or dsl_version() is not None:
+                return columns
+    return 0
 
 
 def _default_handle(config: KernelConfig) -> int:

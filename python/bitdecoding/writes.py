@@ -94,7 +94,7 @@ def appending(
 
 
 def steps(name: str, shape: Shape, head_dim: int, dtype: torch.dtype, device: torch.device) -> list[Write]:
-    """decode alone, and append with decode."""
+    """decode alone, append with decode, and both in one kernel."""
     spec, policy = preset(name, head_dim)
     generator = torch.Generator(device).manual_seed(0)
     batch, heads, tokens = shape.batch, shape.num_kv_heads, max(shape.lengths)
@@ -118,14 +118,17 @@ def steps(name: str, shape: Shape, head_dim: int, dtype: torch.dtype, device: to
     def decode(_: int) -> object:
         return cache.decode(q, out=out)
 
-    def step(_: int) -> object:
+    def two(_: int) -> object:
         cache.append(k, v, reserved=True)
         return cache.decode(q, out=out)
+
+    def step(_: int) -> object:
+        return cache.step(q, k, v, reserved=True, out=out)
 
     reset()
     blocks = batch * cache.policy.packed_len(tokens, 0) // BLOCK_TOKENS
     nbytes = blocks * heads * ops.block_bytes(head_dim, spec)
     return [
         Write(operation, str(shape), name, Candidate(name, call, 1, nbytes, reset), None)
-        for operation, call in (("decode", decode), ("append + decode", step))
+        for operation, call in (("decode", decode), ("append + decode", two), ("step", step))
     ]

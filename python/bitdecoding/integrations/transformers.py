@@ -16,9 +16,10 @@ through it.
 
 New tokens attend before they, or older ones, are quantised: a chunk of a prompt sees the cache as it was and its own
 tokens in 16 bit, and only then is it appended and full blocks are packed. Packing first would make the result depend on
-how a prompt is cut into chunks, and let the token that completes a block see itself quantised. A single token can be
-appended first, since the newest ``recent`` tokens, of which a layer keeps one at least, are not packed. The first chunk
-of an empty cache needs no cache and goes to torch's own attention.
+how a prompt is cut into chunks, and let the token that completes a block see itself quantised. For one token or a few
+one kernel does it all (``KVCache.step``); where there is none, a single token can be appended first, since the newest
+``recent`` tokens, of which a layer keeps one at least, are not packed. The first chunk of an empty cache needs no cache
+and goes to torch's own attention.
 
 The cache is static: all memory is allocated, and all pages are assigned, when the first tokens arrive; then steps
 neither allocate nor wait for the device, and can be compiled with ``torch.compile(fullgraph=True,
@@ -200,16 +201,19 @@ class BitDecodingLayer(CacheLayerMixin):
             out = _reorder(out, order.argsort(dim=1))
         elif first:
             out = _dense_attention(q, k, v, None, **options)
-        elif new_tokens > 1:
-            out = self._decode_with(q16, k16, v16, lengths, **options).to(q.dtype)
         # a step on the device does not ask the device for lengths
         alone = torch.compiler.is_compiling() or (new_tokens == 1 and kv.device.type == "cuda")
-        kv.append(k16, v16, lengths, reserved=alone)
-        self.empty, self.begun = False, begun  # and no sooner: an append that raises leaves the cache as it was
+        if not first and lengths is None and kv.can_step(q16):
+            out = kv.step(q16, k16, v16, reserved=alone, **options).to(q.dtype)
+        else:
+            if not first and new_tokens > 1:
+                out = self._decode_with(q16, k16, v16, lengths, **options).to(q.dtype)
+            kv.append(k16, v16, lengths, reserved=alone)
+            if not first and new_tokens == 1:
+                out = kv.decode(q16, **options).to(q.dtype)
+        self.empty, self.begun = False, begun  # and no sooner: what raises leaves the cache as it was
         if self.counts:
             self.shared.length.add_(new_tokens)
-        if not first and new_tokens == 1:
-            out = kv.decode(q16, **options).to(q.dtype)
         return out
 
     def _decode_with(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, **options) -> Tensor:
