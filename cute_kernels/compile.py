@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -43,6 +44,7 @@ GPU_ARCHS = {
 }
 MANIFEST_HEAD_DIMS = (64, 128)
 MANIFEST_GROUPS = (32, 64, 128)
+STEP_HEAD_DIMS = (128,)
 MANIFEST_COLUMNS = (FEW_COLUMNS, MMA_COLUMNS, 16, 32, 64, 128)  # query columns
 MAX_WORKERS = 8
 
@@ -172,7 +174,7 @@ def manifest_specs(head_dim: int) -> list[QuantSpec]:
 
 def manifest(arch: str) -> list[KernelConfig]:
     """The kernels that a build for ``arch`` compiles: of decode all formats for up to 8 query columns, the presets' for
-    more; of append all formats; of merge all head_dims.
+    more; of append all formats; of step the presets', which take long; of merge all head_dims.
     """
     configs = [KernelConfig(kind="merge", arch=arch, head_dim=head_dim) for head_dim in HEAD_DIMS]
     for head_dim in MANIFEST_HEAD_DIMS:
@@ -184,6 +186,13 @@ def manifest(arch: str) -> list[KernelConfig]:
             ]
         configs += [
             KernelConfig(kind="append", arch=arch, head_dim=head_dim, quant=spec) for spec in manifest_specs(head_dim)
+        ]
+    for head_dim, columns in itertools.product(STEP_HEAD_DIMS, (FEW_COLUMNS, MMA_COLUMNS)):
+        configs += [
+            KernelConfig.for_problem(
+                head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch, kind="step"
+            )
+            for spec in preset_specs(head_dim)
         ]
     return list(dict.fromkeys(configs))  # many columns may come down to a tile of fewer
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bitdecoding as bd
 
-TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 6e-3}
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3}  # out and, where they rotate, new tokens are rounded
 PAGES = 12
 # tokens of the sequences before: nothing, sinks not full, a full tail, blocks; the last one is out of pages soon
 LENGTHS = [0, 2, 127, 130, 300, 259]
