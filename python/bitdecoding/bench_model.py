@@ -209,9 +209,8 @@ def sequence_bytes(config: LlamaConfig, policy: QuantPolicy | None, max_tokens: 
         return config.num_hidden_layers * max_tokens * 2 * values * 2
     total = 0
     for spec, kept in policy.resolve(config.num_hidden_layers, config.head_dim):
-        in_16_bit = (
-            max_tokens if spec is None else kept.sink_tokens + max(1, kept.recent) + BLOCK_TOKENS - 1 + MMA_COLUMNS
-        )
+        tail = max(1, kept.recent) + BLOCK_TOKENS - 1 + MMA_COLUMNS
+        in_16_bit = max_tokens if spec is None else kept.sink_tokens + tail
         total += in_16_bit * 2 * values * 2
         if spec is not None:
             pages = kept.packed_len(max_tokens, 0) // BLOCK_TOKENS
