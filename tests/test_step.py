@@ -1,4 +1,4 @@
-"""bd.step on the CPU: append and decode in one, but for a block that gets full, whose tokens are attended to in 16 bit."""
+"""bd.step on the CPU: append and decode, but that tokens which fill a block are attended to in 16 bit."""
 
 from __future__ import annotations
 
