@@ -351,8 +351,13 @@ def kernel_handle(config: KernelConfig) -> int:
         return handle if handle >= 0 else _compile(config, name)
 
 
-def step_columns(device: int, head_dim: int, spec: QuantSpec) -> int:
-    """The most query columns of a KV head for which a kernel does a whole step, or can be compiled; 0: none."""
+def step_columns(device: int, head_dim: int, spec: QuantSpec, batch_heads: int) -> int:
+    """The most query columns of a KV head for which a kernel does a whole step, or can be compiled; 0: none.
+
+    batch_heads: batch_size * num_kv_heads. Where an SM has several, append spreads the blocks that get full better.
+    """
+    if batch_heads > _device_info(device)["num_sms"]:
+        return 0
     arch, most = device_arch(device), 0
     load_built_pack(arch)
     for columns in (FEW_COLUMNS, MMA_COLUMNS):
