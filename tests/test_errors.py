@@ -7,7 +7,7 @@ import torch
 from bitdecoding.cute_kernels.layouts import HEAD_DIMS
 
 import bitdecoding as bd
-from bitdecoding import ops
+from bitdecoding import cuda, ops
 
 HEAD_DIM = 64
 SPEC, _ = bd.preset("kc4", HEAD_DIM)
@@ -81,6 +81,9 @@ CASES = [  # (function, argument, values)
     *((step, name, (None, *NO_TENSORS)) for name in ("q", "k_new", "v_new", "pages", "block_table", "seqlens")),
     *((step, name, (None, *NO_TENSORS)) for name in ("packed_lens", "tail_k", "tail_v")),
     *((step, name, NO_TENSORS) for name in ("sink_k", "sink_v", "sink_logits", "status", "out", "workspace")),
+    # the only tensors that are touched on the way to the library, which checks them on CUDA
+    (lambda k_new: cuda._alike(k_new, fp16(1)), "k_new", (None, *NO_TENSORS)),
+    (lambda v_new: cuda._alike(fp16(1), v_new), "v_new", (None, *NO_TENSORS)),
     (step, "spec", NO_SPECS),
     (step, "recent", (*NO_INTEGERS, -1)),
     (step, "softmax_scale", (*NO_NUMBERS, 0.0)),

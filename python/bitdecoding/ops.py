@@ -393,7 +393,7 @@ def step(
         recent=recent, status=status, workspace=workspace,
     )  # fmt: skip
     check_int("tail_capacity", tail_k.shape[1], policy.tail_capacity + q_len)
-    lens, packed = _checked_lengths(seqlens, packed_lens, policy, tail_k.shape[1] - q_len)
+    lens, packed = _checked_lengths(seqlens, packed_lens, policy, tail_k.shape[1], q_len)
     after = [policy.packed_len(n + q_len, p) for n, p in zip(lens, packed, strict=True)]
     without_page = _without_page(block_table, packed, after, pages.shape[0], status)
 
@@ -567,28 +567,29 @@ def _check_append(
 
 
 def _checked_lengths(
-    seqlens: Tensor, packed_lens: Tensor, policy: CachePolicy, most_in_tail: int
+    seqlens: Tensor, packed_lens: Tensor, policy: CachePolicy, tail_capacity: int, q_len: int = 0
 ) -> tuple[list[int], list[int]]:
-    """The lengths of a cache that is appended to, if its tails hold no more than they may."""
+    """The lengths of a cache that is appended to, if its tails have room for q_len tokens more."""
     lens, packed = seqlens.tolist(), packed_lens.tolist()
-    _check_lengths(lens, packed, policy.sink_tokens, most_in_tail)
+    _check_lengths(lens, packed, policy.sink_tokens, tail_capacity, q_len)
     for b, packed_len in enumerate(packed):
         if packed_len % BLOCK_TOKENS:
             raise InvalidArgument(f"packed_lens[{b}]={packed_len}: allowed are multiples of {BLOCK_TOKENS}")
     return lens, packed
 
 
-def _check_lengths(seqlens: list[int], packed_lens: list[int], num_sink: int, tail_capacity: int) -> None:
+def _check_lengths(seqlens: list[int], packed_lens: list[int], num_sink: int, tail_capacity: int, q_len: int) -> None:
     for b, (seqlen, packed_len) in enumerate(zip(seqlens, packed_lens, strict=True)):
         if seqlen < 0:
             raise InvalidArgument(f"seqlens[{b}]={seqlen}: allowed are numbers from 0")
         unpacked = seqlen - min(seqlen, num_sink)
         if not 0 <= packed_len <= unpacked:
             raise InvalidArgument(f"packed_lens[{b}]={packed_len}: allowed are 0 to {unpacked} (seqlen less sinks)")
-        if unpacked - packed_len > tail_capacity:
+        if unpacked - packed_len > tail_capacity - q_len:
+            less = f" less q_len {q_len}" if q_len else ""
             raise InvalidArgument(
-                f"seqlens[{b}]={seqlen}: allowed are at most {seqlen - unpacked + packed_len + tail_capacity} "
-                f"({seqlen - unpacked} sink tokens, packed_len {packed_len}, tail_capacity {tail_capacity})"
+                f"seqlens[{b}]={seqlen}: allowed are at most {seqlen - unpacked + packed_len + tail_capacity - q_len} "
+                f"({seqlen - unpacked} sink tokens, packed_len {packed_len}, tail_capacity {tail_capacity}{less})"
             )
 
 
