@@ -308,7 +308,7 @@ typedef struct bitdecoding_step_plan {
   size_t size;
   int32_t kernel; /* a registered kernel */
   int32_t device;
-  int64_t workspace_bytes;    /* a workspace of decode may be shared */
+  int64_t workspace_bytes;    /* a workspace of decode that has so many may be shared */
   int32_t rotate_k, rotate_v; /* of the problem's quant */
   float k_clip, v_clip;
 } bitdecoding_step_plan;

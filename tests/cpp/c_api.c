@@ -478,7 +478,7 @@ static void plans(const char* pack, const char* no_pack) {
   params.dtype = BITDECODING_FLOAT16;
 
   OK(bitdecoding_plan_step(&problem, &device, &step_plan));
-  CHECK(step_plan.kernel == 3 && step_plan.workspace_bytes == plan.workspace_bytes && step_plan.k_clip == 1.0f);
+  CHECK(step_plan.kernel == 3 && step_plan.workspace_bytes > 4 << 20 && step_plan.k_clip == 1.0f);
   REJECTED(bitdecoding_step(&step_plan, &params, &new_tokens, workspace, 16, NULL),
            "workspace_bytes=16: the plan needs");
   const int64_t enough = step_plan.workspace_bytes;
@@ -494,7 +494,7 @@ static void plans(const char* pack, const char* no_pack) {
   step_plan.kernel = plan.kernel;
   REJECTED(bitdecoding_step(&step_plan, &params, &new_tokens, NULL, enough, NULL), "allowed are those of kind=step");
   plan.kernel = 3;
-  REJECTED(bitdecoding_decode(&plan, &params, NULL, enough, NULL), "allowed are those of kind=decode");
+  REJECTED(bitdecoding_decode(&plan, &params, NULL, plan.workspace_bytes, NULL), "are those of kind=decode");
   problem.q_len = 2; /* 8 columns */
   FAILS(bitdecoding_plan_step(&problem, &device, &step_plan), BITDECODING_KERNEL_NOT_FOUND,
         "q_len=2: kernel step_sm80_d128");
