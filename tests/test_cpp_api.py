@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "tests" / "cpp"
 LIB_DIR = native.LIBRARY_PATH.parent
 NO_GPU = 77  # exit status of decode_loop
-ENGINE_STEPS = "4000 tokens per sequence"
+ENGINE_STEPS = "4000 tokens per sequence, 1 kernel(s) per step"
 PROBLEM = {"head_dim": 128, "quant": QuantSpec(), "num_q_heads": 32, "num_kv_heads": 8}  # of the programs
 
 

@@ -423,29 +423,29 @@ Status validate_params(const DecodeParams& p) {
 }
 
 Status validate_params(const DecodeParams& d, const AppendParams& a) {
-  const auto same = [](const char* name, std::int64_t of_append, std::int64_t of_decode) {
+  const auto same = [](const char* name, std::int64_t of_append, std::int64_t of_decode, const char* name_there) {
     if (of_append == of_decode) return Status::ok;
-    return fail(Status::invalid_argument, name, "=", of_append, ": must be ", of_decode, " as for decode");
+    return fail(Status::invalid_argument, name, "=", of_append, ": must be decode's ", name_there, "=", of_decode);
   };
   const auto same_tensor = [](const char* name, const void* of_append, const void* of_decode) {
     if (of_append == of_decode) return Status::ok;
-    return fail(Status::invalid_argument, name, ": must be that of decode");
+    return fail(Status::invalid_argument, name, ": must be decode's");
   };
   BITDECODING_TRY(validate_params(d));
   BITDECODING_TRY(validate_params(a));
   if (a.pack_all != 0) return fail(Status::invalid_argument, "pack_all=", a.pack_all, ": must be 0 for a step");
-  BITDECODING_TRY(same("batch", a.batch, d.batch));
-  BITDECODING_TRY(same("new_tokens", a.new_tokens, d.q_len));
-  BITDECODING_TRY(same("num_kv_heads", a.num_kv_heads, d.num_kv_heads));
-  BITDECODING_TRY(same("num_pages", a.num_pages, d.num_pages));
-  BITDECODING_TRY(same("max_pages", a.max_pages, d.max_pages));
-  BITDECODING_TRY(same("tail_capacity", a.tail_capacity, d.tail_capacity));
-  BITDECODING_TRY(same("num_sink", a.num_sink, d.num_sink));
-  BITDECODING_TRY(same("page_stride_bytes", a.page_stride_bytes, d.page_stride_bytes));
-  BITDECODING_TRY(same("head_stride_bytes", a.head_stride_bytes, d.head_stride_bytes));
-  BITDECODING_TRY(same("bfloat16", a.bfloat16, d.bfloat16));
-  BITDECODING_TRY(same("rotate_k", a.rotate_k, d.rotate_q));
-  BITDECODING_TRY(same("rotate_v", a.rotate_v, d.rotate_out));
+  BITDECODING_TRY(same("batch", a.batch, d.batch, "batch"));
+  BITDECODING_TRY(same("new_tokens", a.new_tokens, d.q_len, "q_len"));
+  BITDECODING_TRY(same("num_kv_heads", a.num_kv_heads, d.num_kv_heads, "num_kv_heads"));
+  BITDECODING_TRY(same("num_pages", a.num_pages, d.num_pages, "num_pages"));
+  BITDECODING_TRY(same("max_pages", a.max_pages, d.max_pages, "max_pages"));
+  BITDECODING_TRY(same("tail_capacity", a.tail_capacity, d.tail_capacity, "tail_capacity"));
+  BITDECODING_TRY(same("num_sink", a.num_sink, d.num_sink, "num_sink"));
+  BITDECODING_TRY(same("page_stride_bytes", a.page_stride_bytes, d.page_stride_bytes, "page_stride_bytes"));
+  BITDECODING_TRY(same("head_stride_bytes", a.head_stride_bytes, d.head_stride_bytes, "head_stride_bytes"));
+  BITDECODING_TRY(same("bfloat16", a.bfloat16, d.bfloat16, "bfloat16"));
+  BITDECODING_TRY(same("rotate_k", a.rotate_k, d.rotate_q, "rotate_q"));
+  BITDECODING_TRY(same("rotate_v", a.rotate_v, d.rotate_out, "rotate_out"));
   BITDECODING_TRY(same_tensor("pages", a.pages, d.pages));
   BITDECODING_TRY(same_tensor("block_table", a.block_table, d.block_table));
   BITDECODING_TRY(same_tensor("seqlens", a.seqlens, d.seqlens));

@@ -366,26 +366,27 @@ static void step(void) {
   STEP_WITH(decode, num_q_heads, 3, "num_q_heads=3: must be a multiple of num_kv_heads=2");
   STEP_WITH(decode, q, NULL, "q: is null");
   STEP_WITH(append, v_new, NULL, "v_new: is null");
-  STEP_WITH(append, batch, 1, "batch=1: must be 2 as for decode");
-  STEP_WITH(append, new_tokens, 1, "new_tokens=1: must be 2 as for decode");
+  STEP_WITH(append, batch, 1, "batch=1: must be decode's batch=2");
+  STEP_WITH(append, new_tokens, 1, "new_tokens=1: must be decode's q_len=2");
   STEP_WITH(append, new_tokens, 0, "new_tokens=0");
-  STEP_WITH(append, num_kv_heads, 1, "num_kv_heads=1: must be 2 as for decode");
-  STEP_WITH(append, num_pages, 1, "num_pages=1: must be 2 as for decode");
-  STEP_WITH(append, max_pages, 2, "max_pages=2: must be 1 as for decode");
-  STEP_WITH(append, tail_capacity, CAPACITY + 1, "tail_capacity=133: must be 132 as for decode");
+  STEP_WITH(append, num_kv_heads, 1, "num_kv_heads=1: must be decode's num_kv_heads=2");
+  STEP_WITH(append, num_pages, 1, "num_pages=1: must be decode's num_pages=2");
+  STEP_WITH(append, max_pages, 2, "max_pages=2: must be decode's max_pages=1");
+  STEP_WITH(append, tail_capacity, CAPACITY + 1, "tail_capacity=133: must be decode's tail_capacity=132");
   STEP_WITH(append, recent, RECENT + 1, "tail_capacity=132: allowed are numbers from 133 (recent + 127 + q_len)");
   STEP_WITH(append, recent, INT32_MAX, "tail_capacity=132: allowed are numbers from 2147483774");
-  STEP_WITH(append, num_sink, 1, "num_sink=1: must be 2 as for decode");
-  STEP_WITH(append, page_stride_bytes, HEADS * bytes + 16, "page_stride_bytes=17936: must be 17920 as for decode");
+  STEP_WITH(append, num_sink, 1, "num_sink=1: must be decode's num_sink=2");
+  STEP_WITH(append, page_stride_bytes, HEADS * bytes + 16,
+            "page_stride_bytes=17936: must be decode's page_stride_bytes=17920");
   STEP_WITH(append, head_stride_bytes, bytes + 16, "stride_bytes=");
-  STEP_WITH(append, pages, twin_pages, "pages: must be that of decode");
-  STEP_WITH(append, block_table, twice, "block_table: must be that of decode");
-  STEP_WITH(append, seqlens, status, "seqlens: must be that of decode");
-  STEP_WITH(decode, packed_lens, NULL, "packed_lens: must be that of decode");
-  STEP_WITH(append, tail_k, twin_tails, "tail_k: must be that of decode");
-  STEP_WITH(decode, tail_v, twin_tails, "tail_v: must be that of decode");
-  STEP_WITH(append, sink_k, twin_tails, "sink_k: must be that of decode");
-  STEP_WITH(append, sink_v, twin_tails, "sink_v: must be that of decode");
+  STEP_WITH(append, pages, twin_pages, "pages: must be decode's");
+  STEP_WITH(append, block_table, twice, "block_table: must be decode's");
+  STEP_WITH(append, seqlens, status, "seqlens: must be decode's");
+  STEP_WITH(decode, packed_lens, NULL, "packed_lens: must be decode's");
+  STEP_WITH(append, tail_k, twin_tails, "tail_k: must be decode's");
+  STEP_WITH(decode, tail_v, twin_tails, "tail_v: must be decode's");
+  STEP_WITH(append, sink_k, twin_tails, "sink_k: must be decode's");
+  STEP_WITH(append, sink_v, twin_tails, "sink_v: must be decode's");
   STEP_WITH(append, lengths, held, "lengths: must be null for a step");
   STEP_WITH(append, cu_seqlens, held, "cu_seqlens: must be null for a step");
   STEP_WITH(decode, block_table = append.block_table, no_page, "block_table[0, 0]=-1: allowed are 0 to 1");
@@ -435,6 +436,32 @@ static void step(void) {
   REJECTED(bitdecoding_step(&plan, NULL, &append, NULL, 0, NULL), "decode: is null");
   REJECTED(bitdecoding_step(&plan, &decode, NULL, NULL, 0, NULL), "append: is null");
   free(twin_pages), free(pages), free(out), free(q), free(sinks), free(twin_tails), free(tails), free(v), free(k);
+}
+
+/* Mistakes in a step that a device would do; a driver is not asked. */
+static void step_launches(const bitdecoding_step_plan* plan) {
+  static _Alignas(16) char any[32]; /* is not looked at */
+  static int32_t ints[1];
+  bitdecoding_append_params append = BITDECODING_APPEND_PARAMS_INIT;
+  bitdecoding_decode_params decode = BITDECODING_DECODE_PARAMS_INIT;
+  decode.num_q_heads = 32;
+  decode.num_kv_heads = append.num_kv_heads = 8;
+  decode.tail_capacity = append.tail_capacity = 129;
+  append.k_new = append.v_new = decode.q = decode.out = any;
+  decode.seqlens = append.seqlens = decode.packed_lens = append.packed_lens = ints;
+  decode.tail_k = append.tail_k = decode.tail_v = append.tail_v = any;
+  const int64_t bytes = plan->workspace_bytes;
+  REJECTED(bitdecoding_step(plan, &decode, &append, NULL, bytes, NULL), "workspace: is null");
+  REJECTED(bitdecoding_step(plan, &decode, &append, any + 8, bytes, NULL), "workspace: address must be");
+  append.recent = 2;
+  REJECTED(bitdecoding_step(plan, &decode, &append, any, bytes, NULL),
+           "tail_capacity=129: allowed are numbers from 130");
+  append.recent = 0;
+  append.new_tokens = 2;
+  REJECTED(bitdecoding_step(plan, &decode, &append, any, bytes, NULL), "new_tokens=2: must be decode's q_len=1");
+  decode.q_len = 2;
+  FAILS(bitdecoding_step(plan, &decode, &append, any, bytes, NULL), BITDECODING_UNSUPPORTED_CONFIG,
+        "has 4 query columns, num_q_heads / num_kv_heads * q_len is 8");
 }
 
 static void plans(const char* pack, const char* no_pack) {
@@ -491,6 +518,7 @@ static void plans(const char* pack, const char* no_pack) {
   params.head_dim = new_tokens.head_dim = 64;
   REJECTED(bitdecoding_step(&step_plan, &params, &new_tokens, workspace, 16, NULL), "head_dim=64: allowed are 128");
   params.head_dim = new_tokens.head_dim = 128;
+  step_launches(&step_plan);
   step_plan.kernel = plan.kernel;
   REJECTED(bitdecoding_step(&step_plan, &params, &new_tokens, NULL, enough, NULL), "allowed are those of kind=step");
   plan.kernel = 3;
