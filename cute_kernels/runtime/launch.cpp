@@ -49,13 +49,14 @@ class Registry {
   // A validated kernel; a name that is known keeps its first kernel.
   int add(Kernel kernel) {
     std::unique_lock<std::shared_mutex> lock(mutex_);
-    const auto [place, inserted] = handles_.emplace(kernel.name, static_cast<int>(kernels_.size()));
-    if (inserted) {
-      kernels_.emplace_back();
-      static_cast<void>(KernelConfig::parse(kernel.name, &kernels_.back().config));  // validated
-      kernels_.back().kernel = std::move(kernel);
-    }
-    return place->second;
+    const auto found = handles_.find(kernel.name);
+    if (found != handles_.end()) return found->second;
+    const int handle = static_cast<int>(kernels_.size());
+    kernels_.emplace_back();
+    static_cast<void>(KernelConfig::parse(kernel.name, &kernels_.back().config));  // validated
+    kernels_.back().kernel = std::move(kernel);
+    handles_.emplace(kernels_.back().kernel.name, handle);  // last: where there is no memory for it, there is no name
+    return handle;
   }
 
   Status get(int handle, Registered** out) {
@@ -86,16 +87,16 @@ Registry& registry() {
 }
 
 // Loads the kernel into the current context of the device, at its first launch there.
-Status make_ready(const cuda::Driver& driver, int device, Registered* r) {
+Status make_ready(const cuda::Driver& driver, int device, Registered* r) try {
   if (r->ready[device].load(std::memory_order_acquire)) return Status::ok;
   std::lock_guard<std::mutex> lock(r->mutex);
   if (r->ready[device].load(std::memory_order_relaxed)) return Status::ok;
 
+  const std::string what = "loading kernel " + r->kernel.name;
   // Loading is no stream operation: allow it while this thread captures a graph.
   cuda::CaptureMode mode = cuda::kCaptureRelaxed;
   driver.exchange_capture_mode(&mode);
   auto load = [&]() -> Status {
-    const std::string what = "loading kernel " + r->kernel.name;
     if (r->loaded == nullptr) {
       cuda::Library library = nullptr;
       BITDECODING_TRY(cuda::check(
@@ -120,6 +121,8 @@ Status make_ready(const cuda::Driver& driver, int device, Registered* r) {
   driver.exchange_capture_mode(&mode);
   if (status == Status::ok) r->ready[device].store(true, std::memory_order_release);
   return status;
+} catch (const std::bad_alloc&) {
+  return fail(Status::out_of_memory, "kernel ", r->kernel.name, ": no memory to load it");
 }
 
 // Query columns of a KV head, and the tiles of them.
@@ -134,9 +137,8 @@ std::int64_t q_tiles_of(const KernelConfig& config, const DecodeParams& p) {
 // A registered kernel that does what the caller wants.
 Status find_kind(int handle, const char* kind, Registered** out) {
   BITDECODING_TRY(registry().get(handle, out));
-  const KernelConfig& config = (*out)->config;
-  if (config.kind == kind) return Status::ok;
-  return fail(Status::invalid_argument, "handle=", handle, ": is kernel ", config.name(),
+  if ((*out)->config.kind == kind) return Status::ok;
+  return fail(Status::invalid_argument, "handle=", handle, ": is kernel ", (*out)->kernel.name,
               ", allowed are those of kind=", kind);
 }
 
@@ -472,11 +474,13 @@ Status load_pack(const std::string& path, int* kernels_in_pack) noexcept try {
   return fail(Status::out_of_memory, "path='", path, "': no memory for the pack");
 }
 
-Status add_kernel(Kernel kernel, int* handle) noexcept {
+Status add_kernel(Kernel kernel, int* handle) noexcept try {
   BITDECODING_TRY(check_present("handle", handle));
   BITDECODING_TRY(validate_kernel(kernel));
   *handle = registry().add(std::move(kernel));
   return Status::ok;
+} catch (const std::bad_alloc&) {
+  return fail(Status::out_of_memory, "kernel: no memory for its name");
 }
 
 int find_kernel(const std::string& name) noexcept { return registry().find(name); }
@@ -526,7 +530,7 @@ Status step(int handle, const DecodeParams& decode, const AppendParams& append, 
   }
   const std::int64_t columns = columns_of(decode);
   if (columns > r->config.q_tile) {
-    return fail(Status::unsupported_config, "q_len=", decode.q_len, ": kernel ", r->config.name(), " has ",
+    return fail(Status::unsupported_config, "q_len=", decode.q_len, ": kernel ", r->kernel.name, " has ",
                 r->config.q_tile, " query columns, num_q_heads / num_kv_heads * q_len is ", columns);
   }
   AppendParams a = append;
