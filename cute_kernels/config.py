@@ -276,6 +276,8 @@ class KernelConfig(Object):
         tilings = TILINGS
         if quant.k_bits == quant.v_bits == 2:
             has_registers = quant.k_axis == "channel" or head_dim <= 64 or q_tile == FEW_COLUMNS
+            if kind == "step" and q_tile > FEW_COLUMNS:  # twelve warps have no registers to pack blocks, too
+                has_registers = False
             if copy == "cp_async" or (arch == "sm90a" and has_registers):
                 tilings = (TILING_OF_TWO_BITS[copy], *TILINGS)
         for columns in (q_tile, MMA_COLUMNS):

@@ -106,11 +106,8 @@ class DecodeKernel:
         )
         stage = Int32(0)
         parity = Int32(1)  # the first round finds every stage empty
-        due = Int32(0)
         while at.x < end:
             count, blocks, pages, _ = self.schedule.blocks_of(p, at, end, seq)
-            if cutlass.const_expr(self.plan.steps):
-                due = due | self.step.blocks_due(p, seq.tail)
             i = Int32(0)
             while i < blocks:
                 source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES)) * p.page_stride
@@ -127,10 +124,7 @@ class DecodeKernel:
                 seq = self.schedule.sequence(p, at.b)
                 page = self.schedule.entries(p, at, end, seq, Int32(0), lane)
         if cutlass.const_expr(self.plan.steps):
-            ptx.store_shared(smem, self.plan.due_at, [due])
-            ptx.barrier(CONSUMER_BARRIER, self.plan.consumer_threads)  # nobody in the CTA reads lengths any more
-            if due == 0:
-                self.step.count(p, lane)
+            self.step.count(p, lane)  # no more lengths are read
 
     @cute.jit
     def copy_block(self, smem: Int32, source: cutlass.Int64, stage: Int32, parity: Int32, lane: Int32):
@@ -220,7 +214,7 @@ class DecodeKernel:
             ptx.mbarrier_wait(smem + plan.merge_empty_at, (done + 1) % 2, plan.wait)  # the first finds it empty
             self.merge.store_state(smem, warp, lane, state)
             if piece.is_last == 1:
-                ptx.barrier(CONSUMER_BARRIER, plan.consumer_threads)
+                ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)
             else:
                 ptx.mbarrier_arrive(smem + plan.merge_full_at)
             is_last = piece.is_last

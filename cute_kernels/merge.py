@@ -15,7 +15,7 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 from . import ptx
 from .attention import FIRST_MAX, State
 from .layouts import LANES, TILE
-from .plan import BARRIER_BYTES, COLUMNS, MERGE_BARRIER, MERGE_WARPS, QUAD, Plan
+from .plan import BARRIER_BYTES, COLUMNS, MERGE_BARRIER, MERGE_WARPS, QUAD, SLOTS, Plan
 from .queries import LOG2E, Queries, hadamard_lanes, hadamard_registers
 from .schedule import Params, Piece, Place, Schedule, Sequence, load_piece, store_piece
 from .step import Step
@@ -45,7 +45,8 @@ class Merge:
             fetch=lambda at, end, seq: self.prepare(p, smem, slot, helper, lane, at, seq),
         )
         ptx.mbarrier_arrive(smem + self.plan.slot_full_at)
-        self.keep_rows(p, smem, slot, helper, lane)
+        due = self.keep_rows(p, smem, Int32(0), helper, lane, Int32(0))
+        done = Int32(1)  # pieces
         parity = Int32(0)
         units = seq.units
         count = self.schedule.count(at, end, seq)
@@ -59,11 +60,15 @@ class Merge:
             self.tell(p, smem, slot, helper, lane, (at, end, seq, shares), is_first=False)
             self.prepare(p, smem, slot, helper, lane, at, seq)
             ptx.mbarrier_arrive(smem + self.plan.slot_full_at + slot * BARRIER_BYTES)
-            self.keep_rows(p, smem, slot, helper, lane)
+            due = self.keep_rows(p, smem, done, helper, lane, due)
+            done += 1
             ptx.mbarrier_wait(smem + self.plan.merge_full_at, parity, self.plan.wait)
             parity = parity ^ 1
             self.merge(p, smem, helper, Int32(MERGE_WARPS), lane, load_piece(self.piece_at(smem, slot ^ 1)))
             ptx.mbarrier_arrive(smem + self.plan.merge_empty_at)
+        if cutlass.const_expr(self.plan.steps):
+            if (helper == MERGE_WARPS - 1) & (due == 0):  # else the consumers do it
+                self.step.count(p, lane)
 
     @cute.jit
     def tell(self, p: Params, smem: Int32, slot: Int32, helper: Int32, lane: Int32, share: tuple, is_first: bool):
@@ -82,12 +87,23 @@ class Merge:
         return Int32(0)
 
     @cute.jit
-    def keep_rows(self, p: Params, smem: Int32, slot: Int32, helper: Int32, lane: Int32):
-        """Append a piece's new rows, in a kernel that does so, by the warp that told of the piece."""
+    def keep_rows(self, p: Params, smem: Int32, done: Int32, helper: Int32, lane: Int32, due: Int32):
+        """In a kernel that appends, append the new rows of the piece after ``done`` ones, by one warp -> not 0: it, or
+        ``due`` before, has a block to pack.
+        """
         if cutlass.const_expr(self.plan.steps):
             if helper == MERGE_WARPS - 1:
-                self.step.keep_rows(p, smem, lane, load_piece(self.piece_at(smem, slot)))
-                ptx.mbarrier_arrive(smem + self.plan.rows_full_at + slot * BARRIER_BYTES)
+                slot = done % SLOTS
+                at = smem + slot * BARRIER_BYTES
+                # it is told, and the merge warps have read the lengths for it
+                ptx.mbarrier_wait(at + self.plan.slot_full_at, done // SLOTS % 2, self.plan.wait)
+                piece = load_piece(self.piece_at(smem, slot))
+                self.step.keep_rows(p, smem, lane, piece)
+                if piece.columns > 0:
+                    due = due | self.step.blocks_due(p, piece.tail)
+                ptx.store_shared(smem, self.plan.due_at, [due])
+                ptx.mbarrier_arrive(at + self.plan.rows_full_at)
+        return due
 
     def slot(self, smem: Int32, slot: Int32) -> Int32:
         return smem + self.plan.slots_at + slot * self.plan.slot_bytes

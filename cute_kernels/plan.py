@@ -58,8 +58,6 @@ class Plan:
         self.slices = NUM_SLICES // self.warps_per_block  # of a block, per warp
         self.chunk = TILE * self.warps_per_block  # tokens of a 16-bit unit
         self.steps = config.kind == "step"  # the kernel appends, too
-        # threads at the consumers' barrier: with the producer, where it must have read all lengths by then
-        self.consumer_threads = LANES * (self.warps + self.steps)
         self.states = self.warps  # results of a piece that the CTA merges
         self.merge_floats = MERGE_FLOATS
         self.threads = LANES * (self.warps + 1 + MERGE_WARPS)  # consumers, producer, mergers

@@ -4,7 +4,7 @@ Attention is that of a decode after these tokens have been appended, but before 
     merge warps     put the new rows of a piece to sinks and tail, rotated if need be; the consumers read them there
     consumers       when they have merged, pack the full blocks of the pieces that end in their CTA: a team of four
                     warps an operand, by append.py, in the memory of the ring; the rest of the tail moves up
-    the last CTA    to read them advances the lengths, which so far are those of before
+    any warp        that is the last to have read the lengths advances them; so far they are those of before
 The results of a piece's CTAs are collected where it ends, so by then none of them reads its tail.
 """
 
@@ -22,6 +22,7 @@ from .schedule import BLOCK_SHIFT, Piece, Schedule, load_piece
 
 # The parameters of decode, those of append that it lacks, and where the CTAs are counted: i32, zero between launches.
 # The order is the launch ABI of the C++ core.
+COUNTED = 2  # of a CTA
 _FIELDS = schedule.Params.__annotations__ | append.Params.__annotations__ | {"counter": cute.Pointer}
 Params = NamedTuple("Params", list(_FIELDS.items()))
 
@@ -88,7 +89,7 @@ class Step:
 
     @cute.jit
     def pack(self, p: Params, smem: Int32, warp: Int32, lane: Int32, last_at: Int32):
-        """Pack the full blocks of the pieces that end in this CTA, by all consumers; then count it."""
+        """Pack the full blocks of the pieces that end in this CTA, by all consumers; then count."""
         plan = self.append.plan
         ptx.barrier(CONSUMER_BARRIER, self.plan.warps * LANES)  # they are through with the ring
         first, last = load_piece(smem + self.plan.first_piece_at), load_piece(last_at)
@@ -128,11 +129,11 @@ class Step:
 
     @cute.jit
     def count(self, p: Params, lane: Int32):
-        """Count the CTA as one that has read the lengths, by one warp; for the last one advance them."""
+        """Count what has read the lengths, a CTA's producer or its other warps, by one warp; the last advances them."""
         before = Int32(0)
         if lane == 0:
             before = ptx.atomic_add(p.counter.toint(), Int32(1))
-        if ptx.shuffle(before, 0) == cute.arch.grid_dim()[0] - 1:
+        if ptx.shuffle(before, 0) == COUNTED * cute.arch.grid_dim()[0] - 1:
             if lane == 0:
                 ptx.store_relaxed(p.counter.toint(), [Int32(0)])  # ready for the next launch
             b = lane

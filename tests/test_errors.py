@@ -39,6 +39,18 @@ def append(**changes):
     return bd.append(**sound | {"tail_k": tail, "tail_v": tail.clone(), "spec": SPEC} | changes)
 
 
+def step(**changes):
+    new, tail = fp16(2, 1, 2, HEAD_DIM), fp16(2, 140, 2, HEAD_DIM)
+    sound = {"q": fp16(2, 1, 4, HEAD_DIM), "k_new": new, "v_new": new, "pages": pages()}
+    sound |= {name: torch.zeros(2, **INT32) for name in ("seqlens", "packed_lens")}
+    sound |= {"block_table": torch.zeros(2, 2, **INT32), "tail_k": tail, "tail_v": tail.clone(), "spec": SPEC}
+    try:
+        return bd.step(**sound | changes)
+    finally:
+        assert not any(isinstance(x, torch.Tensor) and x.any() for x in (sound["pages"], sound["packed_lens"]))
+        assert not sound["seqlens"].any()
+
+
 def quantize(**changes):
     return bd.quantize(**{"k": fp16(130, 2, HEAD_DIM), "v": fp16(130, 2, HEAD_DIM), "spec": SPEC} | changes)
 
@@ -66,6 +78,15 @@ CASES = [  # (function, argument, values)
     *((append, name, NO_TENSORS) for name in ("sink_k", "lengths", "status", "workspace")),
     (append, "spec", NO_SPECS),
     (append, "recent", (*NO_INTEGERS, -1)),
+    *((step, name, (None, *NO_TENSORS)) for name in ("q", "k_new", "v_new", "pages", "block_table", "seqlens")),
+    *((step, name, (None, *NO_TENSORS)) for name in ("packed_lens", "tail_k", "tail_v")),
+    *((step, name, NO_TENSORS) for name in ("sink_k", "sink_v", "sink_logits", "status", "out", "workspace")),
+    (step, "spec", NO_SPECS),
+    (step, "recent", (*NO_INTEGERS, -1)),
+    (step, "softmax_scale", (*NO_NUMBERS, 0.0)),
+    (step, "softcap", (*NO_NUMBERS, False, "", [], 1e-60)),
+    (step, "window", (*NO_INTEGERS[1:], 0, -1, math.inf)),
+    (step, "config", (True, "sm90a", {}, SPEC, bd.KernelConfig())),
     *((quantize, name, (None, *NO_TENSORS)) for name in ("k", "v")),
     (quantize, "spec", NO_SPECS),
     *((cache, name, (*NO_INTEGERS, 0, -1)) for name in ("batch_size", "max_tokens", "num_kv_heads")),
@@ -76,6 +97,7 @@ CASES = [  # (function, argument, values)
     (cache, "device", (None, True, 1.5, "meta", "gpu", "cuda:99", [])),
     (cache, "workspace", NO_TENSORS),
     *((for_problem, name, (*NO_INTEGERS, 0)) for name in ("head_dim", "num_q_heads", "num_kv_heads", "q_len")),
+    (for_problem, "kind", (None, True, 1, "steps", "append", "merge", [])),
     (for_problem, "quant", NO_SPECS),
     (bd.preset, "name", (None, 4, "kv5", "KV4", [], {}, torch.zeros(2))),
     (lambda head_dim: bd.preset("kv4", head_dim), "head_dim", (*NO_INTEGERS, 0, 32, 80, 128.0)),
@@ -112,7 +134,12 @@ def test_the_argument_is_named(function, argument, values):
 def test_other_head_dims(head_dim):
     assert head_dim not in HEAD_DIMS
     x = fp16(3, 2, head_dim)
-    for call in (lambda: decode(q=fp16(2, 1, 4, head_dim)), lambda: quantize(k=x, v=x)):
+    new = fp16(2, 1, 2, head_dim)
+    for call in (
+        lambda: decode(q=fp16(2, 1, 4, head_dim)),
+        lambda: quantize(k=x, v=x),
+        lambda: step(q=fp16(2, 1, 4, head_dim), k_new=new, v_new=new),
+    ):
         with pytest.raises(bd.InvalidArgument, match=f"head_dim={head_dim}: allowed are 64, 96, 128, 256"):
             call()
 
@@ -121,6 +148,7 @@ def test_tables_wider_than_a_sequence_can_be():
     table = torch.zeros(1, 1, **INT32).expand(2, 1 << 24)
     for call in (
         lambda: append(block_table=table),
+        lambda: step(block_table=table),
         lambda: quantize(pages=pages(), block_table=table[:1]),
         lambda: decode(block_table=table.contiguous()),
     ):

@@ -33,12 +33,14 @@ def filled(name, device, tokens=(300, 5, 129)):
     return cache
 
 
+OPTIONS = ("softmax_scale", "window", "softcap")
+
+
 def decode_arguments(cache, q, return_lse=False, **options):
-    names = ("softmax_scale", "window", "softcap")
     return (
         q, cache.pages, cache.block_table, cache.seqlens, cache.packed_lens, cache.tail_k, cache.tail_v, cache.sink_k,
         cache.sink_v, options.get("sink_logits"), cache.workspace, cache.quant.to_json(),
-        *map(options.get, names), return_lse, None,
+        *map(options.get, OPTIONS), return_lse, None,
     )  # fmt: skip
 
 
@@ -66,6 +68,19 @@ class TestOpcheck:
         )  # fmt: skip
         check(torch_ops.append, arguments)
 
+    @pytest.mark.parametrize(
+        ("name", "options"), [("kv4", {}), ("kc2", {"softmax_scale": 0.5, "window": 40, "softcap": 3.0})]
+    )
+    def test_step(self, device, name, options):
+        cache = filled(name, device)
+        q, k, v = (random(BATCH, 2, heads, DIM, seed=heads, device=device) for heads in (6, HEADS, HEADS))
+        arguments = (
+            q, k, v, cache.pages, cache.block_table, cache.seqlens, cache.packed_lens, cache.tail_k, cache.tail_v,
+            cache.sink_k, cache.sink_v, torch.zeros(6, device=device) if options else None, cache.status,
+            cache.workspace, cache.quant.to_json(), cache.recent, *map(options.get, OPTIONS), bool(options), None,
+        )  # fmt: skip
+        check(torch_ops.step, arguments)
+
     def test_quantize_and_dequantize(self, device):
         spec = bd.preset("kv2", DIM)[0]
         k, v = (random(300, HEADS, DIM, seed=i, device=device) for i in (1, 2))
@@ -84,16 +99,21 @@ class TestOpcheck:
             assert x.equal(y)
 
 
+def append_and_decode(cache, k, v, q):
+    cache.append(k, v, reserved=True)
+    return cache.decode(q, return_lse=True)
+
+
+def whole_step(cache, k, v, q):
+    return cache.step(q, k, v, reserved=True, return_lse=True, out=torch.empty_like(q))
+
+
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("step", [append_and_decode, whole_step])
 @pytest.mark.parametrize("name", ["kv4", "kv2"])
-def test_compiled_steps_equal_plain_ones(device, name):
+def test_compiled_steps_equal_plain_ones(device, step, name):
     """append and decode, over the border of a block, in one graph that is compiled once."""
     plain, compiled = filled(name, device), filled(name, device)
-
-    def step(cache, k, v, q):
-        cache.append(k, v, reserved=True)
-        return cache.decode(q, return_lse=True)
-
     graphs = []
 
     def count(graph, example_inputs):
@@ -134,8 +154,10 @@ def test_quantize_and_dequantize_compiled(device, as_json):
             assert x.equal(y)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_reduce_overhead(device):
+@pytest.mark.parametrize(
+    ("device", "whole"), [("cpu", False), *(pytest.param("cuda", x, marks=pytest.mark.gpu) for x in (False, True))]
+)
+def test_reduce_overhead(device, whole):
     """The mode that makes CUDA graphs, with inductor: the cache is mutated in place, not copied."""
     plain, compiled = filled("kv4", device), filled("kv4", device)
     for x in (*compiled._buffers(), compiled.workspace):
@@ -145,7 +167,10 @@ def test_reduce_overhead(device):
 
     def step(cache, x):
         q = (x @ weight).view(BATCH, 1, 6, DIM)
-        cache.append(q[:, :, :HEADS], q[:, :, HEADS : 2 * HEADS], reserved=True)
+        new = q[:, :, :HEADS], q[:, :, HEADS : 2 * HEADS]
+        if whole:
+            return cache.step(q, *new).sum(2)
+        cache.append(*new, reserved=True)
         return cache.decode(q).sum(2)
 
     compiled_step = torch.compile(step, fullgraph=True, mode="reduce-overhead")
@@ -156,25 +181,40 @@ def test_reduce_overhead(device):
     assert compiled.seqlens.tolist() == [304, 9, 133]
 
 
-def test_extents_that_torch_compile_has_made_variables():
+@pytest.mark.parametrize("step", [append_and_decode, whole_step])
+def test_extents_that_torch_compile_has_made_variables(step):
     """The batch size, as an earlier call of the compiled function had another one."""
     plain, compiled = filled("kv4", "cpu"), filled("kv4", "cpu")
 
-    def step(cache, k, v, q):
-        if cache is None:
-            return q
-        cache.append(k, v, reserved=True)
-        return cache.decode(q)
+    def first_without(cache, k, v, q):
+        return q if cache is None else step(cache, k, v, q)[0]
 
     k, v = (random(BATCH, 1, HEADS, DIM, seed=i) for i in (1, 2))
     q = random(BATCH, 1, 6, DIM, seed=3)
-    compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled_step = torch.compile(first_without, fullgraph=True, backend="aot_eager")
     compiled_step(None, *(torch.cat((x, x)) for x in (k, v, q)))
-    assert compiled_step(compiled, k, v, q).equal(step(plain, k, v, q))
+    assert compiled_step(compiled, k, v, q).equal(first_without(plain, k, v, q))
+
+
+def test_a_compiled_step_without_a_kernel_for_so_many_columns():
+    """It is append and decode, in one graph, too."""
+    plain, compiled = filled("kv4", "cpu"), filled("kv4", "cpu")
+    k, v = (random(BATCH, 5, HEADS, DIM, seed=i) for i in (1, 2))
+    q = random(BATCH, 5, 6, DIM, seed=3)
+    assert not plain.can_step(q)
+    step = torch.compile(whole_step, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        for x, y in zip(step(compiled, k, v, q), append_and_decode(plain, k, v, q), strict=True):
+            assert x.equal(y)
+    assert compiled.seqlens.equal(plain.seqlens)
 
 
 def test_bad_arguments_are_typed_errors():
     cache = filled("kv4", "cpu")
     step = torch.compile(lambda q: cache.decode(q), fullgraph=True, backend="eager")
+    with pytest.raises(InvalidArgument, match="num_q_heads"):
+        step(random(BATCH, 1, 5, DIM))
+    new = random(BATCH, 1, HEADS, DIM)
+    step = torch.compile(lambda q: cache.step(q, new, new), fullgraph=True, backend="eager")
     with pytest.raises(InvalidArgument, match="num_q_heads"):
         step(random(BATCH, 1, 5, DIM))

@@ -96,7 +96,7 @@ class KVCache:
         if device.type == "cuda":
             from . import cuda
 
-            self._step_columns = cuda.step_columns(device.index, head_dim, quant)
+            self._step_columns = cuda.step_columns(device.index, head_dim, quant, batch_size * num_kv_heads)
         max_pages = self.policy.packed_len(max_tokens, 0) // BLOCK_TOKENS
         self.num_pages = batch_size * max_pages if num_pages is None else num_pages
 
@@ -164,33 +164,34 @@ class KVCache:
         """Append k, v [batch_size, q_len, num_kv_heads, head_dim] and attend to all tokens; reserved: as for append.
 
         If there is one kernel for that (:meth:`can_step`), it packs a block that gets full after the attention, see
-        :func:`bitdecoding.step`; else it is :meth:`append`, then :meth:`decode`, and raises what they do.
+        :func:`bitdecoding.step`; an error leaves the cache as it was. Else it is :meth:`append`, then :meth:`decode`,
+        and raises what they do.
         """
         new_tokens = self._check_new(k, v)
-        ops.check_tensor("q", q, (self.dtype,), batch_size=self.batch_size, q_len=new_tokens, num_q_heads=None,
-                         head_dim=self.head_dim)  # fmt: skip
+        self._check_q(q, new_tokens)
         if not self.can_step(q):
             self.append(k, v, reserved=reserved)
             return self.decode(q, **options)
-        lens, packed, status = self._lens, self._packed, self.status
-        reserved = reserved or self._recording()
-        if not reserved:
-            self.sync()
-            lens, packed = self._provide([new_tokens] * self.batch_size)
-            status = None
-        result = ops.step(
-            q, k, v, self.pages, self.block_table, self.seqlens, self.packed_lens, self.tail_k, self.tail_v,
-            self._spec(), sink_k=self.sink_k, sink_v=self.sink_v, recent=self.recent, status=status,
-            workspace=self._workspace_to_trace(), **options,
-        )  # fmt: skip
-        if reserved:
+        if reserved or self._recording():
+            result = self._step(q, k, v, self.status, options)
             self._leave_to_device()
-        else:
-            self._lens, self._packed = lens, packed
+            return result
+
+        self.sync()
+        held = [len(pages) for pages in self._pages_of]
+        lens, packed = self._provide([new_tokens] * self.batch_size)
+        try:
+            result = self._step(q, k, v, None, options)
+        except BaseException:
+            self._keep_pages(held)
+            raise
+        self._lens, self._packed = lens, packed
         return result
 
     def can_step(self, q: Tensor) -> bool:
-        """Whether one kernel does the :meth:`step` of queries [batch_size, q_len, num_q_heads, head_dim]."""
+        """Whether one kernel does the :meth:`step` of queries [batch_size, q_len, num_q_heads, head_dim]: there is one
+        for so many query heads of a KV head, and on a GPU no more KV heads of sequences than it has SMs.
+        """
         _, q_len, num_q_heads, _ = q.shape
         return q_len * num_q_heads <= self._step_columns * self.num_kv_heads
 
@@ -261,14 +262,7 @@ class KVCache:
                     f"or the borders of blocks, the next ones are {below} and {below + BLOCK_TOKENS}"
                 )
             packed.append(min(have_packed, remaining))
-        shorter = []
-        for b, (pages, n) in enumerate(zip(self._pages_of, packed, strict=True)):
-            blocks = n // BLOCK_TOKENS
-            if blocks < len(pages):
-                self._release(pages[blocks:])
-                del pages[blocks:]
-                shorter.append(b)
-        self._write_table(shorter)
+        self._keep_pages([n // BLOCK_TOKENS for n in packed])
         self._write_lengths(lens, packed)
 
     def fork(self, sources: Sequence[int] | Tensor) -> None:
@@ -346,6 +340,19 @@ class KVCache:
                 raise InvalidArgument(f"{name} is on {x.device}: allowed is {self.pages.device}")
         return k.shape[1]
 
+    def _check_q(self, q: Tensor, q_len: int) -> None:
+        ops.check_tensor(
+            "q", q, (self.dtype,), batch_size=self.batch_size, q_len=q_len, num_q_heads=None, head_dim=self.head_dim
+        )
+        if q.device != self.pages.device:
+            raise InvalidArgument(f"q is on {q.device}: allowed is {self.pages.device}")
+        if torch.compiler.is_compiling():
+            return  # what it compiles says the rest
+        if not q.shape[2] or q.shape[2] % self.num_kv_heads:
+            raise InvalidArgument(
+                f"q: shape {list(q.shape)}: num_q_heads must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+
     def _leave_to_device(self) -> None:
         """The device decides what is appended and packed, now or whenever this is replayed."""
         self._stale = True
@@ -357,6 +364,15 @@ class KVCache:
             k, v, self.pages, self.block_table, self.seqlens, self.packed_lens, self.tail_k, self.tail_v, self._spec(),
             sink_k=self.sink_k, sink_v=self.sink_v, lengths=lengths, recent=self.recent, status=status,
             workspace=self._workspace_to_trace(),
+        )  # fmt: skip
+
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, status: Tensor | None, options: dict[str, Any]
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return ops.step(
+            q, k, v, self.pages, self.block_table, self.seqlens, self.packed_lens, self.tail_k, self.tail_v,
+            self._spec(), sink_k=self.sink_k, sink_v=self.sink_v, recent=self.recent, status=status,
+            workspace=self._workspace_to_trace(), **options,
         )  # fmt: skip
 
     def _spec(self) -> QuantSpec | str:
@@ -403,6 +419,16 @@ class KVCache:
                 pages.append(page)
         self._write_table([b for b, count in enumerate(needed) if count])
         return lens, packed
+
+    def _keep_pages(self, counts: list[int]) -> None:
+        """Leave so many pages to each sequence."""
+        shorter = []
+        for b, (pages, count) in enumerate(zip(self._pages_of, counts, strict=True)):
+            if count < len(pages):
+                self._release(pages[count:])
+                del pages[count:]
+                shorter.append(b)
+        self._write_table(shorter)
 
     def _release(self, pages: list[int]) -> None:
         """Pages that a sequence lets go of; those that no other holds are free again."""

@@ -215,8 +215,9 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 def _alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """k and v with the same strides, as the kernel wants them; copies where they differ."""
-    if not isinstance(v, Tensor):
-        raise InvalidArgument(f"v_new is a {type(v).__name__}: allowed is a torch.Tensor")
+    for name, x in (("k_new", k), ("v_new", v)):
+        if not isinstance(x, Tensor):
+            raise InvalidArgument(f"{name} is a {type(x).__name__}: allowed is a torch.Tensor")
     return (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
 
 
@@ -288,6 +289,8 @@ def _plan(key: tuple, q: Tensor, pages: Tensor, spec: QuantSpec, config: KernelC
     elif config is None:
         config = choose(device, head_dim, spec, num_q_heads, pages.shape[1], q_len)
         handle = _default_handle(config)
+    elif config.kind != kind:
+        raise InvalidArgument(f"config.kind={config.kind}: allowed is {kind}")
     elif config.quant.for_kernel() != spec.for_kernel():
         raise InvalidArgument(f"config.quant={config.quant.name()}: differs from spec={spec.name()}")
     else:
@@ -348,18 +351,26 @@ def kernel_handle(config: KernelConfig) -> int:
         return handle if handle >= 0 else _compile(config, name)
 
 
-def step_columns(device: int, head_dim: int, spec: QuantSpec) -> int:
-    """The most query columns of a KV head for which a kernel does a whole step, or can be compiled; 0: none."""
-    arch = device_arch(device)
-    for columns in (MMA_COLUMNS, FEW_COLUMNS):
-        with contextlib.suppress(UnsupportedConfig):
+def step_columns(device: int, head_dim: int, spec: QuantSpec, batch_heads: int) -> int:
+    """The most query columns of a KV head for which a kernel does a whole step, or can be compiled; 0: none.
+
+    batch_heads: batch_size * num_kv_heads. Where an SM has several, append spreads the blocks that get full better.
+    """
+    if batch_heads > _device_info(device)["num_sms"]:
+        return 0
+    arch, most = device_arch(device), 0
+    load_built_pack(arch)
+    for columns in (FEW_COLUMNS, MMA_COLUMNS):
+        try:
             config = KernelConfig.for_problem(
                 head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch, kind="step"
             )
-            load_built_pack(arch)
-            if _find_kernel(config.name()) >= 0 or dsl_version() is not None:
-                return columns
-    return 0
+        except UnsupportedConfig:
+            break
+        if _find_kernel(config.name()) < 0 and dsl_version() is None:
+            break
+        most = columns
+    return most
 
 
 def _default_handle(config: KernelConfig) -> int:

@@ -295,62 +295,31 @@ def append(
         )  # fmt: skip
 
     check_tensor("k_new", k_new, REAL_DTYPES, batch=None, new_tokens=None, num_kv_heads=None, head_dim=None)
-    batch, new_tokens, num_kv_heads, head_dim = k_new.shape
-    dtype = k_new.dtype
-    check_tensor(
-        "v_new", v_new, (dtype,), batch=batch, new_tokens=new_tokens, num_kv_heads=num_kv_heads, head_dim=head_dim
-    )
-    bytes_per_block = block_bytes(head_dim, spec)
-    check_tensor("pages", pages, (torch.uint8,), num_pages=None, num_kv_heads=num_kv_heads, block_bytes=bytes_per_block)
-    check_tensor("block_table", block_table, (torch.int32,), batch=batch, max_pages=None)
-    check_int("max_pages", block_table.shape[1], 0, MAX_PAGES)
-    check_tensor("seqlens", seqlens, (torch.int32,), batch=batch)
-    check_tensor("packed_lens", packed_lens, (torch.int32,), batch=batch)
-    check_tensor(
-        "tail_k", tail_k, (dtype,), batch=batch, tail_capacity=None, num_kv_heads=num_kv_heads, head_dim=head_dim
-    )
-    tail_capacity = _check_pair("tail", tail_k, tail_v, dtype, batch, "tail_capacity", num_kv_heads, head_dim)
-    num_sink = _check_pair("sink", sink_k, sink_v, dtype, batch, "num_sink", num_kv_heads, head_dim)
+    batch, new_tokens, _, _ = k_new.shape
     if lengths is not None:
         check_tensor("lengths", lengths, (torch.int32,), batch=batch)
-    if status is not None:
-        check_tensor("status", status, (torch.int32,), one=1)
-    check_type("workspace", workspace, Tensor, None)
-    _check_device(
-        k_new=k_new, v_new=v_new, pages=pages, block_table=block_table, seqlens=seqlens, packed_lens=packed_lens,
-        tail_k=tail_k, tail_v=tail_v, sink_k=sink_k, sink_v=sink_v, lengths=lengths,
-        status=status,
+        _check_device(k_new=k_new, lengths=lengths)
+    policy = _check_append(
+        k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v, spec, sink_k=sink_k, sink_v=sink_v,
+        recent=recent, status=status, workspace=workspace,
     )  # fmt: skip
-    policy = CachePolicy(recent, num_sink)
-    check_int("tail_capacity", tail_capacity, policy.tail_capacity)
+    check_int("tail_capacity", tail_k.shape[1], policy.tail_capacity)
 
     counts = [new_tokens] * batch if lengths is None else lengths.tolist()
     for b, count in enumerate(counts):
         if not 0 <= count <= new_tokens:
             raise InvalidArgument(f"lengths[{b}]={count}: allowed are 0 to new_tokens={new_tokens}")
-    lens, packed = seqlens.tolist(), packed_lens.tolist()
-    _check_lengths(lens, packed, num_sink, tail_capacity)
-    for b, packed_len in enumerate(packed):
-        if packed_len % BLOCK_TOKENS:
-            raise InvalidArgument(f"packed_lens[{b}]={packed_len}: allowed are multiples of {BLOCK_TOKENS}")
-    packed_after = [policy.packed_len(n + new, p) for n, new, p in zip(lens, counts, packed, strict=True)]
-    due: list[int] = []
-    without_page = 0
-    for b, (before, after) in enumerate(zip(packed, packed_after, strict=True)):
-        try:
-            due += _check_table(block_table, b, range(before // BLOCK_TOKENS, after // BLOCK_TOKENS), pages.shape[0])
-        except (InvalidArgument, OutOfPages):
-            if status is None:
-                raise
-            counts[b], packed_after[b], without_page = 0, before, 1 + b
-    _check_once(due)
+    lens, packed = _checked_lengths(seqlens, packed_lens, policy, tail_k.shape[1])
+    after = [policy.packed_len(n + count, p) for n, count, p in zip(lens, counts, packed, strict=True)]
+    without_page = _without_page(block_table, packed, after, pages.shape[0], status)
+    for b in without_page:
+        counts[b], after[b] = 0, packed[b]
 
     cpu.append(
         k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v, spec, sink_k=sink_k, sink_v=sink_v,
-        lengths=counts, packed_after=packed_after,
+        lengths=counts, packed_after=after,
     )  # fmt: skip
-    if status is not None:
-        status.clamp_(min=without_page)
+    _report(status, without_page)
 
 
 @torch.no_grad()
@@ -413,29 +382,38 @@ def step(
 
     check_tensor("q", q, REAL_DTYPES, batch=None, q_len=None, num_q_heads=None, head_dim=None)
     batch, q_len, _, head_dim = q.shape
+    check_int("q_len", q_len, 1)
+    check_type("config", config, KernelConfig, None)
+    if config is not None and config.kind != "step":
+        raise InvalidArgument(f"config.kind={config.kind}: allowed is step")
     check_tensor("k_new", k_new, (q.dtype,), batch=batch, q_len=q_len, num_kv_heads=None, head_dim=head_dim)
-    check_int("recent", recent)
-    check_tensor("seqlens", seqlens, (torch.int32,), batch=batch)
-    check_tensor("packed_lens", packed_lens, (torch.int32,), batch=batch)
+    _check_device(q=q, k_new=k_new)
+    policy = _check_append(
+        k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v, spec, sink_k=sink_k, sink_v=sink_v,
+        recent=recent, status=status, workspace=workspace,
+    )  # fmt: skip
+    check_int("tail_capacity", tail_k.shape[1], policy.tail_capacity + q_len)
+    lens, packed = _checked_lengths(seqlens, packed_lens, policy, tail_k.shape[1] - q_len)
+    after = [policy.packed_len(n + q_len, p) for n, p in zip(lens, packed, strict=True)]
+    without_page = _without_page(block_table, packed, after, pages.shape[0], status)
+
     cache = (pages, block_table, seqlens, packed_lens, tail_k, tail_v, spec)
-    kept = {"sink_k": sink_k, "sink_v": sink_v, "workspace": workspace}
+    sinks = {"sink_k": sink_k, "sink_v": sink_v}
     before = seqlens.clone()
-    # with so many recent tokens nothing gets packed, and the tail's capacity is checked
-    append(k_new, v_new, *cache, recent=recent + q_len, **kept)
+    cpu.append(k_new, v_new, *cache, **sinks, lengths=[q_len] * batch, packed_after=packed)
     try:
         result = decode(
-            q, pages, block_table, seqlens, spec, packed_lens=packed_lens, tail_k=tail_k, tail_v=tail_v, **kept,
+            q, pages, block_table, seqlens, spec, packed_lens=packed_lens, tail_k=tail_k, tail_v=tail_v, **sinks,
             softmax_scale=softmax_scale, window=window, softcap=softcap, sink_logits=sink_logits, out=out,
             return_lse=return_lse, config=config,
         )  # fmt: skip
-        policy = CachePolicy(recent, 0 if sink_k is None else sink_k.shape[1])
-        due = [policy.packed_len(n, p) for n, p in zip(seqlens.tolist(), packed_lens.tolist(), strict=True)]
-        append(k_new[:, :0], v_new[:, :0], *cache, recent=recent, status=status, **kept)
     except BaseException:
         seqlens.copy_(before)  # what was written lies beyond
         raise
-    unpacked = packed_lens != torch.tensor(due, dtype=torch.int32)  # without a page
-    seqlens.copy_(torch.where(unpacked, before, seqlens))
+    for b in without_page:
+        seqlens[b], after[b] = before[b], packed[b]
+    cpu.append(k_new[:, :0], v_new[:, :0], *cache, **sinks, lengths=[0] * batch, packed_after=after)
+    _report(status, without_page)
     return result
 
 
@@ -475,7 +453,7 @@ def merge(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor]) -> t
 
 
 def workspace(device: torch.device | str, head_dim: int) -> Tensor | None:
-    """A workspace for every call of :func:`decode` and :func:`append` at this head_dim; None on the CPU.
+    """A workspace for every call of :func:`decode`, :func:`append` and :func:`step` at this head_dim; None on the CPU.
 
     For torch.compile: calls that share it must not overlap, and it must outlive the functions compiled with it.
     """
@@ -556,6 +534,50 @@ def _check_device(**tensors: Tensor | None) -> None:
             raise InvalidArgument(f"{name} is on {y.device}: allowed is {x.device}, where {first} is")
 
 
+def _check_append(
+    k_new: Tensor, v_new: Tensor, pages: Tensor, block_table: Tensor, seqlens: Tensor, packed_lens: Tensor,
+    tail_k: Tensor, tail_v: Tensor, spec: QuantSpec, *, sink_k: Tensor | None, sink_v: Tensor | None, recent: int,
+    status: Tensor | None, workspace: Tensor | None,
+) -> CachePolicy:  # fmt: skip
+    """Check the cache that k_new [batch, .., num_kv_heads, head_dim] are appended to, but for values -> its policy."""
+    batch, new_tokens, num_kv_heads, head_dim = k_new.shape
+    dtype = k_new.dtype
+    check_tensor(
+        "v_new", v_new, (dtype,), batch=batch, new_tokens=new_tokens, num_kv_heads=num_kv_heads, head_dim=head_dim
+    )
+    bytes_per_block = block_bytes(head_dim, spec)
+    check_tensor("pages", pages, (torch.uint8,), num_pages=None, num_kv_heads=num_kv_heads, block_bytes=bytes_per_block)
+    check_tensor("block_table", block_table, (torch.int32,), batch=batch, max_pages=None)
+    check_int("max_pages", block_table.shape[1], 0, MAX_PAGES)
+    check_tensor("seqlens", seqlens, (torch.int32,), batch=batch)
+    check_tensor("packed_lens", packed_lens, (torch.int32,), batch=batch)
+    check_tensor(
+        "tail_k", tail_k, (dtype,), batch=batch, tail_capacity=None, num_kv_heads=num_kv_heads, head_dim=head_dim
+    )
+    _check_pair("tail", tail_k, tail_v, dtype, batch, "tail_capacity", num_kv_heads, head_dim)
+    num_sink = _check_pair("sink", sink_k, sink_v, dtype, batch, "num_sink", num_kv_heads, head_dim)
+    if status is not None:
+        check_tensor("status", status, (torch.int32,), one=1)
+    check_type("workspace", workspace, Tensor, None)
+    _check_device(
+        k_new=k_new, v_new=v_new, pages=pages, block_table=block_table, seqlens=seqlens, packed_lens=packed_lens,
+        tail_k=tail_k, tail_v=tail_v, sink_k=sink_k, sink_v=sink_v, status=status,
+    )  # fmt: skip
+    return CachePolicy(recent, num_sink)
+
+
+def _checked_lengths(
+    seqlens: Tensor, packed_lens: Tensor, policy: CachePolicy, most_in_tail: int
+) -> tuple[list[int], list[int]]:
+    """The lengths of a cache that is appended to, if its tails hold no more than they may."""
+    lens, packed = seqlens.tolist(), packed_lens.tolist()
+    _check_lengths(lens, packed, policy.sink_tokens, most_in_tail)
+    for b, packed_len in enumerate(packed):
+        if packed_len % BLOCK_TOKENS:
+            raise InvalidArgument(f"packed_lens[{b}]={packed_len}: allowed are multiples of {BLOCK_TOKENS}")
+    return lens, packed
+
+
 def _check_lengths(seqlens: list[int], packed_lens: list[int], num_sink: int, tail_capacity: int) -> None:
     for b, (seqlen, packed_len) in enumerate(zip(seqlens, packed_lens, strict=True)):
         if seqlen < 0:
@@ -579,6 +601,28 @@ def _check_table(block_table: Tensor, b: int, columns: range, num_pages: int) ->
         if not 0 <= page < num_pages:
             raise InvalidArgument(f"block_table[{b}, {column}]={page}: allowed are 0 to {num_pages - 1} (num_pages)")
     return entries
+
+
+def _without_page(
+    block_table: Tensor, packed: list[int], after: list[int], num_pages: int, status: Tensor | None
+) -> list[int]:
+    """The sequences that have no page for a block that gets full, if there is a status to say so; else raises."""
+    due: list[int] = []
+    without_page = []
+    for b, (first, last) in enumerate(zip(packed, after, strict=True)):
+        try:
+            due += _check_table(block_table, b, range(first // BLOCK_TOKENS, last // BLOCK_TOKENS), num_pages)
+        except (InvalidArgument, OutOfPages):
+            if status is None:
+                raise
+            without_page.append(b)
+    _check_once(due)
+    return without_page
+
+
+def _report(status: Tensor | None, without_page: list[int]) -> None:
+    if status is not None and without_page:
+        status.clamp_(min=1 + without_page[-1])
 
 
 def _check_once(due: list[int]) -> None:

@@ -63,15 +63,19 @@ def decode(
         sink_logits=sink_logits, return_lse=return_lse, workspace=workspace,
         config=None if config is None else config_from_json(config),
     )  # fmt: skip
-    if isinstance(result, tuple):
-        return result
-    return result, q.new_empty(0, dtype=torch.float32)
+    return _out_and_lse(result)
 
 
-@decode.register_fake
-def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _out_and_lse(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return result if isinstance(result, tuple) else (result, result.new_empty(0, dtype=torch.float32))
+
+
+def _fake_out_and_lse(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return_lse = args[-2]
     return torch.empty_like(q), q.new_empty(q.shape[:3] if return_lse else 0, dtype=torch.float32)
+
+
+decode.register_fake(_fake_out_and_lse)
 
 
 @torch.library.custom_op(
@@ -107,6 +111,48 @@ def append(
 @append.register_fake
 def _(*args: Any) -> None:
     return None
+
+
+@torch.library.custom_op(
+    "bitdecoding::step",
+    mutates_args=(*("pages", "seqlens", "packed_lens", "tail_k", "tail_v", "sink_k", "sink_v", "status", "workspace"),),
+)
+def step(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seqlens: Tensor,
+    packed_lens: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    sink_k: torch.Tensor | None,
+    sink_v: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
+    status: torch.Tensor | None,
+    workspace: torch.Tensor | None,
+    spec: str,
+    recent: int,
+    softmax_scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    return_lse: bool,
+    config: str | None,
+) -> tuple[Tensor, Tensor]:
+    """bitdecoding.step -> out, lse as decode."""
+    from . import ops
+
+    result = ops.step(
+        q, k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v, spec_from_json(spec), sink_k=sink_k,
+        sink_v=sink_v, recent=recent, status=status, softmax_scale=softmax_scale, window=window, softcap=softcap,
+        sink_logits=sink_logits, return_lse=return_lse, workspace=workspace,
+        config=None if config is None else config_from_json(config),
+    )  # fmt: skip
+    return _out_and_lse(result)
+
+
+step.register_fake(_fake_out_and_lse)
 
 
 @torch.library.custom_op("bitdecoding::quantize", mutates_args=("pages",))
