@@ -448,8 +448,8 @@ static void step_launches(const bitdecoding_step_plan* plan) {
   decode.num_kv_heads = append.num_kv_heads = 8;
   decode.tail_capacity = append.tail_capacity = 129;
   append.k_new = append.v_new = decode.q = decode.out = any;
-  decode.seqlens = append.seqlens = decode.packed_lens = append.packed_lens = ints;
-  decode.tail_k = append.tail_k = decode.tail_v = append.tail_v = any;
+  decode.seqlens = decode.packed_lens = append.seqlens = append.packed_lens = ints;
+  decode.tail_k = decode.tail_v = append.tail_k = append.tail_v = any;
   const int64_t bytes = plan->workspace_bytes;
   REJECTED(bitdecoding_step(plan, &decode, &append, NULL, bytes, NULL), "workspace: is null");
   REJECTED(bitdecoding_step(plan, &decode, &append, any + 8, bytes, NULL), "workspace: address must be");
