@@ -21,6 +21,7 @@ from .quantization import CachePolicy
 
 METADATA_KEY = "bitdecoding.KVCache"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+STEP_TOKENS = 8  # that a step attends to before it packs: room in a tail beside a full block
 NO_PAGE = -1  # an entry of the block table that names no page
 SIZES = ("batch_size", "max_tokens", "num_kv_heads", "head_dim", "recent", "sink_tokens", "num_pages")
 
@@ -92,7 +93,7 @@ class KVCache:
         self.device = device
         self.workspace = workspace
 
-        self._step_columns = MMA_COLUMNS
+        self._step_columns = MMA_COLUMNS  # queries of a KV head
         if device.type == "cuda":
             from . import cuda
 
@@ -112,7 +113,7 @@ class KVCache:
         self.seqlens = int32(batch_size)
         self.status = int32(1)  # see bitdecoding.append
         # a step's tokens come to the tail before a full block leaves it
-        self.tail_k, self.tail_v = (tokens(self.policy.tail_capacity + MMA_COLUMNS) for _ in range(2))
+        self.tail_k, self.tail_v = (tokens(self.policy.tail_capacity + STEP_TOKENS) for _ in range(2))
         self.sink_k, self.sink_v = (tokens(sink_tokens) if sink_tokens else None for _ in range(2))
 
         # the host's books
@@ -163,34 +164,38 @@ class KVCache:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Append k, v [batch_size, q_len, num_kv_heads, head_dim] and attend to all tokens; reserved: as for append.
 
-        If there is one kernel for that (:meth:`can_step`), it packs a block that gets full after the attention, see
-        :func:`bitdecoding.step`; an error leaves the cache as it was. Else it is :meth:`append`, then :meth:`decode`,
-        and raises what they do.
+        Up to STEP_TOKENS are attended to in 16 bit before a block that gets full is packed, see
+        :func:`bitdecoding.step`: by one kernel that does it all where there is one (:meth:`can_step`), else the next
+        step packs it. More tokens are appended, then attended to. An error leaves the cache as it was.
         """
         new_tokens = self._check_new(k, v)
         self._check_q(q, new_tokens)
-        if not self.can_step(q):
+        if new_tokens > STEP_TOKENS:
             self.append(k, v, reserved=reserved)
             return self.decode(q, **options)
+        late = not self.can_step(q)
         if reserved or self._recording():
-            result = self._step(q, k, v, self.status, options)
+            result = self._step(q, k, v, self.status, late, options)
             self._leave_to_device()
             return result
 
         self.sync()
         held = [len(pages) for pages in self._pages_of]
-        lens, packed = self._provide([new_tokens] * self.batch_size)
+        lens, packed = self._provide([new_tokens] * self.batch_size, new_tokens if late else 0)
         try:
-            result = self._step(q, k, v, None, options)
+            result = self._step(q, k, v, None, late, options)
         except BaseException:
-            self._keep_pages(held)
+            if late:  # what it may have packed were tokens of before
+                self._write_lengths(self._lens, packed)
+            else:
+                self._keep_pages(held)
             raise
         self._lens, self._packed = lens, packed
         return result
 
     def can_step(self, q: Tensor) -> bool:
         """Whether one kernel does the :meth:`step` of queries [batch_size, q_len, num_q_heads, head_dim]: there is one
-        for so many query heads of a KV head, and on a GPU no more KV heads of sequences than it has SMs.
+        for so many queries of a KV head, and on a GPU are at most two KV heads of sequences for an SM.
         """
         _, q_len, num_q_heads, _ = q.shape
         return q_len * num_q_heads <= self._step_columns * self.num_kv_heads
@@ -359,16 +364,21 @@ class KVCache:
         if self._recording():
             self._captured = True
 
-    def _append(self, k: Tensor, v: Tensor, lengths: Tensor | None, status: Tensor | None) -> None:
+    def _append(
+        self, k: Tensor, v: Tensor, lengths: Tensor | None, status: Tensor | None, recent: int | None = None
+    ) -> None:
         ops.append(
             k, v, self.pages, self.block_table, self.seqlens, self.packed_lens, self.tail_k, self.tail_v, self._spec(),
-            sink_k=self.sink_k, sink_v=self.sink_v, lengths=lengths, recent=self.recent, status=status,
-            workspace=self._workspace_to_trace(),
+            sink_k=self.sink_k, sink_v=self.sink_v, lengths=lengths,
+            recent=self.recent if recent is None else recent, status=status, workspace=self._workspace_to_trace(),
         )  # fmt: skip
 
     def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, status: Tensor | None, options: dict[str, Any]
+        self, q: Tensor, k: Tensor, v: Tensor, status: Tensor | None, late: bool, options: dict[str, Any]
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if late:  # so that only what was due before gets packed
+            self._append(k, v, None, status, self.recent + k.shape[1])
+            return self.decode(q, **options)
         return ops.step(
             q, k, v, self.pages, self.block_table, self.seqlens, self.packed_lens, self.tail_k, self.tail_v,
             self._spec(), sink_k=self.sink_k, sink_v=self.sink_v, recent=self.recent, status=status,
@@ -401,13 +411,16 @@ class KVCache:
             self._without_page = read[-1]
             self.status.zero_()
 
-    def _provide(self, new: list[int]) -> tuple[list[int], list[int]]:
-        """Make every row of the table long enough for new tokens -> tokens and packed tokens once they are there."""
+    def _provide(self, new: list[int], more_recent: int = 0) -> tuple[list[int], list[int]]:
+        """Make every row of the table long enough for new tokens -> tokens and packed tokens once they are there, if so
+        many more than ``recent`` stay in 16 bit.
+        """
         lens = [have + count for have, count in zip(self._lens, new, strict=True)]
         for b, n in enumerate(lens):
             if n > self.max_tokens:
                 raise OutOfPages(f"sequence {b} would hold {n} tokens: allowed are max_tokens={self.max_tokens}")
-        packed = [self.policy.packed_len(n, before) for n, before in zip(lens, self._packed, strict=True)]
+        policy = CachePolicy(self.recent + more_recent, self.sink_tokens)
+        packed = [policy.packed_len(n, before) for n, before in zip(lens, self._packed, strict=True)]
         needed = [max(0, n // BLOCK_TOKENS - len(pages)) for n, pages in zip(packed, self._pages_of, strict=True)]
         if sum(needed) > len(self._free):
             raise OutOfPages(
@@ -558,11 +571,12 @@ class KVCache:
         tails = [n - sink - p for n, sink, p in zip(lens, sinks, packed, strict=True)]
         # on the device a sequence may go on beyond max_tokens while no block gets full
         most_packed = policy.packed_len(config["max_tokens"], 0)
-        most = sink_tokens + most_packed + policy.tail_capacity
+        tail_capacity = policy.tail_capacity + STEP_TOKENS
+        most = sink_tokens + most_packed + tail_capacity
         for b, (n, p, tail) in enumerate(zip(lens, packed, tails, strict=True)):
             if not 0 <= n <= most:
                 raise CacheFormatError(f"seqlens[{b}]={n}: allowed are 0 to {most}")
-            if not 0 <= p <= most_packed or p % BLOCK_TOKENS or not 0 <= tail <= policy.tail_capacity:
+            if not 0 <= p <= most_packed or p % BLOCK_TOKENS or not 0 <= tail <= tail_capacity:
                 raise CacheFormatError(f"packed_lens[{b}]={p}: not possible for a sequence of {n} tokens")
         heads, head_dim = config["num_kv_heads"], config["head_dim"]
         blocks = read("blocks", (sum(packed) // BLOCK_TOKENS,), torch.int32).tolist()

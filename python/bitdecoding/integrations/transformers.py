@@ -16,10 +16,10 @@ through it.
 
 New tokens attend before they, or older ones, are quantised: a chunk of a prompt sees the cache as it was and its own
 tokens in 16 bit, and only then is it appended and full blocks are packed. Packing first would make the result depend on
-how a prompt is cut into chunks, and let the token that completes a block see itself quantised. For one token or a few
-one kernel does it all (``KVCache.step``); where there is none, a single token can be appended first, since the newest
-``recent`` tokens, of which a layer keeps one at least, are not packed. The first chunk of an empty cache needs no cache
-and goes to torch's own attention.
+how a prompt is cut into chunks, and let the token that completes a block see itself quantised. ``KVCache.step`` does
+that for a few tokens. A single one beside left padding can be appended first, since the newest ``recent`` tokens, of
+which a layer keeps one at least, are not packed. The first chunk of an empty cache needs no cache and goes to torch's
+own attention.
 
 The cache is static: all memory is allocated, and all pages are assigned, when the first tokens arrive; then steps
 neither allocate nor wait for the device, and can be compiled with ``torch.compile(fullgraph=True,
@@ -44,7 +44,7 @@ from transformers.generation import GenerationMode
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from .. import ops
-from ..cache import KVCache
+from ..cache import STEP_TOKENS, KVCache
 from ..cute_kernels.checks import check_int, check_path, check_type, parse_json
 from ..cute_kernels.config import QuantSpec
 from ..cute_kernels.errors import CacheFormatError, InvalidArgument, OutOfPages, UnsupportedConfig
@@ -203,7 +203,7 @@ class BitDecodingLayer(CacheLayerMixin):
             out = _dense_attention(q, k, v, None, **options)
         # a step on the device does not ask the device for lengths
         alone = torch.compiler.is_compiling() or (new_tokens == 1 and kv.device.type == "cuda")
-        if not first and lengths is None and kv.can_step(q16):
+        if not first and lengths is None and new_tokens <= STEP_TOKENS:
             out = kv.step(q16, k16, v16, reserved=alone, **options).to(q.dtype)
         else:
             if not first and new_tokens > 1:
