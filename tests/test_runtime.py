@@ -439,14 +439,14 @@ def test_without_a_compiler_a_kernel_of_fewer_columns_serves(monkeypatch):
     ):  # fmt: skip
         monkeypatch.setattr(cuda, name, lambda *args, known=known: known)
     with pytest.raises(KernelNotFound, match="_q32_wgmma"):
-        cuda._plan(("none",), q, pages, spec, None)
+        cuda._plan(("none", "decode"), q, pages, spec, None)
     small = KernelConfig.for_problem(head_dim=128, quant=spec, num_q_heads=8, num_kv_heads=1, arch="sm90a")
     handle = native.function("add_kernel")(small.name(), "entry", b"cubin", 160, small.smem_bytes(), 128, 1)
     with pytest.warns(cuda.KernelWarning, match=f"_q32_wgmma.*{small.name()} is used.* per 8 query columns"):
-        assert cuda._plan(("small",), q, pages, spec, None).handle == handle
+        assert cuda._plan(("small", "decode"), q, pages, spec, None).handle == handle
     with pytest.raises(KernelNotFound, match="_q32_wgmma"):  # it was asked for
         wanted = cuda.choose(0, 128, spec, 64, 8, 4)
-        cuda._plan(("wanted",), q, pages, spec, wanted)
+        cuda._plan(("wanted", "decode"), q, pages, spec, wanted)
 
 
 # ---------------------------------------------------------------------------------------------- command line
