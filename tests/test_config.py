@@ -119,7 +119,7 @@ def test_spec_errors_name_the_argument(fields, message):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"kind": "encode"}, InvalidArgument, "kind=encode: allowed are decode, append, merge"),
+        ({"kind": "encode"}, InvalidArgument, "kind=encode: allowed are decode, append, step, merge"),
         ({"arch": "sm70"}, InvalidArgument, "arch=sm70: allowed are sm80, sm86, sm89, sm90a, sm100, sm120"),
         ({"head_dim": 80}, InvalidArgument, "head_dim=80: allowed are 64, 96, 128, 256"),
         ({"head_dim": 96}, InvalidArgument, "v_group=128: must divide head_dim=96"),
