@@ -95,8 +95,8 @@ def appending(
 
 
 def steps(name: str, shape: Shape, head_dim: int, dtype: torch.dtype, device: torch.device, fills: bool) -> list[Write]:
-    """decode alone, append with decode, and both in one kernel. fills: the mean over 128 of them, in which each sequence
-    fills a block, one after another.
+    """decode alone, append with decode, and both in one kernel; no block gets full. fills: the mean over 128 of them,
+    in which each sequence fills a block, one after another.
     """
     spec, policy = preset(name, head_dim)
     generator = torch.Generator(device).manual_seed(0)
@@ -116,9 +116,7 @@ def steps(name: str, shape: Shape, head_dim: int, dtype: torch.dtype, device: to
 
     turns = [b * BLOCK_TOKENS // batch if fills else 0 for b in range(batch)]
     lens = torch.tensor([tokens + turn for turn in turns], dtype=torch.int32, device=device)
-    packed = torch.tensor(
-        [cache.policy.packed_len(tokens + turn, 0) for turn in turns], dtype=torch.int32, device=device
-    )
+    packed = torch.tensor([cache.policy.packed_len(tokens + turn, 0) for turn in turns], dtype=torch.int32).to(device)
 
     def reset() -> None:
         cache.seqlens.copy_(lens)
@@ -137,13 +135,8 @@ def steps(name: str, shape: Shape, head_dim: int, dtype: torch.dtype, device: to
     reset()
     blocks = batch * cache.policy.packed_len(tokens, 0) // BLOCK_TOKENS
     nbytes = blocks * heads * ops.block_bytes(head_dim, spec)
+    calls, suffix = (BLOCK_TOKENS, ", mean of 128") if fills else (1, "")
     return [
-        Write(
-            operation + (", mean of 128" if fills else ""),
-            str(shape),
-            name,
-            Candidate(name, call, BLOCK_TOKENS if fills else 1, nbytes, reset),
-            None,
-        )  # fmt: skip
+        Write(operation + suffix, str(shape), name, Candidate(name, call, calls, nbytes, reset), None)
         for operation, call in (("decode", decode), ("append + decode", two), ("step", step))
     ]
