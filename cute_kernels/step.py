@@ -21,8 +21,8 @@ from .plan import CONSUMER_BARRIER, Plan
 from .schedule import BLOCK_SHIFT, Piece, Schedule, load_piece
 
 COUNTED = 2  # by a CTA: its producer, and its other warps
-# The parameters of decode, those of append that it lacks, and where is counted: i32, zero between launches. The order is
-# the launch ABI of the C++ core.
+# The parameters of decode, those of append that it lacks, and where is counted: i32, zero between launches. The order
+# is the launch ABI of the C++ core.
 _FIELDS = schedule.Params.__annotations__ | append.Params.__annotations__ | {"counter": cute.Pointer}
 Params = NamedTuple("Params", list(_FIELDS.items()))
 
@@ -129,8 +129,7 @@ class Step:
 
     @cute.jit
     def count(self, p: Params, lane: Int32):
-        """Count that a CTA's producer, or its other warps, need no lengths any more, by one warp; the last advances them.
-        """
+        """Count a CTA's producer, or its other warps, as needing no lengths any more; the last one advances them."""
         before = Int32(0)
         if lane == 0:
             before = ptx.atomic_add(p.counter.toint(), Int32(1))
