@@ -1,5 +1,5 @@
 // The cache of an inference engine in C++: allocates pages, appends a prompt, then generates tokens, each by one launch
-// of a CUDA graph that appends a key and a value and attends. Random numbers stand for the model.
+// of a CUDA graph that appends a key and a value and attends, by one kernel if it can. Random numbers are the model.
 //
 //   cmake -S tests/cpp -B build -Dbitdecoding_DIR=$(bitdecoding cmake-dir) && cmake --build build --target engine
 //   build/engine <a kernel pack for this GPU, such as bitdecoding-sm90a.bdpack>
@@ -17,7 +17,7 @@ namespace bd = bitdecoding;
 namespace {
 
 constexpr int kBatch = 4, kQueryHeads = 32, kHeads = 8, kHeadDim = 128, kPrompt = 3000, kSteps = 1000;
-constexpr int kRecent = 128, kTailCapacity = kRecent + 127;  // newest tokens that stay in 16 bit; what append asks for
+constexpr int kRecent = 128, kTailCapacity = kRecent + 128;  // newest tokens that stay in 16 bit; what a step asks for
 constexpr int kMaxPages = (kPrompt + kSteps + 127) / 128;    // of a sequence
 
 void must(bool fine, const char* otherwise) {
@@ -53,13 +53,11 @@ int main(int argc, char** argv) {
   must(bd::load_pack(argc > 1 ? argv[1] : "", nullptr));
 
   // Which kernels: by format of the cache, heads and GPU.
-  bd::DecodeProblem problem;  // its quant: 4 bit, groups of 128
-  problem.head_dim = kHeadDim;
-  problem.num_q_heads = kQueryHeads;
-  problem.num_kv_heads = kHeads;
-  bd::DecodePlan decode_plan;
+  const bd::DecodeProblem problem{{}, kHeadDim, kQueryHeads, kHeads, 1, ""};  // its quant {}: 4 bit, groups of 128
+  bd::DecodePlan plan;
   bd::AppendPlan append_plan;
-  must(bd::plan_decode(problem, device, &decode_plan));
+  const bool one_kernel = bd::plan_step(problem, device, &plan) == bd::Status::ok;
+  if (!one_kernel) must(bd::plan_decode(problem, device, &plan));
   must(bd::plan_append(problem.quant, kHeadDim, device, &append_plan));
 
   // The cache. Each sequence owns a row of pages here.
@@ -75,7 +73,7 @@ int main(int argc, char** argv) {
   append.tail_k = on_device<std::uint16_t>(tokens * kTailCapacity);
   append.tail_v = on_device<std::uint16_t>(tokens * kTailCapacity);
   append.status = on_device<std::int32_t>(1);
-  append.workspace = on_device<std::uint8_t>(decode_plan.workspace_bytes);
+  append.workspace = on_device<std::uint8_t>(plan.workspace_bytes);
   append.head_stride_bytes = block_bytes;
   append.page_stride_bytes = kHeads * block_bytes;
   append.batch = kBatch;
@@ -116,7 +114,7 @@ int main(int argc, char** argv) {
   append.v_new = random_halves(tokens * kPrompt);
   append.new_tokens = kPrompt;
   append.new_batch_stride_bytes = kPrompt * append.new_token_stride_bytes;
-  must(bd::append(append_plan.handle, append, decode_plan.workspace_bytes, options));
+  must(bd::append(append_plan.handle, append, plan.workspace_bytes, options));
 
   // A step. Lengths are read and advanced on the device, so one graph serves all of them.
   const std::size_t made = queries + 2 * tokens;  // by the model in a step: q, k, v
@@ -131,8 +129,9 @@ int main(int argc, char** argv) {
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t step = nullptr;
   must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  must(bd::append(append_plan.handle, append, decode_plan.workspace_bytes, options));
-  must(bd::decode(decode_plan.handle, decode, decode_plan.workspace_bytes, options));
+  if (one_kernel) must(bd::step(plan.handle, decode, append, plan.workspace_bytes, options));
+  if (!one_kernel) must(bd::append(append_plan.handle, append, plan.workspace_bytes, options));
+  if (!one_kernel) must(bd::decode(plan.handle, decode, plan.workspace_bytes, options));
   must(cudaStreamEndCapture(stream, &graph));
   must(cudaGraphInstantiate(&step, graph, 0));
 
@@ -145,6 +144,6 @@ int main(int argc, char** argv) {
   std::int32_t length = 0, without_page = 0;
   must(cudaMemcpy(&length, append.seqlens, 4, cudaMemcpyDeviceToHost));
   must(cudaMemcpy(&without_page, append.status, 4, cudaMemcpyDeviceToHost));
-  std::printf("%d tokens per sequence, %.1f MB of pages\n", length, pages.size() * kHeads * block_bytes / 1e6);
+  std::printf("%d tokens per sequence, %d kernel(s) per step\n", length, one_kernel ? 1 : 2);
   return length == kPrompt + kSteps && without_page == 0 ? 0 : 1;
 }

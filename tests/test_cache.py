@@ -769,3 +769,29 @@ def test_arguments_of_other_types() -> None:
 def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         bd.KVCache.load(tmp_path / "none")
+
+
+def test_steps_without_a_kernel_for_them_attend_alike() -> None:
+    """They pack a block a step later, so that its tokens are attended to in 16 bit as often."""
+    spec, _ = bd.preset("kv4", 64)
+    caches = [
+        bd.KVCache(batch_size=3, max_tokens=700, num_kv_heads=2, head_dim=64, quant=spec, recent=2, sink_tokens=4)
+        for _ in range(2)
+    ]
+    caches[1]._step_columns = 0
+    assert [cache.can_step(torch.zeros(3, 2, 8, 64)) for cache in caches] == [True, False]
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).half()
+
+    prompt = random(2, 3, 300, 2, 64)
+    for cache in caches:
+        cache.append(*prompt, [300, 126, 0])
+    for i in range(100):
+        q_len = 1 + i % 2
+        q, new = random(3, q_len, 8, 64), random(2, 3, q_len, 2, 64)
+        outs = [cache.step(q, *new) for cache in caches]
+        assert torch.equal(*outs), i
+    assert caches[0].seqlens.tolist() == caches[1].seqlens.tolist()
+    assert caches[0].packed_lens.tolist() == [384, 256, 128]

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "tests" / "cpp"
 LIB_DIR = native.LIBRARY_PATH.parent
 NO_GPU = 77  # exit status of decode_loop
-ENGINE_STEPS = "4000 tokens per sequence"
+ENGINE_STEPS = "4000 tokens per sequence, 1 kernel(s) per step"
+PROBLEM = {"head_dim": 128, "quant": QuantSpec(), "num_q_heads": 32, "num_kv_heads": 8}  # of the programs
 
 
 def cmake(*arguments):
@@ -50,11 +51,12 @@ def programs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory):
-    """A pack with three kernels, which no driver would load, and a file that is none."""
+    """A pack with four kernels, which no driver would load, and a file that is none."""
     folder = tmp_path_factory.mktemp("packs")
     configs = [
         KernelConfig(arch="sm80", copy="cp_async"),
         *(KernelConfig(arch="sm80", kind=x) for x in ("append", "merge")),
+        KernelConfig.for_problem(kind="step", arch="sm80", **PROBLEM),
     ]
     launch = {"entry": "entry", "threads": 160, "smem": 4096, "regs": 128, "ctas_per_sm": 1}
     kernels = [CompiledKernel(name=each.name(), cubin=each.kind.encode(), **launch) for each in configs]
@@ -134,12 +136,16 @@ def test_the_example_is_short():
 @pytest.fixture(scope="module")
 def gpu_packs(tmp_path_factory):
     """Packs with the kernels of the default format for this machine's GPU: the one that is installed, or compiled."""
-    config = KernelConfig.for_problem(head_dim=128, quant=QuantSpec(), num_q_heads=32, num_kv_heads=8)
+    config = KernelConfig.for_problem(**PROBLEM)
     pack = native.PACKS_DIR / f"bitdecoding-{config.arch}.bdpack"
     if not pack.is_file():
         compiler = pytest.importorskip("bitdecoding.cute_kernels.compile")
-        configs = [config, KernelConfig(kind="append", arch=config.arch)]
-        pack = tmp_path_factory.mktemp("gpu") / "two.bdpack"
+        configs = [
+            config,
+            KernelConfig.for_problem(kind="step", **PROBLEM),
+            KernelConfig(kind="append", arch=config.arch),
+        ]
+        pack = tmp_path_factory.mktemp("gpu") / "three.bdpack"
         write_pack(pack, [compiler.compile_kernel(each) for each in configs], {})
     return [pack]
 

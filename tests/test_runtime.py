@@ -5,9 +5,11 @@ The launch itself is tested on a GPU with a hand-written kernel that reports its
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from bitdecoding.cute_kernels.pack import CompiledKernel, read_pack, source_dige
 import bitdecoding as bd
 from bitdecoding import CudaError, InvalidArgument, KernelConfig, KernelNotFound, QuantSpec, cli, cuda
 
+ROOT = Path(__file__).parents[1]
 decode_cpu = native.function("decode_cpu")  # checks its tensors as the launch does
 NO_WINDOW = 2**31 - 1
 SPEC = QuantSpec()
@@ -436,14 +439,14 @@ def test_without_a_compiler_a_kernel_of_fewer_columns_serves(monkeypatch):
     ):  # fmt: skip
         monkeypatch.setattr(cuda, name, lambda *args, known=known: known)
     with pytest.raises(KernelNotFound, match="_q32_wgmma"):
-        cuda._plan(("none",), q, pages, spec, None)
+        cuda._plan(("none", "decode"), q, pages, spec, None)
     small = KernelConfig.for_problem(head_dim=128, quant=spec, num_q_heads=8, num_kv_heads=1, arch="sm90a")
     handle = native.function("add_kernel")(small.name(), "entry", b"cubin", 160, small.smem_bytes(), 128, 1)
     with pytest.warns(cuda.KernelWarning, match=f"_q32_wgmma.*{small.name()} is used.* per 8 query columns"):
-        assert cuda._plan(("small",), q, pages, spec, None).handle == handle
+        assert cuda._plan(("small", "decode"), q, pages, spec, None).handle == handle
     with pytest.raises(KernelNotFound, match="_q32_wgmma"):  # it was asked for
         wanted = cuda.choose(0, 128, spec, 64, 8, 4)
-        cuda._plan(("wanted",), q, pages, spec, wanted)
+        cuda._plan(("wanted", "decode"), q, pages, spec, wanted)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -484,11 +487,34 @@ def test_a_command_without_its_extra(monkeypatch, capsys):
     assert "pip install '.[demo]'" in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------------------------------------- what launches pass
+
+
+def test_launches_pass_the_parameters_of_the_kernels_in_their_order():
+    """By name, as launch.cpp lists them; a driver would not see two of one size exchanged."""
+    pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
+    from bitdecoding.cute_kernels import append, merge_parts, schedule, step
+
+    source = (ROOT / "cute_kernels" / "runtime" / "launch.cpp").read_text()
+    lists = re.findall(r"void\* arguments\[\] = \{(.*?)\};", source, re.DOTALL)
+    lists += re.findall(r"launch_decode\(r, decode, workspace_bytes, options, (.*?)\);", source, re.DOTALL)
+    decode, of_append, merge, more = (
+        [name.removesuffix("_bytes").replace("num_items", "items") for name in re.findall(r"&(?:\w\.)?(\w+)", x)]
+        for x in lists
+    )
+    assert decode == list(schedule.Params._fields)
+    assert of_append == list(append.Params._fields)
+    assert merge == list(merge_parts.Params._fields)
+    assert [*decode, *more[:-1]] == list(step.Params._fields[:-1])
+    assert (more[-1], step.Params._fields[-1]) == ("workspace", "counter")
+
+
 # ---------------------------------------------------------------------------------------------- on a GPU
 
 # Thread 0 of the first CTA writes its parameters to one of them, then grid, block and shared-memory sizes.
 PARAMETERS = [("u64", 15), ("u32", 12)]
 APPEND_PARAMETERS = [("u64", 19), ("u32", 15)]
+STEP_PARAMETERS = [("u64", 15), ("u32", 16), ("u64", 8), ("u32", 8), ("u64", 1)]
 
 
 def reporting_ptx(parameters=PARAMETERS, report_to=10):
@@ -601,6 +627,45 @@ def test_append_passes_every_parameter():
             native.function("append")(handle, *arguments, recent, *OPTIONS)
     with pytest.raises(InvalidArgument, match=r"workspace: has 4 bytes, 256 are needed"):
         native.function("append")(handle, *arguments[:8], tensors["workspace"][:4], *arguments[9:], 13, *OPTIONS)
+
+
+@pytest.mark.gpu
+def test_step_passes_every_parameter():
+    # a format that no build has, as above
+    quant = QuantSpec(k_group=32, k_symmetric=True, v_group=32)
+    config = KernelConfig.for_problem(kind="step", head_dim=128, quant=quant, num_q_heads=32, num_kv_heads=8)
+    image, smem = reporting_ptx(STEP_PARAMETERS), config.smem_bytes()
+    handle = native.function("add_kernel")(config.name(), "report", image, 160, smem, 0, config.ctas_per_sm)
+    tensors = decode_tensors(torch.bfloat16, "cuda") | append_tensors(torch.bfloat16, "cuda")
+    tensors |= {name: tensors[name][:, :1] for name in ("k_new", "v_new")}
+    tensors["pages"] = torch.zeros(5, 8, quant.block_bytes(128), dtype=torch.uint8, device="cuda")
+    size = native.function("workspace_bytes")(handle, 0)
+    tensors["workspace"] = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    order = ["q", *APPEND_NAMES[:11], "sink_logits", "status", "out", "lse"]
+    step = native.function("step")
+    step(handle, *(tensors[name] for name in order), 12, 77, 0.25, 30.0, 0.75, 0.0, False, True)
+    report = tensors["out"].view(torch.uint8).flatten()[:300].cpu()
+    words = report[:120].view(torch.int64).tolist()
+    block = quant.block_bytes(128)
+    assert words[:12] == [tensors[name].data_ptr() for name in NAMES]
+    assert words[12:] == [tensors["workspace"].data_ptr() + native.function("counter_bytes")(), 8 * block, block]
+    assert report[120:156].view(torch.int32).tolist() == [2, 1, 32, 8, 5, 6, 140, 4, 77]
+    assert report[156:164].view(torch.float32).tolist() == [pytest.approx(0.25 * 1.4426950408889634), 30.0]
+    assert report[164:184].view(torch.int32).tolist() == [1, 0, 1, 4, 1]
+    words = report[184:248].view(torch.int64).tolist()
+    assert words == [
+        *(tensors[name].data_ptr() for name in ("k_new", "v_new")), 0, 0, tensors["status"].data_ptr(),
+        3 * 3072 * 2, 3072 * 2, 128 * 2,
+    ]  # fmt: skip
+    assert report[248:260].view(torch.int32).tolist() == [1, 12, 1]
+    assert report[260:268].view(torch.float32).tolist() == [0.75, 0.0]
+    assert report[268:280].view(torch.int32).tolist() == [0, 1, 0]
+    assert report[280:288].view(torch.int64).item() == tensors["workspace"].data_ptr()
+    sms = native.function("device_info")(0)["num_sms"]
+    assert report[288:].view(torch.int32).tolist() == [config.ctas_per_sm * sms, 160, smem]
+    tensors["workspace"] = tensors["workspace"][:128]
+    with pytest.raises(InvalidArgument, match="workspace: has 128 bytes"):
+        step(handle, *(tensors[name] for name in order), 12, 77, 0.25, 0.0, *OPTIONS)
 
 
 @pytest.mark.gpu

@@ -343,13 +343,11 @@ AppendTensors append_tensors(const Argument& k_new, const Argument& v_new, const
 }
 
 // What tensors do not say of an append.
-void set_options(const Argument& recent, double k_clip, double v_clip, bool rotate_k, bool rotate_v,
-                 AppendParams* params) {
-  const std::int64_t kept = integer("recent", recent);
-  if (kept < 0 || kept > std::numeric_limits<std::int32_t>::max()) {
-    TVM_FFI_THROW(InvalidArgument) << "recent=" << kept << ": allowed are integers from 0";
+void set_options(int64_t recent, double k_clip, double v_clip, bool rotate_k, bool rotate_v, AppendParams* params) {
+  if (recent < 0 || recent > std::numeric_limits<std::int32_t>::max()) {
+    TVM_FFI_THROW(InvalidArgument) << "recent=" << recent << ": allowed are integers from 0";
   }
-  params->recent = static_cast<std::int32_t>(kept);
+  params->recent = static_cast<std::int32_t>(recent);
   params->k_clip = static_cast<float>(k_clip);
   params->v_clip = static_cast<float>(v_clip);
   params->rotate_k = rotate_k;
@@ -362,12 +360,13 @@ void append_py(int64_t handle, Argument k_new, Argument v_new, Argument pages, A
                bool rotate_k, bool rotate_v) {
   const AppendTensors tensors = append_tensors(k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v,
                                                workspace, sink_k, sink_v, lengths, status);
+  const int64_t kept = integer("recent", recent);
   const KernelConfig* config = nullptr;
   AppendParams params;
   const int kernel = static_cast<int>(handle);
   raise_unless_ok(kernel_config(kernel, &config));
   raise_unless_ok(check_append_for_kernel(tensors, *config, &params));
-  set_options(recent, k_clip, v_clip, rotate_k, rotate_v, &params);
+  set_options(kept, k_clip, v_clip, rotate_k, rotate_v, &params);
   if (params.batch == 0 || params.new_tokens == 0) return;
   raise_unless_ok(append(kernel, params, tensors.workspace->shape[0], on_current_stream(*tensors.k_new)));
 }
@@ -381,6 +380,7 @@ void step_py(int64_t handle, Argument q, Argument k_new, Argument v_new, Argumen
                                               sink_v, sink_logits, out, lse);
   const AppendTensors append = append_tensors(k_new, v_new, pages, block_table, seqlens, packed_lens, tail_k, tail_v,
                                               workspace, sink_k, sink_v, nullptr, status);
+  const int64_t kept = integer("recent", recent);
   const KernelConfig* config = nullptr;
   const int kernel = static_cast<int>(handle);
   raise_unless_ok(kernel_config(kernel, &config));
@@ -393,7 +393,7 @@ void step_py(int64_t handle, Argument q, Argument k_new, Argument v_new, Argumen
   if (of_decode.batch == 0 && of_append.batch == 0) return;
   of_decode.rotate_q = rotate_k;
   of_decode.rotate_out = rotate_v;
-  set_options(recent, k_clip, v_clip, rotate_k, rotate_v, &of_append);
+  set_options(kept, k_clip, v_clip, rotate_k, rotate_v, &of_append);
   raise_unless_ok(step(kernel, of_decode, of_append, append.workspace->shape[0], on_current_stream(*decode.q)));
 }
 

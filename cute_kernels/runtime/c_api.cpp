@@ -137,6 +137,11 @@ Status to_params(const bitdecoding_decode_params& given, std::int64_t block_byte
   return Status::ok;
 }
 
+Status check_workspace(std::int64_t bytes, std::int64_t needed) {
+  if (bytes >= needed) return Status::ok;
+  return fail(Status::invalid_argument, "workspace_bytes=", bytes, ": the plan needs ", needed);
+}
+
 Status decode_on_device(const bitdecoding_decode_plan* given_plan, const bitdecoding_decode_params* given_params,
                         void* workspace, std::int64_t workspace_bytes, void* stream) {
   bitdecoding_decode_plan plan = {};
@@ -149,10 +154,7 @@ Status decode_on_device(const bitdecoding_decode_plan* given_plan, const bitdeco
   BITDECODING_TRY(check_one_of<std::int32_t>("dtype", given.dtype, {BITDECODING_FLOAT16, BITDECODING_BFLOAT16}));
   DecodeParams params;
   BITDECODING_TRY(to_params(given, block_bytes(config->head_dim, config->quant), &params));
-  if (workspace_bytes < plan.workspace_bytes) {
-    return fail(Status::invalid_argument, "workspace_bytes=", workspace_bytes, ": the plan needs ",
-                plan.workspace_bytes);
-  }
+  BITDECODING_TRY(check_workspace(workspace_bytes, plan.workspace_bytes));
   params.workspace = workspace;
   params.rotate_q = plan.rotate_q;
   params.rotate_out = plan.rotate_out;
@@ -189,20 +191,25 @@ DeviceInfo to_device(const bitdecoding_device& given) {
   return info;
 }
 
+Status to_problem(const bitdecoding_decode_problem* given_problem, DecodeProblem* out) {
+  bitdecoding_decode_problem given = {};
+  BITDECODING_TRY(read("problem", given_problem, &given));
+  BITDECODING_TRY(to_quant(given.quant, &out->quant));
+  out->head_dim = given.head_dim;
+  out->num_q_heads = given.num_q_heads;
+  out->num_kv_heads = given.num_kv_heads;
+  out->q_len = given.q_len;
+  if (given.kernel != nullptr) out->kernel = given.kernel;
+  return Status::ok;
+}
+
 Status plan(const bitdecoding_decode_problem* given_problem, const bitdecoding_device* given_device,
             bitdecoding_decode_plan* out) {
-  bitdecoding_decode_problem given = {};
   bitdecoding_device device = {};
   DecodeProblem problem;
-  BITDECODING_TRY(read("problem", given_problem, &given));
-  BITDECODING_TRY(read("device", given_device, &device));
-  BITDECODING_TRY(to_quant(given.quant, &problem.quant));
-  problem.head_dim = given.head_dim;
-  problem.num_q_heads = given.num_q_heads;
-  problem.num_kv_heads = given.num_kv_heads;
-  problem.q_len = given.q_len;
-  if (given.kernel != nullptr) problem.kernel = given.kernel;
   DecodePlan chosen;
+  BITDECODING_TRY(to_problem(given_problem, &problem));
+  BITDECODING_TRY(read("device", given_device, &device));
   BITDECODING_TRY(plan_decode(problem, to_device(device), &chosen));
   bitdecoding_decode_plan result = BITDECODING_DECODE_PLAN_INIT;
   result.kernel = chosen.handle;
@@ -215,24 +222,56 @@ Status plan(const bitdecoding_decode_problem* given_problem, const bitdecoding_d
   return write("plan", result, out);
 }
 
+// What an append asks of a plan, whose struct may be that of a step.
+template <typename Plan>
+void set_append(const QuantSpec& quant, Plan* out) {
+  AppendParams wanted;
+  set_quant(quant, &wanted);
+  out->rotate_k = wanted.rotate_k;
+  out->rotate_v = wanted.rotate_v;
+  out->k_clip = wanted.k_clip;
+  out->v_clip = wanted.v_clip;
+}
+
+// And what such a plan asks of an append.
+template <typename Plan>
+void set_params(const Plan& plan, void* workspace, AppendParams* out) {
+  out->rotate_k = plan.rotate_k;
+  out->rotate_v = plan.rotate_v;
+  out->k_clip = plan.k_clip;
+  out->v_clip = plan.v_clip;
+  out->workspace = workspace;
+}
+
 Status plan(const bitdecoding_quant_spec* given_quant, std::int64_t head_dim, const bitdecoding_device* given_device,
             bitdecoding_append_plan* out) {
   bitdecoding_device device = {};
   QuantSpec quant;
   AppendPlan chosen;
-  bitdecoding_append_plan result = BITDECODING_APPEND_PLAN_INIT;
   BITDECODING_TRY(to_quant(given_quant, &quant));
   BITDECODING_TRY(read("device", given_device, &device));
   BITDECODING_TRY(plan_append(quant, head_dim, to_device(device), &chosen));
-  AppendParams wanted;
-  set_quant(quant, &wanted);
+  bitdecoding_append_plan result = BITDECODING_APPEND_PLAN_INIT;
   result.kernel = chosen.handle;
   result.device = device.index;
   result.workspace_bytes = chosen.workspace_bytes;
-  result.rotate_k = wanted.rotate_k;
-  result.rotate_v = wanted.rotate_v;
-  result.k_clip = wanted.k_clip;
-  result.v_clip = wanted.v_clip;
+  set_append(quant, &result);
+  return write("plan", result, out);
+}
+
+Status plan(const bitdecoding_decode_problem* given_problem, const bitdecoding_device* given_device,
+            bitdecoding_step_plan* out) {
+  bitdecoding_device device = {};
+  DecodeProblem problem;
+  DecodePlan chosen;
+  BITDECODING_TRY(to_problem(given_problem, &problem));
+  BITDECODING_TRY(read("device", given_device, &device));
+  BITDECODING_TRY(plan_step(problem, to_device(device), &chosen));
+  bitdecoding_step_plan result = BITDECODING_STEP_PLAN_INIT;
+  result.kernel = chosen.handle;
+  result.device = device.index;
+  result.workspace_bytes = chosen.workspace_bytes;
+  set_append(problem.quant, &result);
   return write("plan", result, out);
 }
 
@@ -287,11 +326,7 @@ Status append_on_device(const bitdecoding_append_plan* given_plan, const bitdeco
   BITDECODING_TRY(check_one_of<std::int64_t>("head_dim", given.head_dim, {config->head_dim}));
   BITDECODING_TRY(check_one_of<std::int32_t>("dtype", given.dtype, {BITDECODING_FLOAT16, BITDECODING_BFLOAT16}));
   to_params(given, config->quant, pack_all, &params);
-  params.rotate_k = plan.rotate_k;
-  params.rotate_v = plan.rotate_v;
-  params.k_clip = plan.k_clip;
-  params.v_clip = plan.v_clip;
-  params.workspace = workspace;
+  set_params(plan, workspace, &params);
   LaunchOptions options;
   options.device = plan.device;
   options.stream = stream;
@@ -313,6 +348,65 @@ Status append_on_host(const bitdecoding_quant_spec* quant, const bitdecoding_app
   options.float32 = given.dtype == BITDECODING_FLOAT32;
   options.num_threads = num_threads;
   return append_cpu(params, options);
+}
+
+// Both sets of parameters of a step.
+struct GivenStep {
+  bitdecoding_decode_params decode = {};
+  bitdecoding_append_params append = {};
+
+  Status read_from(const bitdecoding_decode_params* given_decode, const bitdecoding_append_params* given_append) {
+    BITDECODING_TRY(read("decode", given_decode, &decode));
+    BITDECODING_TRY(read("append", given_append, &append));
+    BITDECODING_TRY(check_one_of<std::int32_t>("head_dim", append.head_dim, {decode.head_dim}));
+    return check_one_of<std::int32_t>("dtype", append.dtype, {decode.dtype});
+  }
+};
+
+Status step_on_device(const bitdecoding_step_plan* given_plan, const bitdecoding_decode_params* given_decode,
+                      const bitdecoding_append_params* given_append, void* workspace, std::int64_t workspace_bytes,
+                      void* stream) {
+  bitdecoding_step_plan plan = {};
+  GivenStep given;
+  const KernelConfig* config = nullptr;
+  DecodeParams of_decode;
+  AppendParams of_append;
+  BITDECODING_TRY(read("plan", given_plan, &plan));
+  BITDECODING_TRY(given.read_from(given_decode, given_append));
+  BITDECODING_TRY(kernel_config(plan.kernel, &config));
+  BITDECODING_TRY(check_one_of<std::int64_t>("head_dim", given.decode.head_dim, {config->head_dim}));
+  BITDECODING_TRY(check_one_of<std::int32_t>("dtype", given.decode.dtype, {BITDECODING_FLOAT16, BITDECODING_BFLOAT16}));
+  BITDECODING_TRY(to_params(given.decode, block_bytes(config->head_dim, config->quant), &of_decode));
+  to_params(given.append, config->quant, false, &of_append);
+  BITDECODING_TRY(check_workspace(workspace_bytes, plan.workspace_bytes));
+  set_params(plan, workspace, &of_append);
+  of_decode.rotate_q = plan.rotate_k;
+  of_decode.rotate_out = plan.rotate_v;
+  of_decode.workspace = workspace;
+  LaunchOptions options;
+  options.device = plan.device;
+  options.stream = stream;
+  return step(plan.kernel, of_decode, of_append, workspace_bytes, options);
+}
+
+Status step_on_host(const bitdecoding_quant_spec* quant, const bitdecoding_decode_params* given_decode,
+                    const bitdecoding_append_params* given_append, std::int32_t num_threads) {
+  CpuAppendOptions options;
+  GivenStep given;
+  DecodeParams of_decode;
+  AppendParams of_append;
+  BITDECODING_TRY(to_quant(quant, &options.quant));
+  BITDECODING_TRY(given.read_from(given_decode, given_append));
+  BITDECODING_TRY(options.quant.validate(given.decode.head_dim));
+  BITDECODING_TRY(check_one_of<std::int32_t>("dtype", given.decode.dtype,
+                                             {BITDECODING_FLOAT16, BITDECODING_BFLOAT16, BITDECODING_FLOAT32}));
+  BITDECODING_TRY(to_params(given.decode, block_bytes(given.decode.head_dim, options.quant), &of_decode));
+  to_params(given.append, options.quant, false, &of_append);
+  set_quant(options.quant, &of_decode);
+  options.head_dim = given.decode.head_dim;
+  options.float32 = given.decode.dtype == BITDECODING_FLOAT32;
+  options.num_threads = num_threads;
+  return step_cpu(of_decode, of_append, options);
 }
 
 Status list(char* names, std::size_t capacity, std::size_t* needed) {
@@ -411,6 +505,22 @@ bitdecoding_status bitdecoding_append_cpu(const bitdecoding_quant_spec* quant, c
 bitdecoding_status bitdecoding_quantize_cpu(const bitdecoding_quant_spec* quant,
                                             const bitdecoding_append_params* params, int32_t num_threads) {
   return bd::guarded([&] { return bd::append_on_host(quant, params, true, num_threads); });
+}
+
+bitdecoding_status bitdecoding_plan_step(const bitdecoding_decode_problem* problem, const bitdecoding_device* device,
+                                         bitdecoding_step_plan* plan) {
+  return bd::guarded([&] { return bd::plan(problem, device, plan); });
+}
+
+bitdecoding_status bitdecoding_step(const bitdecoding_step_plan* plan, const bitdecoding_decode_params* decode,
+                                    const bitdecoding_append_params* append, void* workspace, int64_t workspace_bytes,
+                                    void* stream) {
+  return bd::guarded([&] { return bd::step_on_device(plan, decode, append, workspace, workspace_bytes, stream); });
+}
+
+bitdecoding_status bitdecoding_step_cpu(const bitdecoding_quant_spec* quant, const bitdecoding_decode_params* decode,
+                                        const bitdecoding_append_params* append, int32_t num_threads) {
+  return bd::guarded([&] { return bd::step_on_host(quant, decode, append, num_threads); });
 }
 
 bitdecoding_status bitdecoding_merge(const bitdecoding_device* device, int32_t dtype, int32_t num_parts,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <new>
 #include <sstream>
 #include <string>
 
@@ -13,11 +14,13 @@ namespace bitdecoding {
 Status set_error(Status status, const std::string& message);
 
 template <typename... Parts>
-Status fail(Status status, const Parts&... parts) {
+Status fail(Status status, const Parts&... parts) noexcept try {
   std::ostringstream text;
   text << std::boolalpha;
   (text << ... << parts);
   return set_error(status, text.str());
+} catch (const std::bad_alloc&) {
+  return set_error(status, "no memory");  // so short that it needs none
 }
 
 inline Status check_present(const char* argument, const void* pointer) {

@@ -49,13 +49,14 @@ class Registry {
   // A validated kernel; a name that is known keeps its first kernel.
   int add(Kernel kernel) {
     std::unique_lock<std::shared_mutex> lock(mutex_);
-    const auto [place, inserted] = handles_.emplace(kernel.name, static_cast<int>(kernels_.size()));
-    if (inserted) {
-      kernels_.emplace_back();
-      static_cast<void>(KernelConfig::parse(kernel.name, &kernels_.back().config));  // validated
-      kernels_.back().kernel = std::move(kernel);
-    }
-    return place->second;
+    const auto found = handles_.find(kernel.name);
+    if (found != handles_.end()) return found->second;
+    const int handle = static_cast<int>(kernels_.size());
+    kernels_.emplace_back();
+    static_cast<void>(KernelConfig::parse(kernel.name, &kernels_.back().config));  // validated
+    kernels_.back().kernel = std::move(kernel);
+    handles_.emplace(kernels_.back().kernel.name, handle);  // last: where there is no memory for it, there is no name
+    return handle;
   }
 
   Status get(int handle, Registered** out) {
@@ -86,16 +87,16 @@ Registry& registry() {
 }
 
 // Loads the kernel into the current context of the device, at its first launch there.
-Status make_ready(const cuda::Driver& driver, int device, Registered* r) {
+Status make_ready(const cuda::Driver& driver, int device, Registered* r) try {
   if (r->ready[device].load(std::memory_order_acquire)) return Status::ok;
   std::lock_guard<std::mutex> lock(r->mutex);
   if (r->ready[device].load(std::memory_order_relaxed)) return Status::ok;
 
+  const std::string what = "loading kernel " + r->kernel.name;
   // Loading is no stream operation: allow it while this thread captures a graph.
   cuda::CaptureMode mode = cuda::kCaptureRelaxed;
   driver.exchange_capture_mode(&mode);
   auto load = [&]() -> Status {
-    const std::string what = "loading kernel " + r->kernel.name;
     if (r->loaded == nullptr) {
       cuda::Library library = nullptr;
       BITDECODING_TRY(cuda::check(
@@ -120,12 +121,15 @@ Status make_ready(const cuda::Driver& driver, int device, Registered* r) {
   driver.exchange_capture_mode(&mode);
   if (status == Status::ok) r->ready[device].store(true, std::memory_order_release);
   return status;
+} catch (const std::bad_alloc&) {
+  return fail(Status::out_of_memory, "kernel ", r->kernel.name, ": no memory to load it");
 }
 
-// Tiles of query columns of a KV head.
+// Query columns of a KV head, and the tiles of them.
+std::int64_t columns_of(const DecodeParams& p) { return std::int64_t{p.num_q_heads} / p.num_kv_heads * p.q_len; }
+
 std::int64_t q_tiles_of(const KernelConfig& config, const DecodeParams& p) {
-  const std::int64_t columns = std::int64_t{p.num_q_heads} / p.num_kv_heads * p.q_len;
-  return (columns + config.q_tile - 1) / config.q_tile;
+  return (columns_of(p) + config.q_tile - 1) / config.q_tile;
 }
 
 // ---- launches ----
@@ -133,9 +137,8 @@ std::int64_t q_tiles_of(const KernelConfig& config, const DecodeParams& p) {
 // A registered kernel that does what the caller wants.
 Status find_kind(int handle, const char* kind, Registered** out) {
   BITDECODING_TRY(registry().get(handle, out));
-  const KernelConfig& config = (*out)->config;
-  if (config.kind == kind) return Status::ok;
-  return fail(Status::invalid_argument, "handle=", handle, ": is kernel ", config.name(),
+  if ((*out)->config.kind == kind) return Status::ok;
+  return fail(Status::invalid_argument, "handle=", handle, ": is kernel ", (*out)->kernel.name,
               ", allowed are those of kind=", kind);
 }
 
@@ -314,12 +317,12 @@ std::int64_t append_grid(const Kernel& kernel, const DeviceInfo& info, const App
   return per_cta > kItemsOfCta ? num_items : (num_items + per_cta - 1) / per_cta;
 }
 
-// Launches a kernel of kind=decode, or of another kind with more parameters behind decode's.
-Status launch_decode(Registered* r, const DecodeParams& params, std::initializer_list<void*> more,
-                     std::int64_t workspace_bytes, const LaunchOptions& options) {
+// Launches a kernel of kind=decode, or of another kind with more parameters behind decode's; these are valid.
+template <typename... More>
+Status launch_decode(Registered* r, const DecodeParams& params, std::int64_t workspace_bytes,
+                     const LaunchOptions& options, More*... more) {
   const cuda::Driver* driver = nullptr;
   const DeviceInfo* info = nullptr;
-  BITDECODING_TRY(validate_params(params));
   BITDECODING_TRY(vectors("workspace", params.workspace));
   BITDECODING_TRY(find_target(*r, options.device, &driver, &info));
   const int num_ctas = info->num_sms * r->kernel.ctas_per_sm;
@@ -331,82 +334,40 @@ Status launch_decode(Registered* r, const DecodeParams& params, std::initializer
   DecodeParams p = params;
   p.workspace = static_cast<char*>(params.workspace) + kCounterBytes;
   std::int32_t group = p.num_q_heads / p.num_kv_heads;
-  std::int32_t tiles = static_cast<std::int32_t>(q_tiles_of(r->config, params));
-  constexpr std::size_t kMaxArguments = 64;
-  std::array<void*, kMaxArguments> arguments = {&p.q,
-                                                &p.pages,
-                                                &p.block_table,
-                                                &p.seqlens,
-                                                &p.packed_lens,
-                                                &p.tail_k,
-                                                &p.tail_v,
-                                                &p.sink_k,
-                                                &p.sink_v,
-                                                &p.sink_logits,
-                                                &p.out,
-                                                &p.lse,
-                                                &p.workspace,
-                                                &p.page_stride_bytes,
-                                                &p.head_stride_bytes,
-                                                &p.batch,
-                                                &p.q_len,
-                                                &p.num_q_heads,
-                                                &p.num_kv_heads,
-                                                &p.num_pages,
-                                                &p.max_pages,
-                                                &p.tail_capacity,
-                                                &p.num_sink,
-                                                &p.window,
-                                                &p.softmax_scale_log2,
-                                                &p.softcap,
-                                                &p.bfloat16,
-                                                &p.rotate_q,
-                                                &p.rotate_out,
-                                                &group,
-                                                &tiles};
-  constexpr std::size_t kDecodeArguments = 31;
-  std::copy(more.begin(), more.end(), arguments.begin() + kDecodeArguments);
-  return launch(*driver, *info, r, num_ctas, arguments.data(), options);
-}
-
-// A step's two sets of parameters are of one cache and the same tokens.
-Status check_same_step(const DecodeParams& d, const AppendParams& a) {
-  const auto same = [](const char* name, auto of_append, auto of_decode) {
-    if (of_append == of_decode) return Status::ok;
-    return fail(Status::invalid_argument, name, ": must be the same for append and decode");
-  };
-  const auto same_size = [](const char* name, std::int64_t of_append, std::int64_t of_decode) {
-    if (of_append == of_decode) return Status::ok;
-    return fail(Status::invalid_argument, name, "=", of_append, ": must be ", of_decode, " as for decode");
-  };
-  BITDECODING_TRY(same_size("batch", a.batch, d.batch));
-  BITDECODING_TRY(same_size("new_tokens", a.new_tokens, d.q_len));
-  BITDECODING_TRY(same_size("num_kv_heads", a.num_kv_heads, d.num_kv_heads));
-  BITDECODING_TRY(same_size("num_pages", a.num_pages, d.num_pages));
-  BITDECODING_TRY(same_size("max_pages", a.max_pages, d.max_pages));
-  BITDECODING_TRY(same_size("tail_capacity", a.tail_capacity, d.tail_capacity));
-  BITDECODING_TRY(same_size("num_sink", a.num_sink, d.num_sink));
-  BITDECODING_TRY(same_size("page_stride_bytes", a.page_stride_bytes, d.page_stride_bytes));
-  BITDECODING_TRY(same_size("head_stride_bytes", a.head_stride_bytes, d.head_stride_bytes));
-  BITDECODING_TRY(same_size("bfloat16", a.bfloat16, d.bfloat16));
-  BITDECODING_TRY(same_size("rotate_k", a.rotate_k, d.rotate_q));
-  BITDECODING_TRY(same_size("rotate_v", a.rotate_v, d.rotate_out));
-  BITDECODING_TRY(same("pages", static_cast<const void*>(a.pages), d.pages));
-  BITDECODING_TRY(same("block_table", a.block_table, d.block_table));
-  BITDECODING_TRY(same("seqlens", static_cast<const std::int32_t*>(a.seqlens), d.seqlens));
-  BITDECODING_TRY(same("packed_lens", static_cast<const std::int32_t*>(a.packed_lens), d.packed_lens));
-  BITDECODING_TRY(same("tail_k", static_cast<const void*>(a.tail_k), d.tail_k));
-  BITDECODING_TRY(same("tail_v", static_cast<const void*>(a.tail_v), d.tail_v));
-  BITDECODING_TRY(same("sink_k", static_cast<const void*>(a.sink_k), d.sink_k));
-  BITDECODING_TRY(same("sink_v", static_cast<const void*>(a.sink_v), d.sink_v));
-  BITDECODING_TRY(same("workspace", a.workspace, d.workspace));
-  BITDECODING_TRY(absent("lengths", a.lengths, "for a step"));
-  BITDECODING_TRY(absent("cu_seqlens", a.cu_seqlens, "for a step"));
-  if (a.pack_all != 0) return fail(Status::invalid_argument, "pack_all=", a.pack_all, ": must be 0 for a step");
-  const std::int64_t least = std::int64_t{a.recent} + kBlockTokens - 1 + d.q_len;
-  if (a.tail_capacity >= least) return Status::ok;
-  return fail(Status::invalid_argument, "tail_capacity=", a.tail_capacity, ": allowed are numbers from ", least,
-              " (recent + ", kBlockTokens - 1, " + q_len)");
+  std::int32_t q_tiles = static_cast<std::int32_t>(q_tiles_of(r->config, params));
+  void* arguments[] = {&p.q,
+                       &p.pages,
+                       &p.block_table,
+                       &p.seqlens,
+                       &p.packed_lens,
+                       &p.tail_k,
+                       &p.tail_v,
+                       &p.sink_k,
+                       &p.sink_v,
+                       &p.sink_logits,
+                       &p.out,
+                       &p.lse,
+                       &p.workspace,
+                       &p.page_stride_bytes,
+                       &p.head_stride_bytes,
+                       &p.batch,
+                       &p.q_len,
+                       &p.num_q_heads,
+                       &p.num_kv_heads,
+                       &p.num_pages,
+                       &p.max_pages,
+                       &p.tail_capacity,
+                       &p.num_sink,
+                       &p.window,
+                       &p.softmax_scale_log2,
+                       &p.softcap,
+                       &p.bfloat16,
+                       &p.rotate_q,
+                       &p.rotate_out,
+                       &group,
+                       &q_tiles,
+                       more...};
+  return launch(*driver, *info, r, num_ctas, arguments, options);
 }
 
 }  // namespace
@@ -463,6 +424,46 @@ Status validate_params(const DecodeParams& p) {
   return Status::ok;
 }
 
+Status validate_params(const DecodeParams& d, const AppendParams& a) {
+  const auto same = [](const char* name, std::int64_t of_append, std::int64_t of_decode, const char* name_there) {
+    if (of_append == of_decode) return Status::ok;
+    return fail(Status::invalid_argument, name, "=", of_append, ": must be decode's ", name_there, "=", of_decode);
+  };
+  const auto same_tensor = [](const char* name, const void* of_append, const void* of_decode) {
+    if (of_append == of_decode) return Status::ok;
+    return fail(Status::invalid_argument, name, ": must be decode's");
+  };
+  BITDECODING_TRY(validate_params(d));
+  BITDECODING_TRY(validate_params(a));
+  if (a.pack_all != 0) return fail(Status::invalid_argument, "pack_all=", a.pack_all, ": must be 0 for a step");
+  BITDECODING_TRY(same("batch", a.batch, d.batch, "batch"));
+  BITDECODING_TRY(same("new_tokens", a.new_tokens, d.q_len, "q_len"));
+  BITDECODING_TRY(same("num_kv_heads", a.num_kv_heads, d.num_kv_heads, "num_kv_heads"));
+  BITDECODING_TRY(same("num_pages", a.num_pages, d.num_pages, "num_pages"));
+  BITDECODING_TRY(same("max_pages", a.max_pages, d.max_pages, "max_pages"));
+  BITDECODING_TRY(same("tail_capacity", a.tail_capacity, d.tail_capacity, "tail_capacity"));
+  BITDECODING_TRY(same("num_sink", a.num_sink, d.num_sink, "num_sink"));
+  BITDECODING_TRY(same("page_stride_bytes", a.page_stride_bytes, d.page_stride_bytes, "page_stride_bytes"));
+  BITDECODING_TRY(same("head_stride_bytes", a.head_stride_bytes, d.head_stride_bytes, "head_stride_bytes"));
+  BITDECODING_TRY(same("bfloat16", a.bfloat16, d.bfloat16, "bfloat16"));
+  BITDECODING_TRY(same("rotate_k", a.rotate_k, d.rotate_q, "rotate_q"));
+  BITDECODING_TRY(same("rotate_v", a.rotate_v, d.rotate_out, "rotate_out"));
+  BITDECODING_TRY(same_tensor("pages", a.pages, d.pages));
+  BITDECODING_TRY(same_tensor("block_table", a.block_table, d.block_table));
+  BITDECODING_TRY(same_tensor("seqlens", a.seqlens, d.seqlens));
+  BITDECODING_TRY(same_tensor("packed_lens", a.packed_lens, d.packed_lens));
+  BITDECODING_TRY(same_tensor("tail_k", a.tail_k, d.tail_k));
+  BITDECODING_TRY(same_tensor("tail_v", a.tail_v, d.tail_v));
+  BITDECODING_TRY(same_tensor("sink_k", a.sink_k, d.sink_k));
+  BITDECODING_TRY(same_tensor("sink_v", a.sink_v, d.sink_v));
+  BITDECODING_TRY(absent("lengths", a.lengths, "for a step"));
+  BITDECODING_TRY(absent("cu_seqlens", a.cu_seqlens, "for a step"));
+  const std::int64_t least = std::int64_t{a.recent} + kBlockTokens - 1 + d.q_len;
+  if (a.tail_capacity >= least) return Status::ok;
+  return fail(Status::invalid_argument, "tail_capacity=", a.tail_capacity, ": allowed are numbers from ", least,
+              " (recent + ", kBlockTokens - 1, " + q_len)");
+}
+
 Status load_pack(const std::string& path, int* kernels_in_pack) noexcept try {
   std::vector<Kernel> kernels;
   BITDECODING_TRY(read_pack(path, &kernels));
@@ -473,11 +474,13 @@ Status load_pack(const std::string& path, int* kernels_in_pack) noexcept try {
   return fail(Status::out_of_memory, "path='", path, "': no memory for the pack");
 }
 
-Status add_kernel(Kernel kernel, int* handle) noexcept {
+Status add_kernel(Kernel kernel, int* handle) noexcept try {
   BITDECODING_TRY(check_present("handle", handle));
   BITDECODING_TRY(validate_kernel(kernel));
   *handle = registry().add(std::move(kernel));
   return Status::ok;
+} catch (const std::bad_alloc&) {
+  return fail(Status::out_of_memory, "kernel: no memory for its name");
 }
 
 int find_kernel(const std::string& name) noexcept { return registry().find(name); }
@@ -513,27 +516,29 @@ Status decode(int handle, const DecodeParams& params, std::int64_t workspace_byt
               const LaunchOptions& options) noexcept {
   Registered* r = nullptr;
   BITDECODING_TRY(find_kind(handle, "decode", &r));
-  return launch_decode(r, params, {}, workspace_bytes, options);
+  BITDECODING_TRY(validate_params(params));
+  return launch_decode(r, params, workspace_bytes, options);
 }
 
 Status step(int handle, const DecodeParams& decode, const AppendParams& append, std::int64_t workspace_bytes,
             const LaunchOptions& options) noexcept {
   Registered* r = nullptr;
   BITDECODING_TRY(find_kind(handle, "step", &r));
-  BITDECODING_TRY(validate(append));
-  BITDECODING_TRY(check_same_step(decode, append));
-  if (q_tiles_of(r->config, decode) > 1) {
-    return fail(Status::unsupported_config, "q_len=", decode.q_len, ": kernel ", r->config.name(), " has ",
-                r->config.q_tile, " query columns, num_q_heads / num_kv_heads * q_len is ",
-                decode.num_q_heads / decode.num_kv_heads * decode.q_len);
+  BITDECODING_TRY(validate_params(decode, append));
+  if (append.workspace != decode.workspace) {
+    return fail(Status::invalid_argument, "workspace: must be that of decode");
+  }
+  const std::int64_t columns = columns_of(decode);
+  if (columns > r->config.q_tile) {
+    return fail(Status::unsupported_config, "q_len=", decode.q_len, ": kernel ", r->kernel.name, " has ",
+                r->config.q_tile, " query columns, num_q_heads / num_kv_heads * q_len is ", columns);
   }
   AppendParams a = append;
-  std::int32_t items = 1;
-  return launch_decode(r, decode,
-                       {&a.k_new, &a.v_new, &a.lengths, &a.cu_seqlens, &a.status, &a.new_batch_stride_bytes,
-                        &a.new_token_stride_bytes, &a.new_head_stride_bytes, &a.new_tokens, &a.recent, &items,
-                        &a.k_clip, &a.v_clip, &a.rotate_k, &a.rotate_v, &a.pack_all, &a.workspace},
-                       workspace_bytes, options);
+  std::int32_t num_items = 1;
+  return launch_decode(r, decode, workspace_bytes, options, &a.k_new, &a.v_new, &a.lengths, &a.cu_seqlens, &a.status,
+                       &a.new_batch_stride_bytes, &a.new_token_stride_bytes, &a.new_head_stride_bytes, &a.new_tokens,
+                       &a.recent, &num_items, &a.k_clip, &a.v_clip, &a.rotate_k, &a.rotate_v, &a.pack_all,
+                       &a.workspace);
 }
 
 Status append(int handle, const AppendParams& params, std::int64_t workspace_bytes,

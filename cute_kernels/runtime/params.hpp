@@ -25,5 +25,7 @@ Status check_stride(const char* name, std::int64_t stride, std::int64_t count);
 // Null and misaligned pointers and impossible sizes; the workspace is not looked at.
 Status validate_params(const DecodeParams& params);
 Status validate_params(const AppendParams& params);
+// Both, and that they are a step's: of one cache and the same tokens.
+Status validate_params(const DecodeParams& decode, const AppendParams& append);
 
 }  // namespace bitdecoding

@@ -1,4 +1,4 @@
-// Which registered kernel decodes a problem, appends to blocks of a format, or merges.
+// Which registered kernel decodes a problem, with or without appending, appends to blocks of a format, or merges.
 #include <new>
 #include <string>
 #include <vector>
@@ -71,7 +71,8 @@ Status find_named(const Wanted& wanted, const std::string& name, int* handle, co
               ", head_dim=", wanted.head_dim, " and ", wanted.format, " on ", wanted.arch);
 }
 
-Status choose(const DecodeProblem& problem, const DeviceInfo& device, DecodePlan* out) {
+// kind: decode, whose kernels take any number of query columns in tiles, or step, whose kernels take one tile.
+Status choose(const char* kind, const DecodeProblem& problem, const DeviceInfo& device, DecodePlan* out) {
   BITDECODING_TRY(problem.quant.validate(problem.head_dim));
   if (problem.num_kv_heads < 1 || problem.num_q_heads < 1 || problem.num_q_heads % problem.num_kv_heads != 0) {
     return fail(Status::invalid_argument, "num_q_heads=", problem.num_q_heads,
@@ -81,7 +82,7 @@ Status choose(const DecodeProblem& problem, const DeviceInfo& device, DecodePlan
   BITDECODING_TRY(check_device(device));
 
   const std::int64_t columns = std::int64_t{problem.num_q_heads} / problem.num_kv_heads * problem.q_len;
-  const Wanted wanted{"decode", problem.head_dim, problem.quant.name(), device.arch};
+  const Wanted wanted{kind, problem.head_dim, problem.quant.name(), device.arch};
   const KernelConfig* best = nullptr;
   DecodePlan plan;
   if (problem.kernel.empty()) {
@@ -91,6 +92,10 @@ Status choose(const DecodeProblem& problem, const DeviceInfo& device, DecodePlan
     BITDECODING_TRY(find_best(wanted, better, &plan.handle, &best));
   } else {
     BITDECODING_TRY(find_named(wanted, problem.kernel, &plan.handle, &best));
+  }
+  if (best->kind == "step" && columns > best->q_tile) {
+    return fail(Status::kernel_not_found, "q_len=", problem.q_len, ": kernel ", best->name(), " has ", best->q_tile,
+                " query columns, num_q_heads / num_kv_heads * q_len is ", columns, "; append and decode do that");
   }
   plan.workspace_bytes = decode_workspace_bytes(*best, std::int64_t{device.num_sms} * best->ctas_per_sm);
   *out = plan;
@@ -134,7 +139,17 @@ Status plan_decode(const DecodeProblem& problem, const DeviceInfo& device, Decod
   BITDECODING_TRY(check_present("out", out));
   *out = DecodePlan{};
   try {
-    return choose(problem, device, out);
+    return choose("decode", problem, device, out);
+  } catch (const std::bad_alloc&) {
+    return fail(Status::out_of_memory, "plan: no memory for the names of kernels");
+  }
+}
+
+Status plan_step(const DecodeProblem& problem, const DeviceInfo& device, DecodePlan* out) noexcept {
+  BITDECODING_TRY(check_present("out", out));
+  *out = DecodePlan{};
+  try {
+    return choose("step", problem, device, out);
   } catch (const std::bad_alloc&) {
     return fail(Status::out_of_memory, "plan: no memory for the names of kernels");
   }

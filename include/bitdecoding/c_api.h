@@ -302,6 +302,42 @@ BITDECODING_MUST_USE bitdecoding_status bitdecoding_quantize_cpu(const bitdecodi
                                                                  const bitdecoding_append_params* params,
                                                                  int32_t num_threads);
 
+/* ---- step ---- */
+
+typedef struct bitdecoding_step_plan {
+  size_t size;
+  int32_t kernel; /* a registered kernel */
+  int32_t device;
+  int64_t workspace_bytes;    /* a workspace of decode that has so many may be shared */
+  int32_t rotate_k, rotate_v; /* of the problem's quant */
+  float k_clip, v_clip;
+} bitdecoding_step_plan;
+#define BITDECODING_STEP_PLAN_INIT {sizeof(bitdecoding_step_plan), -1, 0, 0, 0, 0, 0.0f, 0.0f}
+
+/* Chooses among the registered kernels that append the tokens of the queries themselves; as bitdecoding_plan_decode,
+ * but where num_q_heads / num_kv_heads * q_len is more than the widest one's query columns:
+ * BITDECODING_KERNEL_NOT_FOUND; append and decode do that. */
+BITDECODING_MUST_USE bitdecoding_status bitdecoding_plan_step(const bitdecoding_decode_problem* problem,
+                                                              const bitdecoding_device* device,
+                                                              bitdecoding_step_plan* plan);
+
+/* Enqueues a step, one kernel, and returns: appends the tokens of the queries, attends, and packs the blocks that then
+ * are full (so the attention saw their tokens in 16 bit). decode and append: as for bitdecoding_decode and
+ * bitdecoding_append, of one cache: new_tokens is q_len, lengths and cu_seqlens are null, tail_capacity is at least
+ * recent + 127 + q_len. A sequence without a page for a block stays as it was, its attention counts. workspace and
+ * stream as for bitdecoding_decode. */
+BITDECODING_MUST_USE bitdecoding_status bitdecoding_step(const bitdecoding_step_plan* plan,
+                                                         const bitdecoding_decode_params* decode,
+                                                         const bitdecoding_append_params* append, void* workspace,
+                                                         int64_t workspace_bytes, void* stream);
+
+/* The same on the CPU, the cache bit for bit, done when it returns; checked as by bitdecoding_append_cpu and
+ * bitdecoding_decode_cpu. Where it fails, lengths and all tokens that they count are as before. */
+BITDECODING_MUST_USE bitdecoding_status bitdecoding_step_cpu(const bitdecoding_quant_spec* quant,
+                                                             const bitdecoding_decode_params* decode,
+                                                             const bitdecoding_append_params* append,
+                                                             int32_t num_threads);
+
 /* ---- merge ---- */
 
 /* Combines attention over disjoint sets of keys. head_dim: 64, 96, 128 or 256. dtype: float16 or bfloat16.

@@ -1,5 +1,5 @@
-// Decode, append, quantise and merge on the CPU: the same blocks, bit for bit, and the same parameters as the kernels'.
-// Needs no kernel pack.
+// Decode, append, quantise, steps and merge on the CPU: the same blocks, bit for bit, and the same parameters as the
+// kernels'. Needs no kernel pack.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +35,11 @@ struct CpuAppendOptions {
 // written: Status::invalid_argument names the first wrong one. With AppendParams::status a sequence that has no page
 // for a block is no error, but stays as it was.
 Status append_cpu(const AppendParams& params, const CpuAppendOptions& options) noexcept;
+
+// A step: appends the tokens of the queries, attends, then packs the blocks that are full, as the kernels of kind=step;
+// done when it returns. The parameters are as for bitdecoding::step and checked as by append_cpu and decode_cpu; where
+// it fails, lengths and all tokens that they count are as before.
+Status step_cpu(const DecodeParams& decode, const AppendParams& append, const CpuAppendOptions& options) noexcept;
 
 struct CpuMergeParams {
   const void* const* outs = nullptr;  // num_parts pointers to [rows, head_dim], fp16, bf16 or fp32

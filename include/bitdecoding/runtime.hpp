@@ -195,10 +195,17 @@ Status plan_append(const QuantSpec& quant, std::int64_t head_dim, const DeviceIn
 Status append(int handle, const AppendParams& params, std::int64_t workspace_bytes,
               const LaunchOptions& options) noexcept;
 
+// ---- step ----
+
+// Chooses among the registered kernels that append the tokens of the queries themselves; as plan_decode, but that such
+// a kernel has no more query columns than its tile: where num_q_heads / num_kv_heads * q_len is more than the widest
+// has, Status::kernel_not_found; append and decode do that.
+Status plan_step(const DecodeProblem& problem, const DeviceInfo& device, DecodePlan* out) noexcept;
+
 // Launches a registered kernel of kind=step: a decode that first appends the tokens of its queries, all of them, and
-// after the attention packs the blocks that are full (bitdecoding.step in python/bitdecoding/ops.py). The two are of
-// one cache, whose tail has room for recent + 127 + q_len tokens; num_q_heads / num_kv_heads * q_len is at most the
-// kernel's q_tile.
+// after the attention packs the blocks that are full (bitdecoding.step in python/bitdecoding/ops.py). The two sets of
+// parameters are of one cache, whose tail has room for recent + 127 + q_len tokens, and of one workspace; new_tokens is
+// q_len, lengths and cu_seqlens are null. A sequence without a page for a block stays as it was, its attention counts.
 Status step(int handle, const DecodeParams& decode, const AppendParams& append, std::int64_t workspace_bytes,
             const LaunchOptions& options) noexcept;
 

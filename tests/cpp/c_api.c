@@ -1,6 +1,6 @@
 /* A C user without a GPU: appends and decodes on the CPU, plans, and makes every mistake. Arguments: a kernel pack for
- * sm80 that holds a decode, an append and a merge kernel of the default format, and a file that is none. Prints what
- * fails; silence is success. */
+ * sm80 that holds a decode, an append, a merge and a step kernel of the default format, and a file that is none. Prints
+ * what fails; silence is success. */
 #include <bitdecoding/c_api.h>
 #include <math.h>
 #include <stdio.h>
@@ -295,12 +295,183 @@ static void append(void) {
   free(out), free(q), free(pages), free(sinks), free(tails), free(v), free(k);
 }
 
+/* A value of a token that 4 bits do not hold. */
+static float value_of(int b, int token, int i) { return (float)((token * 37 + i * 11 + b * 5) % 101) / 101.0f; }
+
+static void step(void) {
+  enum { SEQUENCES = 2, Q_LEN = 2, RECENT = 3, CAPACITY = RECENT + 127 + Q_LEN, SINKS = 2, ROW = HEADS * DIM };
+  enum { FULL = SINKS + RECENT + 127, SHORT = SINKS - 1, TAILS = SEQUENCES * CAPACITY * ROW };
+  bitdecoding_quant_spec quant = make_quant();
+  bitdecoding_append_params append = BITDECODING_APPEND_PARAMS_INIT;
+  bitdecoding_decode_params decode = BITDECODING_DECODE_PARAMS_INIT;
+  const int32_t pages_of[SEQUENCES] = {1, 0}, no_page[SEQUENCES] = {-1, 0}, held[SEQUENCES] = {FULL, SHORT};
+  const int32_t twice[SEQUENCES] = {1, 1}, negative_first[SEQUENCES] = {-1, 0};
+  int32_t lens[SEQUENCES] = {0}, packed[SEQUENCES] = {0}, twin_lens[SEQUENCES], twin_packed[SEQUENCES], status[1] = {0};
+  float *k = calloc(SEQUENCES * FULL * ROW, 4), *v = calloc(SEQUENCES * FULL * ROW, 4);
+  float *tails = calloc(2 * TAILS, 4), *twin_tails = calloc(2 * TAILS, 4);
+  float* sinks = calloc(2 * SEQUENCES * SINKS * ROW, 4);
+  float *q = calloc(SEQUENCES * Q_LEN * ROW, 4), *out = calloc(SEQUENCES * Q_LEN * ROW, 4);
+  int64_t bytes = 0;
+  OK(bitdecoding_block_bytes(DIM, &quant, &bytes));
+  const size_t pool = (size_t)bytes * HEADS * SEQUENCES;
+  unsigned char *pages = calloc(pool, 1), *twin_pages = calloc(pool, 1);
+  for (int b = 0; b < SEQUENCES; ++b) {
+    for (int i = 0; i < FULL * ROW; ++i) k[b * FULL * ROW + i] = v[b * FULL * ROW + i] = value_of(b, i / ROW, i % ROW);
+  }
+  append.dtype = decode.dtype = BITDECODING_FLOAT32;
+  append.batch = decode.batch = SEQUENCES;
+  append.num_kv_heads = decode.num_kv_heads = decode.num_q_heads = HEADS;
+  append.head_dim = decode.head_dim = DIM;
+  append.num_pages = decode.num_pages = SEQUENCES;
+  append.max_pages = decode.max_pages = 1;
+  append.tail_capacity = decode.tail_capacity = CAPACITY;
+  append.num_sink = decode.num_sink = SINKS;
+  append.recent = RECENT;
+  append.k_new = k;
+  append.v_new = v;
+  decode.pages = append.pages = pages;
+  decode.block_table = append.block_table = pages_of;
+  decode.seqlens = append.seqlens = lens;
+  decode.packed_lens = append.packed_lens = packed;
+  decode.tail_k = append.tail_k = tails;
+  decode.tail_v = append.tail_v = tails + TAILS;
+  decode.sink_k = append.sink_k = sinks;
+  decode.sink_v = append.sink_v = sinks + SEQUENCES * SINKS * ROW;
+  append.new_tokens = FULL;
+  append.lengths = held;
+  OK(bitdecoding_append_cpu(&quant, &append, 2)); /* a tail that a step fills, and sinks that it fills */
+  CHECK(lens[0] == FULL && lens[1] == SHORT && packed[0] == 0);
+
+  for (int b = 0; b < SEQUENCES; ++b) { /* keys of a step: whatever, values: the sequence goes on */
+    for (int i = 0; i < Q_LEN * ROW; ++i) v[b * Q_LEN * ROW + i] = value_of(b, held[b] + i / ROW, i % ROW);
+  }
+  append.new_tokens = decode.q_len = Q_LEN;
+  append.lengths = NULL;
+  decode.q = q; /* 0: means of values */
+  decode.out = out;
+
+#define STEP_WITH(params, field, value, text)                          \
+  do {                                                                 \
+    const bitdecoding_decode_params sound_decode = decode;             \
+    const bitdecoding_append_params sound_append = append;             \
+    params.field = value;                                              \
+    REJECTED(bitdecoding_step_cpu(&quant, &decode, &append, 1), text); \
+    CHECK(lens[0] == FULL && lens[1] == SHORT && packed[0] == 0);      \
+    decode = sound_decode, append = sound_append;                      \
+  } while (0)
+  STEP_WITH(decode, size, 16, "decode: size=16");
+  STEP_WITH(append, size, 16, "append: size=16");
+  STEP_WITH(append, head_dim, 128, "head_dim=128: allowed are 64");
+  STEP_WITH(append, dtype, BITDECODING_FLOAT16, "dtype=0: allowed are 2");
+  STEP_WITH(decode, num_q_heads, 3, "num_q_heads=3: must be a multiple of num_kv_heads=2");
+  STEP_WITH(decode, q, NULL, "q: is null");
+  STEP_WITH(append, v_new, NULL, "v_new: is null");
+  STEP_WITH(append, batch, 1, "batch=1: must be decode's batch=2");
+  STEP_WITH(append, new_tokens, 1, "new_tokens=1: must be decode's q_len=2");
+  STEP_WITH(append, new_tokens, 0, "new_tokens=0");
+  STEP_WITH(append, num_kv_heads, 1, "num_kv_heads=1: must be decode's num_kv_heads=2");
+  STEP_WITH(append, num_pages, 1, "num_pages=1: must be decode's num_pages=2");
+  STEP_WITH(append, max_pages, 2, "max_pages=2: must be decode's max_pages=1");
+  STEP_WITH(append, tail_capacity, CAPACITY + 1, "tail_capacity=133: must be decode's tail_capacity=132");
+  STEP_WITH(append, recent, RECENT + 1, "tail_capacity=132: allowed are numbers from 133 (recent + 127 + q_len)");
+  STEP_WITH(append, recent, INT32_MAX, "tail_capacity=132: allowed are numbers from 2147483774");
+  STEP_WITH(append, num_sink, 1, "num_sink=1: must be decode's num_sink=2");
+  STEP_WITH(append, page_stride_bytes, HEADS * bytes + 16,
+            "page_stride_bytes=17936: must be decode's page_stride_bytes=17920");
+  STEP_WITH(append, head_stride_bytes, bytes + 16, "stride_bytes=");
+  STEP_WITH(append, pages, twin_pages, "pages: must be decode's");
+  STEP_WITH(append, block_table, twice, "block_table: must be decode's");
+  STEP_WITH(append, seqlens, status, "seqlens: must be decode's");
+  STEP_WITH(decode, packed_lens, NULL, "packed_lens: must be decode's");
+  STEP_WITH(append, tail_k, twin_tails, "tail_k: must be decode's");
+  STEP_WITH(decode, tail_v, twin_tails, "tail_v: must be decode's");
+  STEP_WITH(append, sink_k, twin_tails, "sink_k: must be decode's");
+  STEP_WITH(append, sink_v, twin_tails, "sink_v: must be decode's");
+  STEP_WITH(append, lengths, held, "lengths: must be null for a step");
+  STEP_WITH(append, cu_seqlens, held, "cu_seqlens: must be null for a step");
+  STEP_WITH(decode, block_table = append.block_table, no_page, "block_table[0, 0]=-1: allowed are 0 to 1");
+  STEP_WITH(decode, packed_lens = append.packed_lens, (int32_t*)negative_first, "packed_lens[0]=-1");
+  STEP_WITH(decode, q_len = append.new_tokens, INT32_MAX / 2, "allowed");
+  REJECTED(bitdecoding_step_cpu(NULL, &decode, &append, 1), "quant: is null");
+  REJECTED(bitdecoding_step_cpu(&quant, NULL, &append, 1), "decode: is null");
+  REJECTED(bitdecoding_step_cpu(&quant, &decode, NULL, 1), "append: is null");
+  REJECTED(bitdecoding_step_cpu(&quant, &decode, &append, -1), "num_threads=-1");
+
+  for (int with_page = 0; with_page < 2; ++with_page) {
+    bitdecoding_append_params twin = append;
+    memcpy(twin_lens, lens, sizeof(lens)), memcpy(twin_packed, packed, sizeof(packed));
+    memcpy(twin_tails, tails, 2 * TAILS * sizeof(float)), memcpy(twin_pages, pages, pool);
+    append.status = status;
+    append.block_table = decode.block_table = with_page ? pages_of : no_page;
+    twin.seqlens = twin_lens, twin.packed_lens = twin_packed, twin.pages = twin_pages;
+    twin.tail_k = twin_tails, twin.tail_v = twin_tails + TAILS;
+    twin.status = append.status, twin.block_table = append.block_table;
+    memset(out, 0xff, SEQUENCES * Q_LEN * ROW * sizeof(float));
+    OK(bitdecoding_step_cpu(&quant, &decode, &append, 2));
+    for (int b = 0; b < SEQUENCES; ++b) { /* attention is that over 16-bit tokens */
+      const int before = b == 1 && with_page ? SHORT + Q_LEN : held[b];
+      for (int i = 0; i < Q_LEN * ROW; ++i) {
+        double sum = 0.0;
+        const int count = before + i / ROW + 1;
+        for (int t = 0; t < count; ++t) sum += value_of(b, t < held[b] + Q_LEN ? t : t - Q_LEN, i % ROW);
+        CHECK(fabs(out[b * Q_LEN * ROW + i] - sum / count) < 1e-5);
+      }
+    }
+    OK(bitdecoding_append_cpu(&quant, &twin, 2)); /* the cache is that of an append */
+    CHECK(status[0] == 1);                        /* once a block had no page */
+    CHECK(memcmp(lens, twin_lens, sizeof(lens)) == 0 && memcmp(packed, twin_packed, sizeof(packed)) == 0);
+    CHECK(lens[0] == FULL + (with_page ? Q_LEN : 0) && packed[0] == (with_page ? 128 : 0));
+    CHECK(memcmp(pages, twin_pages, pool) == 0);
+    for (int b = 0; b < SEQUENCES; ++b) {
+      const size_t tail = (size_t)(lens[b] - SINKS - packed[b]) * ROW * sizeof(float);
+      for (int i = 0; i < 2 * TAILS; i += TAILS) {
+        CHECK(memcmp(tails + i + b * CAPACITY * ROW, twin_tails + i + b * CAPACITY * ROW, tail) == 0);
+      }
+    }
+  }
+
+  bitdecoding_step_plan plan = BITDECODING_STEP_PLAN_INIT;
+  FAILS(bitdecoding_step(&plan, &decode, &append, NULL, 0, NULL), BITDECODING_KERNEL_NOT_FOUND, "handle=-1");
+  REJECTED(bitdecoding_step(NULL, &decode, &append, NULL, 0, NULL), "plan: is null");
+  REJECTED(bitdecoding_step(&plan, NULL, &append, NULL, 0, NULL), "decode: is null");
+  REJECTED(bitdecoding_step(&plan, &decode, NULL, NULL, 0, NULL), "append: is null");
+  free(twin_pages), free(pages), free(out), free(q), free(sinks), free(twin_tails), free(tails), free(v), free(k);
+}
+
+/* Mistakes in a step that a device would do; a driver is not asked. */
+static void step_launches(const bitdecoding_step_plan* plan) {
+  static _Alignas(16) char any[32]; /* is not looked at */
+  static int32_t ints[1];
+  bitdecoding_append_params append = BITDECODING_APPEND_PARAMS_INIT;
+  bitdecoding_decode_params decode = BITDECODING_DECODE_PARAMS_INIT;
+  decode.num_q_heads = 32;
+  decode.num_kv_heads = append.num_kv_heads = 8;
+  decode.tail_capacity = append.tail_capacity = 129;
+  append.k_new = append.v_new = decode.q = decode.out = any;
+  decode.seqlens = decode.packed_lens = append.seqlens = append.packed_lens = ints;
+  decode.tail_k = decode.tail_v = append.tail_k = append.tail_v = any;
+  const int64_t bytes = plan->workspace_bytes;
+  REJECTED(bitdecoding_step(plan, &decode, &append, NULL, bytes, NULL), "workspace: is null");
+  REJECTED(bitdecoding_step(plan, &decode, &append, any + 8, bytes, NULL), "workspace: address must be");
+  append.recent = 2;
+  REJECTED(bitdecoding_step(plan, &decode, &append, any, bytes, NULL),
+           "tail_capacity=129: allowed are numbers from 130");
+  append.recent = 0;
+  append.new_tokens = 2;
+  REJECTED(bitdecoding_step(plan, &decode, &append, any, bytes, NULL), "new_tokens=2: must be decode's q_len=1");
+  decode.q_len = 2;
+  FAILS(bitdecoding_step(plan, &decode, &append, any, bytes, NULL), BITDECODING_UNSUPPORTED_CONFIG,
+        "has 4 query columns, num_q_heads / num_kv_heads * q_len is 8");
+}
+
 static void plans(const char* pack, const char* no_pack) {
   bitdecoding_quant_spec quant = BITDECODING_QUANT_SPEC_INIT;
   bitdecoding_decode_problem problem = BITDECODING_DECODE_PROBLEM_INIT;
   bitdecoding_device device = BITDECODING_DEVICE_INIT;
   bitdecoding_decode_plan plan = BITDECODING_DECODE_PLAN_INIT;
   bitdecoding_decode_params params = BITDECODING_DECODE_PARAMS_INIT;
+  bitdecoding_step_plan step_plan = BITDECODING_STEP_PLAN_INIT;
+  bitdecoding_append_params new_tokens = BITDECODING_APPEND_PARAMS_INIT;
   char names[512], workspace[16];
   size_t needed = 0;
   int32_t kernels = 0;
@@ -314,7 +485,7 @@ static void plans(const char* pack, const char* no_pack) {
   REJECTED(bitdecoding_load_pack("/nowhere", NULL), "path='/nowhere': cannot be opened");
   FAILS(bitdecoding_load_pack(no_pack, NULL), BITDECODING_FORMAT_ERROR, "not a usable kernel pack");
   OK(bitdecoding_load_pack(pack, &kernels));
-  CHECK(kernels == 3);
+  CHECK(kernels == 4);
   REJECTED(bitdecoding_list_kernels(names, 3, &needed), "capacity=3");
   REJECTED(bitdecoding_list_kernels(NULL, 3, &needed), "names: is null");
   REJECTED(bitdecoding_list_kernels(names, sizeof(names), NULL), "needed: is null");
@@ -331,11 +502,48 @@ static void plans(const char* pack, const char* no_pack) {
   params.dtype = BITDECODING_FLOAT32;
   REJECTED(bitdecoding_decode(&plan, &params, workspace, 16, NULL), "dtype=2: allowed are 0, 1");
 
+  params.dtype = BITDECODING_FLOAT16;
+
+  OK(bitdecoding_plan_step(&problem, &device, &step_plan));
+  CHECK(step_plan.kernel == 3 && step_plan.workspace_bytes > 4 << 20 && step_plan.k_clip == 1.0f);
+  REJECTED(bitdecoding_step(&step_plan, &params, &new_tokens, workspace, 16, NULL),
+           "workspace_bytes=16: the plan needs");
+  const int64_t enough = step_plan.workspace_bytes;
+  REJECTED(bitdecoding_step(&step_plan, &params, &new_tokens, NULL, enough, NULL), "q: is null");
+  new_tokens.dtype = BITDECODING_BFLOAT16;
+  REJECTED(bitdecoding_step(&step_plan, &params, &new_tokens, workspace, 16, NULL), "dtype=1: allowed are 0");
+  params.dtype = new_tokens.dtype = BITDECODING_FLOAT32;
+  REJECTED(bitdecoding_step(&step_plan, &params, &new_tokens, workspace, 16, NULL), "dtype=2: allowed are 0, 1");
+  params.dtype = new_tokens.dtype = BITDECODING_FLOAT16;
+  params.head_dim = new_tokens.head_dim = 64;
+  REJECTED(bitdecoding_step(&step_plan, &params, &new_tokens, workspace, 16, NULL), "head_dim=64: allowed are 128");
+  params.head_dim = new_tokens.head_dim = 128;
+  step_launches(&step_plan);
+  step_plan.kernel = plan.kernel;
+  REJECTED(bitdecoding_step(&step_plan, &params, &new_tokens, NULL, enough, NULL), "allowed are those of kind=step");
+  plan.kernel = 3;
+  REJECTED(bitdecoding_decode(&plan, &params, NULL, plan.workspace_bytes, NULL), "are those of kind=decode");
+  problem.q_len = 2; /* 8 columns */
+  FAILS(bitdecoding_plan_step(&problem, &device, &step_plan), BITDECODING_KERNEL_NOT_FOUND,
+        "q_len=2: kernel step_sm80_d128");
+  problem.q_len = INT32_MAX;
+  FAILS(bitdecoding_plan_step(&problem, &device, &step_plan), BITDECODING_KERNEL_NOT_FOUND,
+        "4 query columns, num_q_heads / num_kv_heads * q_len is 8589934588");
+  problem.q_len = 1;
+  REJECTED(bitdecoding_plan_step(NULL, &device, &step_plan), "problem: is null");
+  REJECTED(bitdecoding_plan_step(&problem, NULL, &step_plan), "device: is null");
+  REJECTED(bitdecoding_plan_step(&problem, &device, NULL), "plan: is null");
+  problem.kernel = strstr(names, "step_");
+  *strchr(problem.kernel, '\n') = 0; /* it is the last */
+  OK(bitdecoding_plan_step(&problem, &device, &step_plan));
+  REJECTED(bitdecoding_plan_decode(&problem, &device, &plan), "is not for kind=decode");
+
   problem.kernel = "decode";
   FAILS(bitdecoding_plan_decode(&problem, &device, &plan), BITDECODING_KERNEL_NOT_FOUND, "kernel='decode'");
   *strchr(names, '\n') = 0; /* the first is the decode kernel */
   problem.kernel = names;
   OK(bitdecoding_plan_decode(&problem, &device, &plan));
+  REJECTED(bitdecoding_plan_step(&problem, &device, &step_plan), "is not for kind=step");
   problem.head_dim = 64;
   quant.v_group = 64;
   REJECTED(bitdecoding_plan_decode(&problem, &device, &plan), "is not for kind=decode, head_dim=64");
@@ -344,7 +552,6 @@ static void plans(const char* pack, const char* no_pack) {
   problem.kernel = NULL;
 
   bitdecoding_append_plan append_plan = BITDECODING_APPEND_PLAN_INIT;
-  bitdecoding_append_params new_tokens = BITDECODING_APPEND_PARAMS_INIT;
   OK(bitdecoding_plan_append(&quant, 128, &device, &append_plan));
   CHECK(append_plan.kernel == 1 && append_plan.workspace_bytes == 4 << 20 && append_plan.k_clip == 1.0f);
   REJECTED(bitdecoding_append(&append_plan, &new_tokens, workspace, 16, NULL), "is null");
@@ -405,6 +612,7 @@ int main(int argc, char** argv) {
   block_bytes();
   decode();
   append();
+  step();
   plans(argv[1], argv[2]);
   return failures != 0;
 }
