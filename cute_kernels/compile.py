@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import multiprocessing
@@ -99,7 +100,7 @@ def _compile(config: KernelConfig) -> Compiled:
     pointer = make_ptr(Uint8, 0, cute.AddressSpace.gmem, assumed_align=16)  # kernels take addresses only
     example = params(*[pointer if kind is cute.Pointer else kind(1) for kind in params.__annotations__.values()])
     options = f"--gpu-arch {arch} --keep-ptx --keep-cubin"
-    with _scratch_directory():
+    with _scratch_directory(), _uncollected():
         made = cute.compile(kernel(config), example, Int32(1), options=options)
         ptx, cubin = made.__ptx__, made.__cubin__
     if not ptx or not cubin:
@@ -150,6 +151,18 @@ def _scratch_directory() -> Iterator[None]:
             yield
         finally:
             settings.dump_dir = before
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector, which would search a module under construction again and again: 5% of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def preset_specs(head_dim: int) -> list[QuantSpec]:

@@ -20,9 +20,9 @@ from .layouts import BLOCK_TOKENS, LANES
 from .plan import CONSUMER_BARRIER, Plan
 from .schedule import BLOCK_SHIFT, Piece, Schedule, load_piece
 
-# The parameters of decode, those of append that it lacks, and where the CTAs are counted: i32, zero between launches.
-# The order is the launch ABI of the C++ core.
-COUNTED = 2  # of a CTA
+COUNTED = 2  # by a CTA: its producer, and its other warps
+# The parameters of decode, those of append that it lacks, and where is counted: i32, zero between launches. The order
+# is the launch ABI of the C++ core.
 _FIELDS = schedule.Params.__annotations__ | append.Params.__annotations__ | {"counter": cute.Pointer}
 Params = NamedTuple("Params", list(_FIELDS.items()))
 
@@ -129,7 +129,7 @@ class Step:
 
     @cute.jit
     def count(self, p: Params, lane: Int32):
-        """Count what has read the lengths, a CTA's producer or its other warps, by one warp; the last advances them."""
+        """Count a CTA's producer, or its other warps, as needing no lengths any more; the last one advances them."""
         before = Int32(0)
         if lane == 0:
             before = ptx.atomic_add(p.counter.toint(), Int32(1))

@@ -17,6 +17,14 @@ from cutlass.cute.runtime import make_ptr
 import bitdecoding as bd
 
 DISASSEMBLER = "nvidia-cuda-nvdisasm"
+ARCHS = ("sm80", "sm86", "sm89", "sm90a", "sm120")
+FULL_ARCH = "sm90a"  # the wheel has its kernels, so they need not be compiled for a test
+
+
+def arch_in_turn(n: int) -> str:
+    """The architecture of the nth of many kernels: FULL_ARCH every other time, between them the others in turn."""
+    others = [arch for arch in ARCHS if arch != FULL_ARCH]
+    return FULL_ARCH if n % 2 else others[n // 2 % len(others)]
 
 
 class Compiled(NamedTuple):

@@ -16,13 +16,12 @@ from bitdecoding.cute_kernels import compile as compiler
 from bitdecoding.cute_kernels.append import Params
 from bitdecoding.cute_kernels.append_plan import COUNTER_BYTES, AppendPlan
 from bitdecoding.cute_kernels.cubin import read_cubin
-from dsl import compile_configs, sass
+from dsl import arch_in_turn, compile_configs, sass
 from ptx_interpreter import Memory, run
 from torch import Tensor
 
 import bitdecoding as bd
 
-ARCHS = ("sm80", "sm86", "sm89", "sm90a", "sm120")
 FP16, BF16 = torch.float16, torch.bfloat16
 REGISTERS_PER_SM = 65536
 
@@ -35,7 +34,7 @@ FORMATS = [(d, spec) for d in compiler.MANIFEST_HEAD_DIMS for spec in compiler.m
     (96, bd.QuantSpec(k_bits=2, k_group=32, k_symmetric=True, v_bits=8, v_group=32)),
 ]
 CONFIGS = [
-    bd.KernelConfig(kind="append", arch=ARCHS[n % len(ARCHS)], head_dim=head_dim, quant=spec)
+    bd.KernelConfig(kind="append", arch=arch_in_turn(n), head_dim=head_dim, quant=spec)
     for n, (head_dim, spec) in enumerate(FORMATS)
 ]
 # of a QuantSpec, known to the kernel at run time only

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -76,9 +77,9 @@ class Model(RuleBasedStateMachine):
         self.packed = [0] * BATCH
         self.seed = 0
 
-    def after(self, b: int, total: int) -> int:
+    def after(self, b: int, total: int, more_recent: int = 0) -> int:
         packed = self.packed[b]
-        while total - min(total, self.sinks) - packed >= self.recent + 128:
+        while total - min(total, self.sinks) - packed >= self.recent + more_recent + 128:
             packed += 128
         return packed
 
@@ -97,13 +98,13 @@ class Model(RuleBasedStateMachine):
         for b, n in enumerate(lengths):
             self.take(b, k[b, :n], v[b, :n])
 
-    def take(self, b: int, *new: Tensor) -> None:
-        self.packed[b] = self.after(b, len(self.tokens[b][0]) + len(new[0]))
+    def take(self, b: int, *new: Tensor, more_recent: int = 0) -> None:
+        self.packed[b] = self.after(b, len(self.tokens[b][0]) + len(new[0]), more_recent)
         self.tokens[b] = tuple(torch.cat(both) for both in zip(self.tokens[b], new, strict=True))
 
-    def too_many(self, lengths: list[int]) -> bool:
+    def too_many(self, lengths: list[int], more_recent: int = 0) -> bool:
         totals = [len(have[0]) + n for have, n in zip(self.tokens, lengths, strict=True)]
-        needed = [max(0, self.after(b, n) // 128 - self.pages_of(b)) for b, n in enumerate(totals)]
+        needed = [max(0, self.after(b, n, more_recent) // 128 - self.pages_of(b)) for b, n in enumerate(totals)]
         return max(totals) > 900 or sum(needed) > self.cache.free_pages
 
     def pages_of(self, b: int) -> int:
@@ -138,6 +139,51 @@ class Model(RuleBasedStateMachine):
         elif synced:
             self.cache.sync()
 
+    @rule(q_len=st.sampled_from([1, 2, 4, 5, 8, 9]), reserved=st.booleans(), synced=st.booleans())
+    def step(self, q_len: int, reserved: bool, synced: bool) -> None:
+        """Up to 4 tokens by a kernel for steps; of 5 to 8 a block that gets full is left to the next step; more are
+        appended, then attended to.
+        """
+        self.seed += 1
+        k, v = new_tokens(q_len, self.seed)
+        q = random_q(q_len)
+        whole, more_recent = q_len <= 4, q_len if 4 < q_len <= 8 else 0
+        assert self.cache.can_step(q) == whole
+        if not reserved and self.too_many([q_len] * BATCH, more_recent):
+            before = self.state()
+            with pytest.raises(bd.OutOfPages):
+                self.cache.step(q, k, v)
+            assert all(torch.equal(x, y) for x, y in zip(before, self.state(), strict=True))
+            return
+        without_page = [
+            b
+            for b, kv in enumerate(self.tokens)
+            if reserved and self.after(b, len(kv[0]) + q_len, more_recent) // 128 > self.pages_of(b)
+        ]
+        out = self.cache.step(q, k, v, reserved=reserved)
+        for b in range(BATCH):
+            attended, packed = (
+                tuple(torch.cat(x) for x in zip(self.tokens[b], (k[b], v[b]), strict=True)),
+                self.packed[b],
+            )
+            if b not in without_page:
+                self.take(b, k[b], v[b], more_recent=more_recent)
+            if not whole:
+                attended, packed = self.tokens[b], self.packed[b]
+            self.check(out[b], q[b], attended, packed)
+        if without_page:
+            with pytest.raises(bd.OutOfPages, match=f"sequence {without_page[-1]} had no reserved page"):
+                self.cache.sync()
+        elif synced:
+            self.cache.sync()
+
+    @rule(q_len=st.sampled_from([1, 5, 9]), reserved=st.booleans())
+    def step_that_fails(self, q_len: int, reserved: bool) -> None:
+        free = self.cache.free_pages
+        with pytest.raises((bd.OutOfPages, bd.InvalidArgument), match="softmax_scale|pages are needed|would hold"):
+            self.cache.step(random_q(q_len), *new_tokens(q_len), reserved=reserved, softmax_scale=-1.0)
+        assert self.cache.free_pages == free
+
     @rule(sources=st.tuples(*[st.integers(0, BATCH - 1)] * BATCH))
     def fork(self, sources: tuple[int, ...]) -> None:
         self.cache.fork(sources)
@@ -149,15 +195,25 @@ class Model(RuleBasedStateMachine):
         q = random_q(2)
         out = self.cache.decode(q)
         for b, kv in enumerate(self.tokens):
-            sinks, packed = min(len(kv[0]), self.sinks), self.packed[b]
-            blocks = quantised(*(x[sinks : sinks + packed] for x in kv))
-            stored = bd.dequantize(blocks, HEAD_DIM, SPEC, torch.float32)
-            k, v = (torch.cat((x[:sinks], y, x[sinks + packed :])) for x, y in zip(kv, stored, strict=True))
-            assert relative_error(out[b], attention(q[b], k, v)[0]) < 2e-3
+            self.check(out[b], q[b], kv, self.packed[b])
+
+    def check(self, out: Tensor, q: Tensor, kv: tuple[Tensor, Tensor], packed: int) -> None:
+        """out is attention over the tokens of a sequence, so many of them packed."""
+        sinks = min(len(kv[0]), self.sinks)
+        blocks = quantised(*(x[sinks : sinks + packed] for x in kv))
+        stored = bd.dequantize(blocks, HEAD_DIM, SPEC, torch.float32)
+        k, v = (torch.cat((x[:sinks], y, x[sinks + packed :])) for x, y in zip(kv, stored, strict=True))
+        assert relative_error(out, attention(q, k, v)[0]) < 2e-3
 
     @rule()
     def copy(self) -> None:
         self.cache = self.cache.to("cpu")
+
+    @rule()
+    def save_and_load(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.cache.save(Path(folder) / "cache")
+            self.cache = bd.KVCache.load(Path(folder) / "cache")
 
     @rule(data=st.data())
     def truncate(self, data: st.DataObject) -> None:
@@ -316,6 +372,109 @@ def test_appends_by_the_device_go_on_until_the_reserved_pages_are_full() -> None
         cache.reserve([0, -1, 0])
     with pytest.raises(bd.OutOfPages, match=r"sequence 0 would hold 901 tokens: allowed are max_tokens=900"):
         cache.reserve(900 - 161 + 1)
+
+
+def test_steps_are_appends_and_decodes() -> None:
+    """Only where a block gets full in one of a few tokens results differ."""
+    for recent, sinks, reserved in ((0, 0, False), (7, 4, True), (130, 2, False)):
+        steps, appends = (make(recent=recent, sink_tokens=sinks) for _ in range(2))
+        for cache in (steps, appends):
+            cache.append(*new_tokens(120, seed=3))
+            cache.reserve(300)
+        for i in range(60):
+            q_len = (1, 4, 9)[i % 3]
+            q, new = random_q(q_len), new_tokens(q_len, seed=i)
+            full = appends.packs(q_len)
+            appends.append(*new)
+            want, out = appends.decode(q), steps.step(q, *new, reserved=reserved)
+            assert torch.equal(out, want) != (full and q_len < 9)
+        steps.sync()
+        assert steps.packed_lens.tolist() == appends.packed_lens.tolist() == [128 * ((400 - sinks - recent) // 128)] * 3
+        assert (steps.used_nbytes, steps.free_pages) == (appends.used_nbytes, appends.free_pages)
+        assert all(torch.equal(x, y) for x, y in zip(steps._buffers()[1:5], appends._buffers()[1:5], strict=True))
+        used = steps.block_table[:, : steps.packed_lens[0] // 128].long()
+        assert torch.equal(steps.pages[used], appends.pages[used])
+
+
+def test_a_step_without_a_kernel_leaves_packing_to_the_next(tmp_path: Path) -> None:
+    """Whichever kind that is, and with a tail as long as it can be."""
+    k, v = new_tokens(148)
+    for then in (1, 4, 8, 9):
+        for reserved in (False, True):
+            cache, q = make(recent=5), random_q(8)
+            cache.append(k[:, :132], v[:, :132])
+            cache.reserve(9)
+            out = cache.step(q, k[:, 132:140], v[:, 132:140], reserved=reserved)
+            assert (cache.seqlens.tolist(), cache.packed_lens.tolist()) == ([140] * 3, [0] * 3)
+            for b in range(BATCH):
+                assert relative_error(out[b], attention(q[b], k[b, :140], v[b, :140])[0]) < 1e-3
+            cache.save(tmp_path / "cache")
+            loaded = bd.KVCache.load(tmp_path / "cache")
+            cache.truncate(138)  # all of them can be rolled back
+            cache.step(random_q(2)[:, :, :2].contiguous(), k[:, 138:140], v[:, 138:140])
+            for each in (cache.to("cpu"), loaded):
+                if each.packed_lens[0] == 0:
+                    each.step(random_q(then), *new_tokens(then, seed=1))
+                assert each.packed_lens.tolist() == [128] * 3
+                packed = each.pages[each.block_table[:, 0].long()]
+                assert torch.equal(packed, torch.cat([quantised(k[b, :128], v[b, :128]) for b in range(BATCH)]))
+
+
+def test_steps_by_the_device_go_on_until_the_reserved_pages_are_full() -> None:
+    cache = make(recent=16, num_pages=5)
+    cache.append(*new_tokens(142))
+    cache.reserve([130, 1, 2])  # to 272, 143 and 144 tokens: 2 blocks, none, 1
+    for i in range(4):
+        cache.step(random_q(), *new_tokens(1, seed=i), reserved=True)
+    assert cache.seqlens.tolist() == [146, 143, 146]
+    assert cache.packed_lens.tolist() == [128, 0, 128]
+    with pytest.raises(bd.OutOfPages, match=r"sequence 1 had no reserved page"):
+        cache.step(random_q(), *new_tokens(1))
+    assert cache.seqlens.tolist() == [146, 143, 146]
+    cache.step(random_q(), *new_tokens(1))  # the host takes a page where one is needed
+    assert cache.packed_lens.tolist() == [128, 128, 128]
+
+
+def test_a_step_that_fails_leaves_the_cache_as_it_was() -> None:
+    """And pages that were taken for its blocks are free again."""
+    cache = make(num_pages=4)
+    k, v = new_tokens(128)
+    cache.append(k[:, :127], v[:, :127])
+    before = [x.clone() for x in cache._buffers()[:4]]
+    q, new = random_q(), (k[:, 127:], v[:, 127:])
+    wrong = {
+        "softmax_scale": 0.0, "window": 0, "softcap": -1.0, "sink_logits": torch.zeros(3), "out": q[:2], "config": 3,
+    }  # fmt: skip
+    calls = [(q, *new, {name: value}, bd.InvalidArgument, name) for name, value in wrong.items()]
+    calls += [
+        (q, *new, {"nonsense": 1}, TypeError, "nonsense"),
+        (q, *new, {"recent": 1}, TypeError, "recent"),
+        (random_q(2), *new, {}, bd.InvalidArgument, "q is .*q_len=1"),
+        (q[:, :, :3], *new, {}, bd.InvalidArgument, "num_q_heads must be a multiple of num_kv_heads=2"),
+        (q.repeat(1, 1, 5, 1)[:, :, :17], *new, {}, bd.InvalidArgument, "num_q_heads must be a multiple"),
+        (q[:, :, :0], *new, {}, bd.InvalidArgument, "num_q_heads must be a multiple of num_kv_heads=2"),
+        (q.float(), *new, {}, bd.InvalidArgument, "q is torch.float32"),
+        (q[..., :32], *new, {}, bd.InvalidArgument, "q is .*head_dim=64"),
+        (q.to("meta"), *new, {}, bd.InvalidArgument, "q is on meta: allowed is cpu"),
+        (None, *new, {}, bd.InvalidArgument, "q is a NoneType"),
+        (q, None, new[1], {}, bd.InvalidArgument, "k is a NoneType"),
+        (q, new[0], new[1][:2], {}, bd.InvalidArgument, "v is .*batch_size=3"),
+        (q[:, :0], k[:, :0], v[:, :0], {}, bd.InvalidArgument, "q_len=0"),
+    ]
+    many = random_q(5), *new_tokens(5)
+    calls += [(*many, {name: value}, bd.InvalidArgument, name) for name, value in wrong.items()]
+    calls += [(random_q(9), *new_tokens(9), {"out": many[0]}, bd.InvalidArgument, "out is .*q_len=9")]
+    for queries, keys, values, options, kind, message in calls:
+        for reserved in (False, True):
+            with pytest.raises(kind, match=message):
+                cache.step(queries, keys, values, reserved=reserved, **options)
+            assert cache.free_pages == 4
+            assert all(torch.equal(x, y) for x, y in zip(before, cache._buffers()[:4], strict=True))
+    cache.append(*new_tokens(1), [1, 0, 0])  # others may have the pages
+    with pytest.raises(bd.OutOfPages, match="6 pages are needed, 3 of num_pages=4 are free"):
+        cache.append(*new_tokens(300, seed=1), [0, 300, 300])
+    cache.step(q, *new)
+    assert cache.packed_lens.tolist() == [128, 128, 128]
 
 
 def test_rolling_back_on_the_device() -> None:
@@ -610,3 +769,29 @@ def test_arguments_of_other_types() -> None:
 def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         bd.KVCache.load(tmp_path / "none")
+
+
+def test_steps_without_a_kernel_for_them_attend_alike() -> None:
+    """They pack a block a step later, so that its tokens are attended to in 16 bit as often."""
+    spec, _ = bd.preset("kv4", 64)
+    caches = [
+        bd.KVCache(batch_size=3, max_tokens=700, num_kv_heads=2, head_dim=64, quant=spec, recent=2, sink_tokens=4)
+        for _ in range(2)
+    ]
+    caches[1]._step_columns = 0
+    assert [cache.can_step(torch.zeros(3, 2, 8, 64)) for cache in caches] == [True, False]
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).half()
+
+    prompt = random(2, 3, 300, 2, 64)
+    for cache in caches:
+        cache.append(*prompt, [300, 126, 0])
+    for i in range(100):
+        q_len = 1 + i % 2
+        q, new = random(3, q_len, 8, 64), random(2, 3, q_len, 2, 64)
+        outs = [cache.step(q, *new) for cache in caches]
+        assert torch.equal(*outs), i
+    assert caches[0].seqlens.tolist() == caches[1].seqlens.tolist()
+    assert caches[0].packed_lens.tolist() == [384, 256, 128]

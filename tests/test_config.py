@@ -9,7 +9,9 @@ import pytest
 from bitdecoding.cute_kernels import config as config_module
 from bitdecoding.cute_kernels import native
 from bitdecoding.cute_kernels.compile import GPU_ARCHS, MANIFEST_HEAD_DIMS, preset_specs
+from bitdecoding.cute_kernels.config import column_tile
 from bitdecoding.cute_kernels.layouts import FORMAT_VERSION, GROUPS, block_format
+from bitdecoding.cute_kernels.plan import Plan
 from bitdecoding.cute_kernels.tile_plan import decode_plan
 
 from bitdecoding import PRESETS, InvalidArgument, KernelConfig, QuantSpec, UnsupportedConfig, preset
@@ -138,6 +140,15 @@ def test_spec_errors_name_the_argument(fields, message):
         ),
         ({"ctas_per_sm": 0}, InvalidArgument, "ctas_per_sm=0: allowed are 1 to 8"),
         ({"ctas_per_sm": 3}, UnsupportedConfig, "sm90a has 76800 with ctas_per_sm=3"),
+        ({"kind": "step", "mma": "wgmma"}, InvalidArgument, "mma=wgmma: allowed are mma_sync"),
+        ({"kind": "step", "num_warps": 2, "warps_per_block": 2}, InvalidArgument, "num_warps=2: allowed are 4, 8, 12"),
+        ({"kind": "step", "num_warps": 6}, InvalidArgument, "num_warps=6: allowed are 4, 8, 12, 16"),
+        (
+            {"kind": "step", "stages": 2},
+            UnsupportedConfig,
+            "stages=2: kind=step packs a block in the memory of the ring",
+        ),
+        ({"kind": "step", "stages": 12}, UnsupportedConfig, "stages=12: the kernel would need"),
         ({"kind": "append", "stages": 2}, InvalidArgument, "stages=2: kind=append has no tiling, allowed is 4"),
         ({"kind": "merge", "stages": 2}, InvalidArgument, "stages=2: kind=merge has no tiling"),
         ({"kind": "merge", "quant": QuantSpec(k_bits=2)}, InvalidArgument, "quant=k2c128_v4g128: allowed are k4c128"),
@@ -217,7 +228,38 @@ def test_names_of_append_kernels_have_no_tiling():
 def test_clip_and_rotation_do_not_reach_the_kernel():
     spec = QuantSpec(k_clip=0.5, v_clip="mse", rotate_k=True, rotate_v=True)
     assert spec.for_kernel() == QuantSpec()
-    assert KernelConfig(quant=spec).name() == KernelConfig().name()
+    for kind in ("decode", "step", "append"):
+        assert KernelConfig(kind=kind, quant=spec).name() == KernelConfig(kind=kind).name()
+
+
+def test_steps_are_named_as_decodes_are():
+    config = KernelConfig(kind="step", arch="sm100", head_dim=64, quant=QuantSpec(k_bits=2, v_group=32), stages=8)
+    assert config.name() == "step_sm100_d64_k2c128_v4g32_q8_mma_sync_bulk_w4x4_s8_c1"
+    assert KernelConfig.from_name(config.name()) == config == KernelConfig.from_json(config.to_json())
+    assert config != KernelConfig.from_name(config.name().replace("step", "decode"))
+
+
+@pytest.mark.parametrize("arch", GPU_ARCHS)
+@pytest.mark.parametrize("head_dim", MANIFEST_HEAD_DIMS)
+def test_for_problem_has_steps_of_every_preset(arch, head_dim):
+    for name, columns in itertools.product(PRESETS, (1, 8)):
+        quant = preset(name, head_dim)[0]
+        config = KernelConfig.for_problem(
+            head_dim=head_dim, quant=quant, num_q_heads=columns, num_kv_heads=1, arch=arch, kind="step"
+        )
+        assert (config.kind, config.quant, config.mma) == ("step", quant.for_kernel(), "mma_sync")
+        assert config.q_tile in (column_tile(columns), 8)
+        assert KernelConfig.from_name(config.name()) == config
+        assert config.smem_bytes() == Plan(config).smem_bytes
+        assert Plan(config).teams >= 1
+
+
+def test_for_problem_has_no_steps_of_many_columns():
+    sizes = {"head_dim": 128, "quant": QuantSpec(), "num_kv_heads": 8, "arch": "sm90a", "kind": "step"}
+    assert KernelConfig.for_problem(num_q_heads=32, q_len=2, **sizes).q_tile == 8
+    for num_q_heads, q_len in ((32, 3), (72, 1)):
+        with pytest.raises(UnsupportedConfig, match=f"q_len={q_len}: kind=step has at most 8 query columns"):
+            KernelConfig.for_problem(num_q_heads=num_q_heads, q_len=q_len, **sizes)
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,12 @@ from bitdecoding.cute_kernels.cubin import read_cubin
 from bitdecoding.cute_kernels.layouts import NUM_SLICES, SLICE_TOKENS
 from bitdecoding.cute_kernels.schedule import Params
 from bitdecoding.cute_kernels.tile_plan import TilePlan
-from dsl import compile_configs, listing, sass
+from dsl import ARCHS, FULL_ARCH, arch_in_turn, compile_configs, listing, sass
 from ptx_interpreter import Memory, run
 from test_cpu_decode import Problem, problem, random_q
 
 import bitdecoding as bd
 
-ARCHS = ("sm80", "sm86", "sm89", "sm90a", "sm120")
-FULL_ARCH = "sm90a"
 REGISTERS_PER_SM = 65536
 SLOT_REGISTERS = 256  # registers are handed out to warps in multiples of this
 SM_PARTITIONS = 4
@@ -248,11 +246,9 @@ def check(config, made, case: Problem, q: torch.Tensor, grid: int = 3, **options
 
 
 RAGGED = [(0, 0), (129, 3), (384, 20)]
-CASES = [
-    (arch, d, i) for d in compiler.MANIFEST_HEAD_DIMS for i in range(len(compiler.manifest_specs(d))) for arch in ARCHS
-]
-# every format once on each kind of copy, every head_dim: the architectures take turns
-CASES = [case for n, case in enumerate(CASES) if n % len(ARCHS) == (n // len(ARCHS)) % len(ARCHS)]
+CASES = [(d, i) for d in compiler.MANIFEST_HEAD_DIMS for i in range(len(compiler.manifest_specs(d)))]
+# every format with every head_dim
+CASES = [(arch_in_turn(n), d, i) for n, (d, i) in enumerate(CASES)]
 
 
 @pytest.mark.parametrize(("arch", "head_dim", "index"), CASES)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 
 from .arguments import MAX_BATCH, device_of, integers, make_folder, parsed
-from .cache import STEP_TOKENS
+from .cache import TAIL_ROOM
 from .cute_kernels.errors import InvalidArgument
 from .cute_kernels.layouts import BLOCK_TOKENS
 from .integrations.transformers import NAME, BitDecodingCache
@@ -209,7 +209,7 @@ def sequence_bytes(config: LlamaConfig, policy: QuantPolicy | None, max_tokens: 
         return config.num_hidden_layers * max_tokens * 2 * values * 2
     total = 0
     for spec, kept in policy.resolve(config.num_hidden_layers, config.head_dim):
-        tail = max(1, kept.recent) + BLOCK_TOKENS - 1 + STEP_TOKENS
+        tail = max(1, kept.recent) + BLOCK_TOKENS - 1 + TAIL_ROOM
         in_16_bit = max_tokens if spec is None else kept.sink_tokens + tail
         total += in_16_bit * 2 * values * 2
         if spec is not None:

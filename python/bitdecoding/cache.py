@@ -21,7 +21,8 @@ from .quantization import CachePolicy
 
 METADATA_KEY = "bitdecoding.KVCache"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-STEP_TOKENS = 8  # that a step attends to before it packs: room in a tail beside a full block
+STEP_TOKENS = 8  # that a step attends to before blocks are packed
+TAIL_ROOM = 2 * STEP_TOKENS  # beside a settled tail: for tokens that are left to the next step to pack, and for its own
 NO_PAGE = -1  # an entry of the block table that names no page
 SIZES = ("batch_size", "max_tokens", "num_kv_heads", "head_dim", "recent", "sink_tokens", "num_pages")
 
@@ -33,9 +34,9 @@ class KVCache:
     tokens is packed once there are ``recent + 128`` behind the last packed one.
 
     Pages are taken and freed by the host. :meth:`append` takes what it needs, or, with ``reserved=True``, leaves all to
-    the device, which then packs into pages that :meth:`reserve` has set aside. That form and :meth:`decode` can be
-    captured in a CUDA graph or compiled by torch.compile: a step allocates nothing and waits for nothing. What replays
-    append, the host learns by :meth:`sync`, which every method that needs it calls first.
+    the device, which then packs into pages that :meth:`reserve` has set aside. That form, :meth:`decode`, and
+    :meth:`step` that does both can be captured in a CUDA graph or compiled by torch.compile: they allocate nothing and
+    wait for nothing. What replays append, the host learns by :meth:`sync`; every method that needs it calls that first.
 
     Args:
         batch_size, num_kv_heads, head_dim: of the attention layer (one cache serves one layer).
@@ -112,8 +113,7 @@ class KVCache:
         self.packed_lens = int32(batch_size)
         self.seqlens = int32(batch_size)
         self.status = int32(1)  # see bitdecoding.append
-        # a step's tokens come to the tail before a full block leaves it
-        self.tail_k, self.tail_v = (tokens(self.policy.tail_capacity + STEP_TOKENS) for _ in range(2))
+        self.tail_k, self.tail_v = (tokens(self.policy.tail_capacity + TAIL_ROOM) for _ in range(2))
         self.sink_k, self.sink_v = (tokens(sink_tokens) if sink_tokens else None for _ in range(2))
 
         # the host's books
@@ -170,28 +170,24 @@ class KVCache:
         """
         new_tokens = self._check_new(k, v)
         self._check_q(q, new_tokens)
-        if new_tokens > STEP_TOKENS:
-            self.append(k, v, reserved=reserved)
-            return self.decode(q, **options)
-        late = not self.can_step(q)
+        whole = self.can_step(q)
+        if not whole:
+            self._check_decode(q, options)  # before anything is appended
+        more_recent = 0 if whole or new_tokens > STEP_TOKENS else new_tokens
         if reserved or self._recording():
-            result = self._step(q, k, v, self.status, late, options)
+            result = self._append_for_step(q, k, v, self.status, whole, more_recent, options)
             self._leave_to_device()
-            return result
-
-        self.sync()
-        held = [len(pages) for pages in self._pages_of]
-        lens, packed = self._provide([new_tokens] * self.batch_size, new_tokens if late else 0)
-        try:
-            result = self._step(q, k, v, None, late, options)
-        except BaseException:
-            if late:  # what it may have packed were tokens of before
-                self._write_lengths(self._lens, packed)
-            else:
+        else:
+            self.sync()
+            held = [len(pages) for pages in self._pages_of]
+            lens, packed = self._provide([new_tokens] * self.batch_size, more_recent)
+            try:
+                result = self._append_for_step(q, k, v, None, whole, more_recent, options)
+            except BaseException:
                 self._keep_pages(held)
-            raise
-        self._lens, self._packed = lens, packed
-        return result
+                raise
+            self._lens, self._packed = lens, packed
+        return self.decode(q, **options) if result is None else result
 
     def can_step(self, q: Tensor) -> bool:
         """Whether one kernel does the :meth:`step` of queries [batch_size, q_len, num_q_heads, head_dim]: there is one
@@ -365,25 +361,40 @@ class KVCache:
             self._captured = True
 
     def _append(
-        self, k: Tensor, v: Tensor, lengths: Tensor | None, status: Tensor | None, recent: int | None = None
+        self, k: Tensor, v: Tensor, lengths: Tensor | None, status: Tensor | None, more_recent: int = 0
     ) -> None:
         ops.append(
             k, v, self.pages, self.block_table, self.seqlens, self.packed_lens, self.tail_k, self.tail_v, self._spec(),
             sink_k=self.sink_k, sink_v=self.sink_v, lengths=lengths,
-            recent=self.recent if recent is None else recent, status=status, workspace=self._workspace_to_trace(),
+            recent=self.recent + more_recent, status=status, workspace=self._workspace_to_trace(),
         )  # fmt: skip
 
-    def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, status: Tensor | None, late: bool, options: dict[str, Any]
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if late:  # so that only what was due before gets packed
-            self._append(k, v, None, status, self.recent + k.shape[1])
-            return self.decode(q, **options)
+    def _append_for_step(
+        self, q: Tensor, k: Tensor, v: Tensor, status: Tensor | None, whole: bool, more_recent: int,
+        options: dict[str, Any],
+    ) -> Tensor | tuple[Tensor, Tensor] | None:  # fmt: skip
+        """Append a step's tokens -> the attention of one that is done as a whole; None: decode is to follow."""
+        if not whole:
+            self._append(k, v, None, status, more_recent)
+            return None
         return ops.step(
             q, k, v, self.pages, self.block_table, self.seqlens, self.packed_lens, self.tail_k, self.tail_v,
             self._spec(), sink_k=self.sink_k, sink_v=self.sink_v, recent=self.recent, status=status,
             workspace=self._workspace_to_trace(), **options,
         )  # fmt: skip
+
+    def _check_decode(self, q: Tensor, options: dict[str, Any]) -> None:
+        """Raise what :meth:`decode` would; it is done for none of the sequences."""
+        if torch.compiler.is_compiling():
+            return
+        out = options.get("out")
+        if out is not None:
+            extents = zip(("batch_size", "q_len", "num_q_heads", "head_dim"), q.shape, strict=True)
+            ops.check_tensor("out", out, (self.dtype,), **dict(extents))
+            options = options | {"out": out[:0]}
+        names = ("block_table", "seqlens", "packed_lens", "tail_k", "tail_v", "sink_k", "sink_v")
+        none = {name: None if (x := getattr(self, name)) is None else x[:0] for name in names}
+        ops.decode(q[:0], self.pages, spec=self.quant, **none, **options)
 
     def _spec(self) -> QuantSpec | str:
         return self._quant_json if torch.compiler.is_compiling() else self.quant
@@ -403,7 +414,7 @@ class KVCache:
         if not self._stale:
             return
         if self._recording():
-            raise InvalidArgument("a graph is being captured: allowed are append and decode")
+            raise InvalidArgument("a graph is being captured: allowed are append, decode and step")
         read = torch.cat((self.seqlens, self.packed_lens, self.status)).tolist()
         self._lens, self._packed = read[: self.batch_size], read[self.batch_size : -1]
         self._stale = self._captured
@@ -464,7 +475,7 @@ class KVCache:
     def _on_device(self, values: list) -> Tensor:
         """int32 values on the cache's device, without waiting for it."""
         if self._recording():
-            raise InvalidArgument("a graph is being captured: allowed are append and decode")
+            raise InvalidArgument("a graph is being captured: allowed are append, decode and step")
         host = torch.tensor(values, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         return host.to(self.device, non_blocking=True)
 

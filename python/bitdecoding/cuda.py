@@ -22,7 +22,7 @@ from . import tuned
 from .cute_kernels import native
 from .cute_kernels.checks import check_one_of, check_type
 from .cute_kernels.config import FEW_COLUMNS, MMA_COLUMNS, KernelConfig, QuantSpec, device_arch
-from .cute_kernels.errors import BitDecodingError, CacheFormatError, InvalidArgument, KernelNotFound, UnsupportedConfig
+from .cute_kernels.errors import BitDecodingError, CacheFormatError, InvalidArgument, KernelNotFound
 from .cute_kernels.layouts import HEAD_DIMS
 from .cute_kernels.pack import DSL, CompiledKernel, cache_dir, dsl_version, source_digest, write_pack
 
@@ -366,7 +366,7 @@ def step_columns(device: int, head_dim: int, spec: QuantSpec, batch_heads: int) 
             config = KernelConfig.for_problem(
                 head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch, kind="step"
             )
-        except UnsupportedConfig:
+        except BitDecodingError:
             break
         if _find_kernel(config.name()) < 0 and dsl_version() is None:
             break

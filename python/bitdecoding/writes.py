@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -14,10 +15,10 @@ from .cute_kernels.layouts import BLOCK_TOKENS
 from .quantization import preset
 from .timing import Candidate, copies_of
 
-# (tokens of the prompt and KV heads; batch and KV heads of an append; a decode) on a GPU or a CPU
+# (tokens of the prompt and KV heads; batch and KV heads of an append; decodes) on a GPU or a CPU
 PROBLEMS = {
-    True: ((131072, 8), (64, 8), Shape((32768,) * 8, 32, 8)),
-    False: ((1024, 2), (4, 2), Shape((1024,) * 2, 8, 2)),
+    True: ((131072, 8), (64, 8), (Shape((32768,) * 8, 32, 8), Shape((8192,), 32, 8), Shape((4096,) * 32, 32, 8))),
+    False: ((1024, 2), (4, 2), (Shape((1024,) * 2, 8, 2),)),
 }
 ROOM = 512  # tokens that may be appended to a cache between two resets before a block gets full
 
@@ -35,12 +36,12 @@ class Write:
 
 def writes(presets: Iterable[str], head_dim: int, dtype: torch.dtype, device: torch.device) -> Iterator[list[Write]]:
     """The candidates that take turns, one group after another."""
-    (tokens, heads), (batch, append_heads), shape = PROBLEMS[device.type == "cuda"]
+    (tokens, heads), (batch, append_heads), shapes = PROBLEMS[device.type == "cuda"]
     yield [quantizing(name, tokens, heads, head_dim, dtype, device) for name in presets]
     for fills in (False, True):
         yield [appending(name, batch, append_heads, head_dim, dtype, device, fills) for name in presets]
-    for name in presets:
-        yield steps(name, shape, head_dim, dtype, device)
+    for shape, name, fills in itertools.product(shapes, presets, (False, True)):
+        yield steps(name, shape, head_dim, dtype, device, fills)
 
 
 def quantizing(name: str, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Write:
@@ -93,8 +94,10 @@ def appending(
     return Write(operation, f"{batch} x {heads}", name, Candidate(name, call, copies, nbytes, reset), nbytes)
 
 
-def steps(name: str, shape: Shape, head_dim: int, dtype: torch.dtype, device: torch.device) -> list[Write]:
-    """decode alone, append with decode, and both in one kernel."""
+def steps(name: str, shape: Shape, head_dim: int, dtype: torch.dtype, device: torch.device, fills: bool) -> list[Write]:
+    """decode alone, append with decode, and both in one kernel; no block gets full. fills: the mean over 128 of them,
+    in which each sequence fills a block, one after another.
+    """
     spec, policy = preset(name, head_dim)
     generator = torch.Generator(device).manual_seed(0)
     batch, heads, tokens = shape.batch, shape.num_kv_heads, max(shape.lengths)
@@ -111,9 +114,13 @@ def steps(name: str, shape: Shape, head_dim: int, dtype: torch.dtype, device: to
     q = torch.randn(batch, 1, shape.num_q_heads, head_dim, device=device, generator=generator).to(dtype)
     out = torch.empty_like(q)
 
+    turns = [b * BLOCK_TOKENS // batch if fills else 0 for b in range(batch)]
+    lens = torch.tensor([tokens + turn for turn in turns], dtype=torch.int32, device=device)
+    packed = torch.tensor([cache.policy.packed_len(tokens + turn, 0) for turn in turns], dtype=torch.int32).to(device)
+
     def reset() -> None:
-        cache.seqlens.fill_(tokens)
-        cache.packed_lens.fill_(cache.policy.packed_len(tokens, 0))
+        cache.seqlens.copy_(lens)
+        cache.packed_lens.copy_(packed)
 
     def decode(_: int) -> object:
         return cache.decode(q, out=out)
@@ -128,7 +135,8 @@ def steps(name: str, shape: Shape, head_dim: int, dtype: torch.dtype, device: to
     reset()
     blocks = batch * cache.policy.packed_len(tokens, 0) // BLOCK_TOKENS
     nbytes = blocks * heads * ops.block_bytes(head_dim, spec)
+    calls, suffix = (BLOCK_TOKENS, ", mean of 128") if fills else (1, "")
     return [
-        Write(operation, str(shape), name, Candidate(name, call, 1, nbytes, reset), None)
+        Write(operation + suffix, str(shape), name, Candidate(name, call, calls, nbytes, reset), None)
         for operation, call in (("decode", decode), ("append + decode", two), ("step", step))
     ]
