@@ -7,7 +7,13 @@ import os
 
 import pytest
 
-LONGEST = ("test_kernels.py", "test_append_kernels.py", "test_cpp_api.py", "test_transformers.py")
+LONGEST = (
+    "test_kernels.py",
+    "test_append_kernels.py",
+    "test_step_kernels.py",
+    "test_cpp_api.py",
+    "test_transformers.py",
+)
 
 
 def pytest_collection_modifyitems(config, items):
