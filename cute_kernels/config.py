@@ -17,7 +17,7 @@ from tvm_ffi.dataclasses import c_class, fields
 from . import native
 from .checks import check_int, check_one_of, check_type, parse_json, shown
 from .errors import InvalidArgument, UnsupportedConfig
-from .layouts import BLOCK_TOKENS, HEAD_DIMS
+from .layouts import BLOCK_TOKENS, HEAD_DIMS, NUM_SLICES
 
 MMA_COLUMNS = 8  # query columns of one m16n8k16
 FEW_COLUMNS = 4  # a tile of so few has each of them twice in the MMA's columns, and half of their arithmetic per lane
@@ -280,6 +280,8 @@ class KernelConfig(Object):
                 has_registers = False
             if copy == "cp_async" or (arch == "sm90a" and has_registers):
                 tilings = (TILING_OF_TWO_BITS[copy], *TILINGS)
+        if kind == "step":
+            tilings = tuple(tiling for tiling in tilings if tiling[0] % NUM_SLICES == 0)  # teams of so many warps pack
         for columns in (q_tile, MMA_COLUMNS):
             for num_warps, warps_per_block, stages in tilings:
                 config = cls(
@@ -298,6 +300,11 @@ class KernelConfig(Object):
                     limit = min(limit, MAX_REGISTERS_OF_TWO_TILES[copy])
                 if _registers(config) <= limit and _fits(config):
                     return config
+        if kind == "step":
+            raise UnsupportedConfig(
+                f"head_dim={head_dim}: kind=step has no kernel for {quant.for_kernel().name()} on {arch}, whose shared "
+                "memory or registers do not suffice; append and decode have"
+            )
         config.validate()
         return config
 

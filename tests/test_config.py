@@ -254,6 +254,17 @@ def test_for_problem_has_steps_of_every_preset(arch, head_dim):
         assert Plan(config).teams >= 1
 
 
+@pytest.mark.parametrize("arch", ["sm86", "sm89", "sm120"])
+def test_for_problem_says_where_a_step_does_not_fit(arch):
+    """With what the user gave, not with a tiling."""
+    for bits, columns in itertools.product((8, 4, 2), (1, 8)):
+        quant = QuantSpec(k_bits=bits, v_bits=bits, k_group=32, v_group=32)
+        sizes = {"head_dim": 256, "quant": quant, "num_q_heads": columns, "num_kv_heads": 1, "arch": arch}
+        with pytest.raises(UnsupportedConfig, match=f"head_dim=256: kind=step has no kernel for .* on {arch}"):
+            KernelConfig.for_problem(kind="step", **sizes)
+        assert KernelConfig.for_problem(**sizes).kind == "decode"
+
+
 def test_for_problem_has_no_steps_of_many_columns():
     sizes = {"head_dim": 128, "quant": QuantSpec(), "num_kv_heads": 8, "arch": "sm90a", "kind": "step"}
     assert KernelConfig.for_problem(num_q_heads=32, q_len=2, **sizes).q_tile == 8
