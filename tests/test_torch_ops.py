@@ -7,7 +7,7 @@ from bitdecoding.cute_kernels.errors import InvalidArgument
 import bitdecoding as bd
 from bitdecoding import torch_ops
 
-HEADS, DIM, BATCH = 2, 64, 3
+HEADS, DIM, BATCH = 2, 128, 3
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
