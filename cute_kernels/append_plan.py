@@ -13,6 +13,7 @@ JOB_BYTES = 64
 COUNTER_BYTES = 128  # from a sequence's counter to the next: in other parts of L2, so that they count at the same time
 SMEM_ALIGN = 128
 MAX_CTAS = 5  # that are to fit on an SM by their registers, if they do by their shared memory
+MAX_CTAS_OF_96 = 4  # channels: with registers for five some formats would hold 8 bytes in local memory
 SM_SMEM = 228 * 1024  # of Hopper, and what every CTA takes besides its own
 CTA_SMEM = 1024
 
@@ -62,4 +63,5 @@ class AppendPlan:
 
     @cached_property
     def ctas_per_sm(self) -> int:
-        return min(MAX_CTAS, SM_SMEM // (self.smem_bytes + CTA_SMEM))
+        most = MAX_CTAS_OF_96 if self.head_dim == 96 else MAX_CTAS
+        return min(most, SM_SMEM // (self.smem_bytes + CTA_SMEM))
