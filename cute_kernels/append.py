@@ -137,7 +137,7 @@ class AppendKernel:
         row_at = self.new_row(p, own, lane // ROW_LANES) + Int64(lane % ROW_LANES * VECTOR)
         lengths_at = self.lengths_at(p, item.b)
         # where the lane has its vectors of a row, those of a staged block and others
-        place = smem + (warp * WARP_ROWS + lane // ROW_LANES) * self.plan.row_bytes + lane % ROW_LANES * VECTOR
+        place = self.place(smem, warp, lane)
 
         # What a step of decoding does nearly always is rehearsed while the previous kernel ends, so that its code is in
         # the caches then. Lengths may be anything at that time, and nothing is stored.
@@ -220,6 +220,10 @@ class AppendKernel:
                 row_at += Int64(start) * p.new_token_stride
                 row = self.load_row(row_at)
         return row
+
+    def place(self, rows: Int32, warp: Int32, lane: Int32) -> Int32:
+        """Where a lane has its vectors of the first row that it copies of those in shared memory."""
+        return rows + (warp * WARP_ROWS + lane // ROW_LANES) * self.plan.row_bytes + lane % ROW_LANES * VECTOR
 
     def load_row(self, address: Int64) -> list:
         """A lane's vectors of a row; address: of its first."""

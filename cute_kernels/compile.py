@@ -45,7 +45,7 @@ GPU_ARCHS = {
 }
 MANIFEST_HEAD_DIMS = (64, 128)
 MANIFEST_GROUPS = (32, 64, 128)
-STEP_HEAD_DIMS = (128,)
+STEP_HEAD_DIMS = (128,)  # a kernel takes twice as long as one of decode; elsewhere two kernels do a step
 MANIFEST_COLUMNS = (FEW_COLUMNS, MMA_COLUMNS, 16, 32, 64, 128)  # query columns
 MAX_WORKERS = 8
 

@@ -46,7 +46,7 @@ class Step:
         attends = (piece.end_chunk > piece.first_chunk) & ((attended > old) | (to_sink > 0))
         if (piece.columns > 0) & attends & (old >= 0):  # it is, unless lengths are inconsistent
             part = lane % ROW_LANES * VECTOR
-            place = smem + self.plan.rows_at + lane // ROW_LANES * self.append.plan.row_bytes + part
+            place = self.append.place(smem + self.plan.rows_at, Int32(0), lane)
             # rows of K and V take turns; if one of them is rotated and the other is not, once for each
             rows = p.q_len * append.OPERANDS
             alike = p.rotate_k == p.rotate_v
@@ -96,7 +96,7 @@ class Step:
         ends = cutlass.select_((last.ctas == 1) | (last.collects == 1), Int32(1), Int32(0))
         team, member = warp // plan.warps, warp % plan.warps
         at = smem + team * plan.smem_bytes
-        place = at + (member * WARP_ROWS + lane // ROW_LANES) * plan.row_bytes + lane % ROW_LANES * VECTOR
+        place = self.append.place(at, member, lane)
         kept = p._replace(rotate_k=Int32(0), rotate_v=Int32(0))  # as the tail is, already
         x = (first.b * p.num_kv_heads + first.head) * append.OPERANDS + team
         end = (last.b * p.num_kv_heads + last.head + ends) * append.OPERANDS
