@@ -79,7 +79,7 @@ class DecodeKernel:
         ptx.mbarrier_init(smem + plan.merge_full_at, plan.warps * LANES)
         ptx.mbarrier_init(smem + plan.merge_empty_at, MERGE_WARPS * LANES)
         for slot in range(SLOTS):
-            ptx.mbarrier_init(smem + (plan.slot_full_at + BARRIER_BYTES * slot), MERGE_WARPS * LANES)
+            ptx.mbarrier_init(smem + (plan.slot_full_at + BARRIER_BYTES * slot), plan.preparers * LANES)
             if plan.steps:
                 ptx.mbarrier_init(smem + (plan.rows_full_at + BARRIER_BYTES * slot), LANES)
 
@@ -221,12 +221,12 @@ class DecodeKernel:
             done += 1
         team = Int32(plan.warps)
         self.merge.merge(p, smem, warp, team, lane, load_piece(self.merge.piece_at(smem, (done - 1) % SLOTS)))
-        first = load_piece(smem + plan.first_piece_at)
-        if first.collects == 1:
-            self.merge.collect(p, warp, team, lane, first)
         if cutlass.const_expr(plan.steps):
             if ptx.load_shared(smem, plan.due_at, 1)[0] != 0:
                 self.step.pack(p, smem, warp, lane, self.merge.piece_at(smem, (done - 1) % SLOTS))
+        first = load_piece(smem + plan.first_piece_at)
+        if first.collects == 1:
+            self.merge.collect(p, warp, team, lane, first)
 
     def place_again(self, warp: Int32, lane: Int32) -> tuple:
         """(warp, lane): found anew in kernels of few columns, which otherwise would hold registers in local memory."""

@@ -15,9 +15,9 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 from . import ptx
 from .attention import FIRST_MAX, State
 from .layouts import LANES, TILE
-from .plan import BARRIER_BYTES, COLUMNS, MERGE_BARRIER, MERGE_WARPS, QUAD, SLOTS, Plan
+from .plan import BARRIER_BYTES, COLUMNS, MERGE_BARRIER, MERGE_WARPS, QUAD, ROWS_WARP, SLOTS, Plan
 from .queries import LOG2E, Queries, hadamard_lanes, hadamard_registers
-from .schedule import Params, Piece, Place, Schedule, Sequence, load_piece, store_piece
+from .schedule import Params, Piece, Place, Schedule, Sequence, blocks_due, load_piece, store_piece
 from .step import Step
 
 STATES_AT_ONCE = 8  # results of warps that a thread holds while merging
@@ -44,31 +44,32 @@ class Merge:
             announce=lambda *share: self.tell(p, smem, slot, helper, lane, share, is_first=True),
             fetch=lambda at, end, seq: self.prepare(p, smem, slot, helper, lane, at, seq),
         )
-        ptx.mbarrier_arrive(smem + self.plan.slot_full_at)
-        due = self.keep_rows(p, smem, Int32(0), helper, lane, Int32(0))
+        self.prepared(smem, slot, helper)
+        self.keep_rows(p, smem, Int32(0), helper, lane, is_first=True)
         done = Int32(1)  # pieces
         parity = Int32(0)
         units = seq.units
-        count = self.schedule.count(at, end, seq)
+        count = self.schedule.count(p, at, end, seq)
         while at.x + count < end:
             at = self.schedule.next_piece(p, at, units, count)
             seq = self.schedule.sequence(p, at.b)
             units = seq.units
-            count = self.schedule.count(at, end, seq)
+            count = self.schedule.count(p, at, end, seq)
             slot = slot ^ 1
-            ptx.barrier(MERGE_BARRIER, MERGE_WARPS * LANES)  # all of them have read what this slot held
             self.tell(p, smem, slot, helper, lane, (at, end, seq, shares), is_first=False)
             self.prepare(p, smem, slot, helper, lane, at, seq)
-            ptx.mbarrier_arrive(smem + self.plan.slot_full_at + slot * BARRIER_BYTES)
-            due = self.keep_rows(p, smem, done, helper, lane, due)
+            self.prepared(smem, slot, helper)
+            self.keep_rows(p, smem, done, helper, lane, is_first=False)
             done += 1
             ptx.mbarrier_wait(smem + self.plan.merge_full_at, parity, self.plan.wait)
             parity = parity ^ 1
             self.merge(p, smem, helper, Int32(MERGE_WARPS), lane, load_piece(self.piece_at(smem, slot ^ 1)))
             ptx.mbarrier_arrive(smem + self.plan.merge_empty_at)
+            ptx.barrier(MERGE_BARRIER, MERGE_WARPS * LANES)  # all of them have read what the next piece's slot held
         if cutlass.const_expr(self.plan.steps):
-            if (helper == MERGE_WARPS - 1) & (due == 0):  # else the consumers do it
-                self.step.count(p, lane)
+            if helper == ROWS_WARP:
+                if ptx.load_shared(smem, self.plan.due_at, 1)[0] == 0:  # else the consumers do it
+                    self.step.count(p, lane)
 
     @cute.jit
     def tell(self, p: Params, smem: Int32, slot: Int32, helper: Int32, lane: Int32, share: tuple, is_first: bool):
@@ -79,31 +80,44 @@ class Merge:
             if cutlass.const_expr(is_first):
                 store_piece(smem + self.plan.first_piece_at, piece)
 
+    @cute.jit
     def prepare(self, p: Params, smem: Int32, slot: Int32, helper: Int32, lane: Int32, at: Place, seq: Sequence):
-        """Prepare a piece's queries."""
+        """Prepare a piece's queries; fetch its new rows, in a kernel that appends."""
         head, first_row = self.schedule.tile(p, at)
         b = cutlass.max(at.b, 0)
         self.queries.prepare(p, self.slot(smem, slot), helper, lane, b, head, first_row, seq.length)
+        if cutlass.const_expr(self.plan.steps):
+            if helper == ROWS_WARP:
+                self.step.fetch_rows(p, smem, lane, b, head, Int32(0))
         return Int32(0)
 
     @cute.jit
-    def keep_rows(self, p: Params, smem: Int32, done: Int32, helper: Int32, lane: Int32, due: Int32):
-        """In a kernel that appends, append the new rows of the piece after ``done`` ones, by one warp -> not 0: it, or
-        ``due`` before, has a block to pack.
+    def prepared(self, smem: Int32, slot: Int32, helper: Int32):
+        """Let the consumers begin with a piece."""
+        if cutlass.const_expr(self.plan.steps):
+            if helper != ROWS_WARP:
+                ptx.mbarrier_arrive(smem + self.plan.slot_full_at + slot * BARRIER_BYTES)
+        else:
+            ptx.mbarrier_arrive(smem + self.plan.slot_full_at + slot * BARRIER_BYTES)
+
+    @cute.jit
+    def keep_rows(self, p: Params, smem: Int32, done: Int32, helper: Int32, lane: Int32, is_first: bool):
+        """In a kernel that appends, append the new rows of the piece after ``done`` ones, by one warp; leave word if
+        one of the pieces so far has a block to pack.
         """
         if cutlass.const_expr(self.plan.steps):
-            if helper == MERGE_WARPS - 1:
+            if helper == ROWS_WARP:
                 slot = done % SLOTS
                 at = smem + slot * BARRIER_BYTES
                 # it is told, and the merge warps have read the lengths for it
                 ptx.mbarrier_wait(at + self.plan.slot_full_at, done // SLOTS % 2, self.plan.wait)
                 piece = load_piece(self.piece_at(smem, slot))
                 self.step.keep_rows(p, smem, lane, piece)
-                if piece.columns > 0:
-                    due = due | self.step.blocks_due(p, piece.tail)
+                due = cutlass.select_(piece.columns > 0, blocks_due(p, piece.tail), Int32(0))
+                if cutlass.const_expr(not is_first):
+                    due = due | ptx.load_shared(smem, self.plan.due_at, 1)[0]
                 ptx.store_shared(smem, self.plan.due_at, [due])
                 ptx.mbarrier_arrive(at + self.plan.rows_full_at)
-        return due
 
     def slot(self, smem: Int32, slot: Int32) -> Int32:
         return smem + self.plan.slots_at + slot * self.plan.slot_bytes

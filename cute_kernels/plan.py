@@ -17,11 +17,14 @@ WARM_BYTES = 128 << 10  # per SM, a third of L2 in all: what memory delivers bet
 # with twelve consumer warps a thread starts with 128 registers: 12 x 136 + 4 x 104 are all that an SM has, too
 MOVING_WARPS, CONSUMER_REGISTERS, OTHERS_REGISTERS = 12, 136, 104
 LATE_BYTES = 80 << 10  # what an SM reads in the two microseconds that some CTAs begin later than the others
+# what an SM reads while it packs a block of K and V, and while it searches for its ranges, too
+PACK_BYTES, SEARCH_BYTES = 256 << 10, 768 << 10
 SLOTS = 2  # the next piece is prepared while the consumers are at a piece
 PIECE_WORDS = 20  # of a Piece (schedule.py)
 # warps that merge: with producer and up to 8 consumers a scheduler holds three warps, as without them, so they cost no
 # registers
 MERGE_WARPS = 3
+ROWS_WARP = 1  # of them: appends new rows, and has nothing to do for the queries of 8 columns
 # named barriers (0 is the CTA's): of the consumers, of the merge warps, and of the teams of warps that pack blocks
 CONSUMER_BARRIER, MERGE_BARRIER, FIRST_TEAM_BARRIER = 1, 2, 3
 MERGE_FLOATS = 72  # of partial results that a thread has in flight while merging: one round trip for 18 CTAs
@@ -58,6 +61,7 @@ class Plan:
         self.slices = NUM_SLICES // self.warps_per_block  # of a block, per warp
         self.chunk = TILE * self.warps_per_block  # tokens of a 16-bit unit
         self.steps = config.kind == "step"  # the kernel appends, too
+        self.preparers = MERGE_WARPS - self.steps  # merge warps that tell of a piece or prepare its queries
         self.states = self.warps  # results of a piece that the CTA merges
         self.merge_floats = MERGE_FLOATS
         self.threads = LANES * (self.warps + 1 + MERGE_WARPS)  # consumers, producer, mergers
@@ -156,10 +160,15 @@ class Plan:
         return -(-(self.due_at + VECTOR) // VECTOR) * VECTOR
 
     @cached_property
+    def fetched_at(self) -> int:
+        """The same for those that are fetched."""
+        return self.rows_at + WARP_ROWS * self.append.row_bytes
+
+    @cached_property
     def smem_bytes(self) -> int:
         end = self.rows_full_at
         if self.steps:
-            end = self.rows_at + WARP_ROWS * self.append.row_bytes
+            end = self.fetched_at + WARP_ROWS * self.append.row_bytes
         return -(-end // SMEM_ALIGN) * SMEM_ALIGN
 
     @cached_property
@@ -190,6 +199,16 @@ class Plan:
     @cached_property
     def late_units(self) -> int:
         return LATE_BYTES // self.fmt.block_bytes
+
+    @cached_property
+    def pack_units(self) -> int:
+        """Units that packing a block of a piece counts for."""
+        return PACK_BYTES // self.fmt.block_bytes
+
+    @cached_property
+    def search_units(self) -> int:
+        """The same where K's or V's ranges are searched for."""
+        return SEARCH_BYTES // self.fmt.block_bytes
 
     @cached_property
     def partial_bytes(self) -> int:

@@ -2,7 +2,8 @@
 
 A *piece* is one (sequence, KV head, query tile); a *unit* is a 128-token block of a piece or, after the blocks,
 a chunk of its 16-bit tokens (sinks, then tail). Units are ordered by sequence, piece, unit; every CTA takes an
-equal run of them, so neither the grid nor the balance depends on how ragged the batch is.
+equal run of them, so neither the grid nor the balance depends on how ragged the batch is. In a kernel that packs the
+blocks that get full, packing counts as units, behind the others.
 """
 
 from typing import NamedTuple
@@ -134,7 +135,7 @@ class Piece(NamedTuple):
     tail: Int32  # tokens
     is_last: Int32  # 1: the CTA's last
     collects: Int32  # 1: the CTA merges the partial results of the piece
-    columns: Int32  # query columns of the tile; 0 if the CTA's share is empty
+    columns: Int32  # query columns of the tile; 0 if the CTA has nothing to do for it
     slot: Int32  # workspace slot of this CTA's partial result
     first_cta: Int32  # of those that share the piece
     first_slot: Int32  # slot of that CTA's partial result
@@ -149,6 +150,11 @@ def store_piece(address: Int32, piece: Piece) -> None:
 
 def load_piece(address: Int32) -> Piece:
     return Piece(*[word for i in range(0, len(Piece._fields), 4) for word in ptx.load_shared(address, 4 * i, 4)])
+
+
+def blocks_due(p: Params, tail: Int32) -> Int32:
+    """How many blocks of a tail of so many tokens a step packs."""
+    return cutlass.max(tail - p.recent, 0) >> BLOCK_SHIFT
 
 
 def whole_blocks(piece: Piece) -> tuple:
@@ -198,6 +204,7 @@ class Schedule:
         self.warm_blocks = plan.warm_blocks
         self.late_units, self.round_units = plan.late_units, plan.block_groups
         self.block_bytes = plan.fmt.block_bytes
+        self.pack_units, self.search_units = plan.pack_units, plan.search_units
 
     def lengths(self, p: Params, b: Int32) -> tuple:
         """seqlens and packed_lens of sequence b (of the last one beyond the batch), past L1: the previous kernel may be
@@ -232,9 +239,22 @@ class Schedule:
         sink_units = (sinks + self.chunk - 1) // self.chunk
         if first_visible >= sinks:
             sink_units = Int32(0)
-        units = cutlass.max(blocks + sink_units + (tail + self.chunk - 1) // self.chunk, 1)
+        units = cutlass.max(blocks + sink_units + (tail + self.chunk - 1) // self.chunk, 1) + self.packing(p, tail)
         units = cutlass.select_(b < p.batch, units, Int32(0))
         return Sequence(length, sinks, packed, tail, first_block, blocks, sink_units, units)
+
+    def packing(self, p: Params, tail: Int32) -> Int32:
+        """The last units of a piece, which stand for packing the full blocks of a tail of so many tokens."""
+        if not self.steps:
+            return Int32(0)
+        searches = (p.k_clip == 0.0) | (p.v_clip == 0.0)
+        return blocks_due(p, tail) * cutlass.select_(searches, Int32(self.search_units), Int32(self.pack_units))
+
+    def deciding(self, p: Params, seq: Sequence) -> Int32:
+        """The unit of a piece whose CTA has the piece's end: the last one, or that in the middle of the packing. That
+        CTA packs and, if there is packing, attends to all 16-bit tokens; nothing is to be done for the units behind.
+        """
+        return seq.units - 1 - (self.packing(p, seq.tail) >> 1)
 
     @cute.jit
     def begin(self, p: Params, lane: Int32, announce, fetch):
@@ -387,7 +407,7 @@ class Schedule:
                 if (page >= 0) & (page < p.num_pages):
                     ptx.prefetch(pages + Int64(page) * p.page_stride, self.block_bytes)
                 i += LANES
-            left -= blocks
+            left -= count
             at = self.next_piece(p, at, seq.units, count)
             seq = self.sequence(p, at.b)
 
@@ -402,7 +422,7 @@ class Schedule:
 
     def blocks_of(self, p: Params, at: Place, end: Int32, seq: Sequence) -> tuple:
         """Of a piece from ``at`` on, within ``end``: units, blocks, its KV head's pages, its table entries."""
-        count = self.count(at, end, seq)
+        count = self.count(p, at, end, seq)
         head, _ = self.tile(p, at)
         pages = p.pages.toint() + Int64(head) * p.head_stride
         table = p.block_table.toint() + (Int64(at.b) * p.max_pages + seq.first_block + at.unit) * 4
@@ -417,15 +437,26 @@ class Schedule:
     def piece(self, p: Params, at: Place, end: Int32, seq: Sequence, shares: Shares):
         """The part of a piece from Place ``at`` on, within the CTA's ``end``."""
         head, first_row = self.tile(p, at)
-        count = self.count(at, end, seq)
+        count = self.count(p, at, end, seq)
         packed_end = seq.sinks + seq.packed
         cta = cute.arch.block_idx()[0]
         first_unit = at.x - at.unit
-        last_unit = first_unit + seq.units - 1
+        deciding = self.deciding(p, seq)
+        last_unit = first_unit + deciding
+        has_work = (count > 0) & (at.unit <= deciding)
+        first_chunk, end_chunk = cutlass.max(at.unit - seq.blocks, 0), at.unit + count - seq.blocks
+        if cutlass.const_expr(self.steps):
+            packing = self.packing(p, seq.tail)
+            has_end = has_work & (at.unit + count == seq.units)
+            chunks = cutlass.select_(has_end, end_chunk - packing, Int32(0))
+            first_chunk = cutlass.select_(packing > 0, Int32(0), first_chunk)
+            end_chunk = cutlass.select_(packing > 0, chunks, end_chunk)
         begin = shares.start(cta)
         first_cta, last_cta, first_slot = cta, cta, 2 * cta
         if shares.group >= 0:
             first_cta, last_cta = shares.group, shares.group + shares.group_ctas - 1
+            if cutlass.const_expr(self.steps):
+                last_cta = first_cta + quotient(deciding, shares.base)
             begin, first_slot = at.x, 2 * first_cta
         else:
             if first_unit < begin:
@@ -443,14 +474,14 @@ class Schedule:
             b=at.b,
             head=head,
             first_row=first_row,
-            first_chunk=cutlass.max(at.unit - seq.blocks, 0),
-            end_chunk=at.unit + count - seq.blocks,
+            first_chunk=first_chunk,
+            end_chunk=end_chunk,
             sink_chunks=seq.sink_units,
             sinks=seq.sinks,
             tail=seq.tail,
-            is_last=cutlass.select_(at.x + count == end, Int32(1), Int32(0)),
+            is_last=cutlass.select_(at.x + count >= end, Int32(1), Int32(0)),
             collects=cutlass.select_((count > 0) & is_shared & (cta == last_cta), Int32(1), Int32(0)),
-            columns=cutlass.select_(count > 0, cutlass.min(p.group * p.q_len - first_row, self.q_tile), Int32(0)),
+            columns=cutlass.select_(has_work, cutlass.min(p.group * p.q_len - first_row, self.q_tile), Int32(0)),
             # a CTA has two slots, for the piece that its share begins with and for the one that it ends with
             slot=2 * cta + cutlass.select_(at.x == begin, Int32(0), Int32(1)),
             first_cta=first_cta,
@@ -458,9 +489,13 @@ class Schedule:
             ctas=last_cta - first_cta + 1,
         )
 
-    def count(self, at: Place, end: Int32, seq: Sequence) -> Int32:
-        """Units of the piece from ``at`` on, within ``end``."""
-        return cutlass.min(end - at.x, seq.units - at.unit)
+    def count(self, p: Params, at: Place, end: Int32, seq: Sequence) -> Int32:
+        """Units of the piece from ``at`` on, within ``end``, or up to the piece's."""
+        rest = seq.units - at.unit
+        count = cutlass.min(end - at.x, rest)
+        if self.steps:
+            count = cutlass.select_((count > 0) & (at.unit + count > self.deciding(p, seq)), rest, count)
+        return count
 
     def blocks(self, at: Place, count: Int32, seq: Sequence) -> Int32:
         """How many of ``count`` units are blocks, if any."""

@@ -2,10 +2,11 @@
 
 Attention is that of a decode after these tokens have been appended, but before full blocks are packed.
     merge warps     put the new rows of a piece to sinks and tail, rotated if need be; the consumers read them there
-    consumers       when they have merged, pack the full blocks of the pieces that end in their CTA: a team of four
-                    warps an operand, by append.py, in the memory of the ring; the rest of the tail moves up
+    consumers       when their results are on their way, pack the full blocks of the pieces that end in their CTA: a
+                    team of four warps an operand, by append.py, in the memory of the ring; then the tail moves up
     any warp        that is the last to have read the lengths advances them; so far they are those of before
-The results of a piece's CTAs are collected where it ends, so by then none of them reads its tail.
+The CTA that packs attends to all 16-bit tokens of the piece, so no other reads its tail, and gets less other work
+(schedule.py).
 """
 
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from .append import AppendKernel, Job, load_job, store_job
 from .append_plan import ROW_LANES, VECTOR, WARP_ROWS
 from .layouts import BLOCK_TOKENS, LANES
 from .plan import CONSUMER_BARRIER, Plan
-from .schedule import BLOCK_SHIFT, Piece, Schedule, load_piece
+from .schedule import BLOCK_SHIFT, Piece, Schedule, blocks_due, load_piece
 
 COUNTED = 2  # by a CTA: its producer, and its other warps
 # The parameters of decode, those of append that it lacks, and where is counted: i32, zero between launches. The order
@@ -36,30 +37,50 @@ class Step:
 
     # -- new rows ----------------------------------------------------------------------------------------------
 
+    # A warp takes some at once, of K and V in turn: row x is token x // 2 of operand x % 2.
+
+    def new_row(self, p: Params, lane: Int32, first: Int32) -> tuple:
+        """(token, operand) of the lane's row from row ``first`` on, of the last one beyond it."""
+        x = cutlass.min(first + lane // ROW_LANES, p.q_len * append.OPERANDS - 1)
+        return x // append.OPERANDS, x % append.OPERANDS
+
+    def fetch_rows(self, p: Params, smem: Int32, lane: Int32, b: Int32, head: Int32, first: Int32) -> None:
+        """Begin to copy a piece's new rows from row ``first`` on to shared memory."""
+        token, operand = self.new_row(p, lane, first)
+        item = append.Item(b=b, head=head, operand=operand, share=Int32(0))
+        source = self.append.new_row(p, item, token) + Int64(lane % ROW_LANES * VECTOR)
+        ptx.wait_for_copies()  # they may be other rows, for the same place
+        for j in range(self.append.plan.vectors):
+            ptx.copy16(self.append.place(smem + self.plan.fetched_at, Int32(0), lane), source, ROW_LANES * VECTOR * j)
+
     @cute.jit
     def keep_rows(self, p: Params, smem: Int32, lane: Int32, piece: Piece):
-        """Put the new rows of a piece to sinks and tail, if this CTA attends to one of them; by one warp."""
+        """Put the new rows of a piece, of which the first were fetched, to sinks and tail, by one warp, if this CTA
+        attends to one of them.
+        """
         sinks = cutlass.min(piece.packed_end + piece.tail - p.q_len, p.num_sink)  # tokens in the sinks before
         to_sink = piece.sinks - sinks
         old = piece.tail + to_sink - p.q_len  # tokens in the tail before
         attended = (piece.end_chunk - piece.sink_chunks) * self.plan.chunk  # of the tail
         attends = (piece.end_chunk > piece.first_chunk) & ((attended > old) | (to_sink > 0))
         if (piece.columns > 0) & attends & (old >= 0):  # it is, unless lengths are inconsistent
-            part = lane % ROW_LANES * VECTOR
+            fetched = self.append.place(smem + self.plan.fetched_at, Int32(0), lane)
             place = self.append.place(smem + self.plan.rows_at, Int32(0), lane)
-            # rows of K and V take turns; if one of them is rotated and the other is not, once for each
             rows = p.q_len * append.OPERANDS
-            alike = p.rotate_k == p.rotate_v
-            for turn in cutlass.range(cutlass.select_(alike, Int32(1), Int32(append.OPERANDS)), unroll=1):
-                rotate = cutlass.select_(turn == 0, p.rotate_k, p.rotate_v)
-                for first in cutlass.range(0, rows, WARP_ROWS, unroll=1):
-                    x = cutlass.min(first + lane // ROW_LANES, rows - 1)
-                    operand, token = x % append.OPERANDS, x // append.OPERANDS
-                    inside = (first + lane // ROW_LANES < rows) & (alike | (operand == turn))
-                    job = self.job(piece.b, piece.head, operand, sinks, to_sink, old)
-                    row = self.append.load_row(self.append.new_row(p, job, token) + Int64(part))
+            alike = p.rotate_k == p.rotate_v  # else K's and V's rows are kept one after the other
+            turns = cutlass.select_(alike, Int32(1), Int32(append.OPERANDS))
+            for first in cutlass.range(0, rows, WARP_ROWS, unroll=1):
+                if first > 0:
+                    self.fetch_rows(p, smem, lane, piece.b, piece.head, first)
+                ptx.wait_for_copies()
+                token, operand = self.new_row(p, lane, first)
+                exists = first + lane // ROW_LANES < rows
+                for turn in cutlass.range(turns, unroll=1):
+                    rotate = cutlass.select_(turn == 0, p.rotate_k, p.rotate_v)
                     kept = p._replace(rotate_k=rotate, rotate_v=rotate)
-                    self.append.keep(kept, place, job, token, inside, row, lane)
+                    job = self.job(piece.b, piece.head, operand, sinks, to_sink, old)
+                    row = [ptx.load_shared(fetched, ROW_LANES * VECTOR * j, 4) for j in range(self.append.plan.vectors)]
+                    self.append.keep(kept, place, job, token, exists & (alike | (operand == turn)), row, lane)
 
     def job(
         self, b: Int32, head: Int32, operand: Int32, sinks: Int32, to_sink: Int32, old: Int32, column=0, blocks=0
@@ -73,10 +94,6 @@ class Step:
         )  # fmt: skip
 
     # -- full blocks -------------------------------------------------------------------------------------------
-
-    def blocks_due(self, p: Params, tail: Int32) -> Int32:
-        """How many blocks of a tail of so many tokens get packed."""
-        return cutlass.max(tail - p.recent, 0) >> BLOCK_SHIFT
 
     @cute.jit
     def has_pages(self, p: Params, b: Int32, column: Int32, blocks: Int32):
@@ -98,7 +115,8 @@ class Step:
         at = smem + team * plan.smem_bytes
         place = self.append.place(at, member, lane)
         kept = p._replace(rotate_k=Int32(0), rotate_v=Int32(0))  # as the tail is, already
-        x = (first.b * p.num_kv_heads + first.head) * append.OPERANDS + team
+        skipped = cutlass.select_(first.columns > 0, Int32(0), Int32(1))  # another CTA has its end
+        x = (first.b * p.num_kv_heads + first.head + skipped) * append.OPERANDS + team
         end = (last.b * p.num_kv_heads + last.head + ends) * append.OPERANDS
         if team >= self.plan.teams:
             end = x
@@ -106,7 +124,7 @@ class Step:
             piece = x // append.OPERANDS
             b = piece // p.num_kv_heads
             seq = self.schedule.sequence(p, b)
-            blocks, column = self.blocks_due(p, seq.tail), seq.packed >> BLOCK_SHIFT
+            blocks, column = blocks_due(p, seq.tail), seq.packed >> BLOCK_SHIFT
             if (blocks > 0) & (self.has_pages(p, b, column, blocks) == 1):
                 ptx.sync_team(plan.barrier, plan.threads)  # the job before is done
                 if (member == 0) & (lane == 0):
@@ -145,7 +163,7 @@ class Step:
     def advance(self, p: Params, b: Int32):
         """Advance the lengths of a sequence, unless it had no page for a block: then it stays as it was."""
         seq = self.schedule.sequence(p, b)
-        blocks, column = self.blocks_due(p, seq.tail), seq.packed >> BLOCK_SHIFT
+        blocks, column = blocks_due(p, seq.tail), seq.packed >> BLOCK_SHIFT
         if self.has_pages(p, b, column, blocks) == 1:
             at = Int64(b) * 4
             ptx.store_relaxed(p.seqlens.toint() + at, [seq.length])

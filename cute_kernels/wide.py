@@ -89,7 +89,7 @@ class WideKernel(DecodeKernel):
         block = folder  # the warp's next block, counted over the share
         ring = Int32(0)  # blocks of the share before this piece
         while at.x < end:
-            count = self.schedule.count(at, end, seq)
+            count = self.schedule.count(p, at, end, seq)
             valid = seq.packed - (seq.first_block + at.unit - ring) * BLOCK_TOKENS  # tokens from the share's first on
             ring += cutlass.max(self.schedule.blocks(at, count, seq), 0)
             while block < ring:

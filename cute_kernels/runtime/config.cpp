@@ -350,9 +350,9 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   const std::int64_t slots = wide ? q_tile * (4 * head_dim + 4) + 2 * kPieceBytes
                                   : 2 * (std::max(q_tile, kMmaColumns) * 2 * head_dim + q_tile * 8 + kPieceBytes);
   std::int64_t bytes = ring + scratch + slots + kPieceBytes + kBarrierBytes * (stages + 2);
-  if (kind == "step") {  // another barrier per slot, a word, rows of a warp
+  if (kind == "step") {  // another barrier per slot, a word, rows of a warp and those fetched
     constexpr std::int64_t kVectorBytes = 16;
-    bytes = round_up(bytes + kBarrierBytes + kVectorBytes, kVectorBytes) + kWarpRows * row_bytes(head_dim);
+    bytes = round_up(bytes + kBarrierBytes + kVectorBytes, kVectorBytes) + 2 * kWarpRows * row_bytes(head_dim);
   }
   if (wide) {  // more barriers: per stage, per team; floats per warp and column, two per team and column; the shares
     constexpr std::int64_t kSharesBytes = 32;

@@ -98,7 +98,7 @@ class KVCache:
         if device.type == "cuda":
             from . import cuda
 
-            self._step_columns = cuda.step_columns(device.index, head_dim, quant, batch_size * num_kv_heads)
+            self._step_columns = cuda.step_columns(device.index, head_dim, quant)
         max_pages = self.policy.packed_len(max_tokens, 0) // BLOCK_TOKENS
         self.num_pages = batch_size * max_pages if num_pages is None else num_pages
 
@@ -191,7 +191,7 @@ class KVCache:
 
     def can_step(self, q: Tensor) -> bool:
         """Whether one kernel does the :meth:`step` of queries [batch_size, q_len, num_q_heads, head_dim]: there is one
-        for so many queries of a KV head, and on a GPU are at most two KV heads of sequences for an SM.
+        for so many queries of a KV head.
         """
         _, q_len, num_q_heads, _ = q.shape
         return q_len * num_q_heads <= self._step_columns * self.num_kv_heads

@@ -27,7 +27,6 @@ from .cute_kernels.layouts import HEAD_DIMS
 from .cute_kernels.pack import DSL, CompiledKernel, cache_dir, dsl_version, source_digest, write_pack
 
 MAX_COLUMNS_PER_SM = 128  # q_tile x ctas_per_sm of any configuration
-STEP_PIECES_PER_SM = 2  # with four, steps that pack are slower than append and decode (docs/performance.md)
 MAX_PLANS = 4096  # a bound for callers that make a new QuantSpec for every call
 
 _decode = native.function("decode")
@@ -352,13 +351,8 @@ def kernel_handle(config: KernelConfig) -> int:
         return handle if handle >= 0 else _compile(config, name)
 
 
-def step_columns(device: int, head_dim: int, spec: QuantSpec, batch_heads: int) -> int:
-    """The most query columns of a KV head for which a kernel does a whole step, or can be compiled; 0: none.
-
-    batch_heads: batch_size * num_kv_heads. Where an SM has many, append spreads the blocks that get full better.
-    """
-    if batch_heads > STEP_PIECES_PER_SM * _device_info(device)["num_sms"]:
-        return 0
+def step_columns(device: int, head_dim: int, spec: QuantSpec) -> int:
+    """The most query columns of a KV head for which a kernel does a whole step, or can be compiled; 0: none."""
     arch, most = device_arch(device), 0
     load_built_pack(arch)
     for columns in (FEW_COLUMNS, MMA_COLUMNS):

@@ -15,11 +15,13 @@ from .cute_kernels.layouts import BLOCK_TOKENS
 from .quantization import preset
 from .timing import Candidate, copies_of
 
+STEPS = ((8, 32768), (1, 8192), (32, 4096), (64, 1024), (64, 8192))  # batch and tokens
 # (tokens of the prompt and KV heads; batch and KV heads of an append; decodes) on a GPU or a CPU
 PROBLEMS = {
-    True: ((131072, 8), (64, 8), (Shape((32768,) * 8, 32, 8), Shape((8192,), 32, 8), Shape((4096,) * 32, 32, 8))),
-    False: ((1024, 2), (4, 2), (Shape((1024,) * 2, 8, 2),)),
+    True: ((131072, 8), (64, 8), [Shape((tokens,) * batch, 32, 8) for batch, tokens in STEPS]),
+    False: ((1024, 2), (4, 2), [Shape((1024,) * 2, 8, 2)]),
 }
+CACHES = 4  # that steps work on in turn: what a step writes the next one does not wait for
 ROOM = 512  # tokens that may be appended to a cache between two resets before a block gets full
 
 
@@ -95,47 +97,54 @@ def appending(
 
 
 def steps(name: str, shape: Shape, head_dim: int, dtype: torch.dtype, device: torch.device, fills: bool) -> list[Write]:
-    """decode alone, append with decode, and both in one kernel; no block gets full. fills: the mean over 128 of them,
-    in which each sequence fills a block, one after another.
+    """decode alone, append with decode, and both in one kernel, on some caches in turn, as a model's layers have them.
+    No block gets full. fills: the mean over 128 of them, in which each sequence of a layer's cache would fill a block.
     """
     spec, policy = preset(name, head_dim)
     generator = torch.Generator(device).manual_seed(0)
     batch, heads, tokens = shape.batch, shape.num_kv_heads, max(shape.lengths)
-    cache = KVCache(
-        batch_size=batch, max_tokens=tokens + ROOM, num_kv_heads=heads, head_dim=head_dim, quant=spec,
-        recent=policy.recent, sink_tokens=policy.sink_tokens, dtype=dtype, device=device,
-    )  # fmt: skip
-    cache.reserve(tokens + ROOM)
-    cache.pages.copy_(random_pages(spec, head_dim, cache.num_pages, heads, generator))
-    for x in (cache.tail_k, cache.tail_v, cache.sink_k, cache.sink_v):
-        if x is not None:
-            x.normal_(generator=generator)
+    caches = []
+    for _ in range(CACHES):
+        cache = KVCache(
+            batch_size=batch, max_tokens=tokens + ROOM, num_kv_heads=heads, head_dim=head_dim, quant=spec,
+            recent=policy.recent, sink_tokens=policy.sink_tokens, dtype=dtype, device=device,
+        )  # fmt: skip
+        cache.reserve(tokens + ROOM)
+        cache.pages.copy_(random_pages(spec, head_dim, cache.num_pages, heads, generator))
+        for x in (cache.tail_k, cache.tail_v, cache.sink_k, cache.sink_v):
+            if x is not None:
+                x.normal_(generator=generator)
+        caches.append(cache)
     k, v = torch.randn(2, batch, 1, heads, head_dim, device=device, generator=generator).to(dtype)
     q = torch.randn(batch, 1, shape.num_q_heads, head_dim, device=device, generator=generator).to(dtype)
     out = torch.empty_like(q)
 
-    turns = [b * BLOCK_TOKENS // batch if fills else 0 for b in range(batch)]
-    lens = torch.tensor([tokens + turn for turn in turns], dtype=torch.int32, device=device)
-    packed = torch.tensor([cache.policy.packed_len(tokens + turn, 0) for turn in turns], dtype=torch.int32).to(device)
+    # tokens beyond those of a tail that was just packed: every sequence's in every cache some others
+    turns = (torch.arange(batch) * CACHES + torch.arange(CACHES)[:, None]) * BLOCK_TOKENS // (batch * CACHES)
+    if not fills:
+        turns.zero_()
+    settled = policy.sink_tokens + policy.recent
+    packed = tokens - settled - (tokens - settled) % BLOCK_TOKENS
+    lens = (packed + settled + turns).to(device, torch.int32)
 
     def reset() -> None:
-        cache.seqlens.copy_(lens)
-        cache.packed_lens.copy_(packed)
+        for i, cache in enumerate(caches):
+            cache.seqlens.copy_(lens[i])
+            cache.packed_lens.fill_(packed)
 
-    def decode(_: int) -> object:
-        return cache.decode(q, out=out)
+    def decode(i: int) -> object:
+        return caches[i % CACHES].decode(q, out=out)
 
-    def two(_: int) -> object:
-        cache.append(k, v, reserved=True)
-        return cache.decode(q, out=out)
+    def two(i: int) -> object:
+        caches[i % CACHES].append(k, v, reserved=True)
+        return caches[i % CACHES].decode(q, out=out)
 
-    def step(_: int) -> object:
-        return cache.step(q, k, v, reserved=True, out=out)
+    def step(i: int) -> object:
+        return caches[i % CACHES].step(q, k, v, reserved=True, out=out)
 
     reset()
-    blocks = batch * cache.policy.packed_len(tokens, 0) // BLOCK_TOKENS
-    nbytes = blocks * heads * ops.block_bytes(head_dim, spec)
-    calls, suffix = (BLOCK_TOKENS, ", mean of 128") if fills else (1, "")
+    nbytes = batch * packed // BLOCK_TOKENS * heads * ops.block_bytes(head_dim, spec)
+    calls, suffix = (BLOCK_TOKENS, ", mean of 128") if fills else (CACHES, "")
     return [
         Write(operation + suffix, str(shape), name, Candidate(name, call, calls, nbytes, reset), None)
         for operation, call in (("decode", decode), ("append + decode", two), ("step", step))
