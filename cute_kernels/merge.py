@@ -113,10 +113,12 @@ class Merge:
                 ptx.mbarrier_wait(at + self.plan.slot_full_at, done // SLOTS % 2, self.plan.wait)
                 piece = load_piece(self.piece_at(smem, slot))
                 self.step.keep_rows(p, smem, lane, piece)
-                due = cutlass.select_(piece.columns > 0, blocks_due(p, piece.tail), Int32(0))
-                if cutlass.const_expr(not is_first):
-                    due = due | ptx.load_shared(smem, self.plan.due_at, 1)[0]
-                ptx.store_shared(smem, self.plan.due_at, [due])
+                if lane == 0:
+                    due = cutlass.select_(piece.columns > 0, blocks_due(p, piece.tail), Int32(0))
+                    if cutlass.const_expr(not is_first):
+                        due = due | ptx.load_shared(smem, self.plan.due_at, 1)[0]
+                    ptx.store_shared(smem, self.plan.due_at, [due])
+                cute.arch.sync_warp()
                 ptx.mbarrier_arrive(at + self.plan.rows_full_at)
 
     def slot(self, smem: Int32, slot: Int32) -> Int32:
