@@ -46,7 +46,7 @@ class Statistics:
         return sum(self.instructions.values())
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Operation:
     """A decoded instruction."""
 
@@ -56,18 +56,23 @@ class Operation:
     negated: bool
     members: int | None  # slot of the member mask of a collective
     source: Instruction
+    plain: bool = field(init=False)  # all lanes that are here execute it, and the next one after it
+
+    def __post_init__(self) -> None:
+        self.plain = not self.control and self.guard is None
 
 
 class Program:
-    """An entry, decoded; launches share it."""
+    """An entry, whose instructions are decoded when a warp first comes to them; launches share it."""
 
     def __init__(self, entry: Entry, symbols: dict[str, int], local_bytes: int):
         self.entry, self.local_bytes = entry, local_bytes
         self.decoder = ops.Decoder(symbols)
-        self.operations = [self._decode(i) for i in entry.code]
+        self.operations: list[Operation | None] = [None] * len(entry.code)
 
-    def _decode(self, ins: Instruction) -> Operation:
+    def decode(self, at: int) -> Operation:
         try:
+            ins = self.entry.code[at].read()
             modifiers = ops.Modifiers(ins.parts)
             name = modifiers.base
             if name in ops.CONTROL:
@@ -78,15 +83,14 @@ class Program:
                 raise UnknownInstruction("no such instruction here")
             members = None
             if name in ops.COLLECTIVES:
-                at = ops.COLLECTIVES[name]
-                mask = Immediate("0xffffffff") if at is None else ins.operands[at]
+                operand = ops.COLLECTIVES[name]
+                mask = Immediate("0xffffffff") if operand is None else ins.operands[operand]
                 members = self.decoder.source(mask, "b32")
             guard = None if ins.guard is None else self.decoder.source(ins.guard, "pred")
-        except PtxError as error:
-            raise type(error)(f"{error}: line {ins.line}: {ins.text}") from None
         except (IndexError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UnknownInstruction(f"cannot decode line {ins.line}: {ins.text} ({error})") from error
-        return Operation(run, control, guard, ins.guard_negated, members, ins)
+            raise UnknownInstruction(f"cannot decode ({error})") from error
+        operation = self.operations[at] = Operation(run, control, guard, ins.guard_negated, members, ins)
+        return operation
 
 
 @lru_cache(maxsize=32)
@@ -142,15 +146,17 @@ class Rows(dict[int, np.ndarray]):
         self.registers: dict[int, np.ndarray] = {}
 
     def __missing__(self, slot: int) -> np.ndarray:
-        kind, what, *dtype = self.warp.program.decoder.plan[slot]
+        kind, what, dtype = self.warp.program.decoder.plan[slot]
         if kind == "const":
             row = what
         elif kind == "special":
-            row = np.broadcast_to(np.asarray(self.warp.special(what)), 32).astype(*dtype)
+            row = np.broadcast_to(np.asarray(self.warp.special(what)), 32).astype(dtype)
         else:
-            if what.index not in self.registers:
-                self.registers[what.index] = GARBAGE[TYPE_BYTES[what.type]].copy()
-            row = self.registers[what.index].view(*dtype)
+            row = self.registers.get(what.index)
+            if row is None:
+                row = self.registers[what.index] = GARBAGE[TYPE_BYTES[what.type]].copy()
+            if row.dtype != dtype:
+                row = row.view(dtype)
         self[slot] = row
         return row
 
@@ -261,7 +267,8 @@ class Warp:
 
     def advance(self, budget: int) -> None:
         """Execute up to ``budget`` instructions; returns early where no lane can go on."""
-        operations, counts = self.program.operations, self.cta.launch.counts
+        program, counts = self.program, self.cta.launch.counts
+        operations = program.operations
         if self.pc is None or self.others:
             if not self.pick():
                 return
@@ -270,8 +277,12 @@ class Warp:
                 budget -= 1
                 self.steps += 1
                 at = self.pc
-                operation = operations[at]
+                operation = operations[at] or program.decode(at)
                 counts[at] += 1
+                if operation.plain and self.full and not self.others:
+                    operation.run(self, None)
+                    self.pc += 1
+                    continue
                 active = None if self.full else self.mask
                 if operation.guard is not None:
                     guard = self.r[operation.guard]
@@ -314,7 +325,7 @@ class Warp:
             if getattr(error, "located", False):
                 raise
             lanes = "all lanes" if self.full else f"lanes {np.flatnonzero(self.mask).tolist()}"
-            where = operations[at].source
+            where = program.entry.code[at]
             new = type(error)(
                 f"{error}\n  CTA {self.cta.position}, warp {self.index}, {lanes}, step {self.steps}, "
                 f"instruction {at}, line {where.line}: {where.text}"
@@ -555,13 +566,13 @@ def schedule(launch: Launch, ctas: list[Cta], quantum: int, rng: np.random.Gener
 def _states(warps: list[Warp]) -> str:
     lines = []
     for warp in warps:
-        operations = warp.program.operations
+        code = warp.program.entry.code
         fragments = list(warp.others)
         if warp.pc is not None:
             fragments.append(Fragment(warp.pc, warp.mask))
         for f in fragments:
             lanes = "" if f.mask.all() else f" lanes {np.flatnonzero(f.mask).tolist()}"
-            line = operations[f.pc].source.line if f.pc < len(operations) else "end"
+            line = code[f.pc].line if f.pc < len(code) else "end"
             reason = f.wait.reason() if f.wait is not None else "runs"
             lines.append(f"  CTA {warp.cta.position} warp {warp.index}{lanes}, line {line}: {reason}")
     return "\n".join(lines)

@@ -70,7 +70,8 @@ class Decoder:
     def __init__(self, symbols: dict[str, int]):
         self.symbols = symbols  # addresses of variables and parameters
         self.slots: dict[tuple, int] = {}
-        self.plan: list[tuple] = []  # per slot: ("reg", register, dtype) | ("const", row) | ("special", name, dtype)
+        # per slot: ("reg", register, dtype) | ("const", row, its dtype) | ("special", name, dtype)
+        self.plan: list[tuple] = []
 
     def _slot(self, key: tuple, plan: tuple) -> int:
         if key not in self.slots:
@@ -86,11 +87,11 @@ class Decoder:
         """A row of one bit pattern, seen as ``dtype``."""
         dtype = np.dtype(dtype)
         if dtype == np.bool_:
-            return self._slot(("const", bool(value), dtype), ("const", np.full(32, bool(value))))
+            return self._slot(("const", bool(value), dtype), ("const", np.full(32, bool(value)), dtype))
         size = 4 if packed else dtype.itemsize
         row = np.full(32, value & ((1 << 8 * size) - 1), UNSIGNED[size]).view(dtype)
         row.flags.writeable = False
-        return self._slot(("const", value, dtype, packed), ("const", row))
+        return self._slot(("const", value, dtype, packed), ("const", row, dtype))
 
     def source(self, operand, kind: str) -> int:
         """Slot of a source operand of a type."""
@@ -178,6 +179,21 @@ def assign(slot: int | None, compute: Callable) -> Run:
             r[slot][...] = compute(r)
         else:
             np.copyto(r[slot], compute(r), where=m, casting="unsafe")
+
+    return run
+
+
+def elementwise(slot: int | None, f: np.ufunc, a: int, b: int) -> Run:
+    """``assign`` of a ufunc of two rows, which writes its result itself where all lanes take part."""
+    if slot is None:
+        return lambda w, m: None
+
+    def run(w, m):
+        r = w.r
+        if m is None:
+            f(r[a], r[b], out=r[slot])
+        else:
+            np.copyto(r[slot], f(r[a], r[b]), where=m, casting="unsafe")
 
     return run
 
@@ -272,7 +288,7 @@ def _float_op(d: Decoder, ins: Instruction, m: Modifiers, f: Callable, exact_in_
     slot = d.destination(ins.operands[0], kind)
     if plain and len(ins.operands) == 3 and isinstance(f, np.ufunc):
         a, b = (d.source(o, kind) for o in ins.operands[1:])
-        return assign(slot, lambda r: f(r[a], r[b]))
+        return elementwise(slot, f, a, b)
     return assign(slot, compute)
 
 
@@ -280,9 +296,8 @@ def _integer_op(d: Decoder, ins: Instruction, m: Modifiers, f: Callable, kind: s
     m.finish()
     slots = [d.source(o, kind) for o in ins.operands[1:]]
     slot = d.destination(ins.operands[0], kind)
-    if len(slots) == 2:
-        a, b = slots
-        return assign(slot, lambda r: f(r[a], r[b]))
+    if len(slots) == 2 and isinstance(f, np.ufunc):
+        return elementwise(slot, f, *slots)
     return assign(slot, lambda r: f(*(r[s] for s in slots)))
 
 
@@ -469,6 +484,10 @@ def _shift(d, ins, m):
     a, n = d.source(ins.operands[1], kind), d.source(ins.operands[2], "u32")
     slot = d.destination(ins.operands[0], kind)
     left, signed = m.base == "shl", kind[0] == "s"
+    count = ins.operands[2]
+    if isinstance(count, Immediate) and immediate_bits(count.text, "u32") < width:
+        amount = d.constant(immediate_bits(count.text, "u32"), DTYPES[kind])
+        return elementwise(slot, np.left_shift if left else np.right_shift, a, amount)
 
     def compute(r):
         x, count = r[a], r[n]
@@ -646,6 +665,8 @@ def _setp(d, ins, m):
     else:
         a, b = (d.source(o, kind) for o in ins.operands[1:3])
         x, y = (lambda r: r[a]), (lambda r: r[b])
+        if m.base == "setp" and combine == "none" and not isinstance(ins.operands[0], Pair):
+            return elementwise(d.destination(ins.operands[0], "pred"), compare, a, b)
     join = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "none": None}[combine]
     predicate = _predicate(d, ins.operands[3]) if join else None
 

@@ -73,6 +73,31 @@ class Instruction:
 
 
 @dataclass
+class Statement:
+    """An instruction's text, with the blocks around it: their numbers, and the registers that each declares."""
+
+    source: str
+    line: int
+    blocks: tuple[tuple[int, dict[str, Register]], ...]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.source.split())
+
+    def read(self) -> Instruction:
+        guard, negated = None, False
+        body = self.source
+        if match := _GUARD.match(body):
+            negated = match.group(1) == "!"
+            guard = _name(match.group(2), self.blocks)
+            body = body[match.end() :]
+        opcode, *rest = body.split(None, 1)
+        operands = [_operand(o, self.blocks) for o in _split(*rest)]
+        scopes = tuple(number for number, _ in self.blocks)
+        return Instruction(opcode, operands, guard, negated, self.line, self.text, scopes)
+
+
+@dataclass
 class Variable:
     name: str
     space: str
@@ -87,7 +112,7 @@ class Entry:
     params: list[Variable] = field(default_factory=list)
     param_types: list[str] = field(default_factory=list)
     max_threads: int | None = None
-    code: list[Instruction] = field(default_factory=list)
+    code: list[Statement] = field(default_factory=list)
     labels: dict[tuple[int, str], int] = field(default_factory=dict)
     registers: list[Register] = field(default_factory=list)
     variables: list[Variable] = field(default_factory=list)
@@ -124,6 +149,7 @@ _VARIABLE = re.compile(
 
 
 _SPACE = re.compile(r"\s+")
+_GUARD = re.compile(r"@\s*(!?)\s*([\w$%]+)\s+")
 _PUNCTUATION = re.compile(r"[,{}\[\]()]")
 
 
@@ -231,8 +257,8 @@ def _parse_params(entry: Entry, text: str) -> None:
 
 
 def _parse_body(entry: Entry, text: str, line: int) -> None:
-    scopes: list[tuple[int, dict[str, Register]]] = []
-    num_scopes = 0
+    blocks: tuple[tuple[int, dict[str, Register]], ...] = ()
+    num_blocks = 0
     position = 0
     label = re.compile(r"([\w$%.]+)\s*:(?!:)")
     pending = ""  # the label just read, for .branchtargets
@@ -243,49 +269,39 @@ def _parse_body(entry: Entry, text: str, line: int) -> None:
             continue
         char = text[position]
         if char == "{":
-            scopes.append((num_scopes, {}))
-            num_scopes += 1
+            blocks = (*blocks, (num_blocks, {}))
+            num_blocks += 1
             position += 1
         elif char == "}":
-            scopes.pop()
+            blocks = blocks[:-1]
             position += 1
         elif match := label.match(text, position):
             pending = match.group(1)
-            entry.labels[scopes[-1][0], pending] = len(entry.code)
+            entry.labels[blocks[-1][0], pending] = len(entry.code)
             position = match.end()
         else:
             end = text.find(";", position)
             if end < 0:
                 raise PtxError(f"line {line}: a statement without end")
             statement = text[position:end]
-            _parse_statement(entry, statement.strip(), line, scopes, pending)
+            _parse_statement(entry, statement.strip(), line, blocks, pending)
             line += statement.count("\n")
             position = end + 1
 
 
-def _parse_statement(entry: Entry, statement: str, line: int, scopes: list, pending: str) -> None:
+def _parse_statement(entry: Entry, statement: str, line: int, blocks: tuple, pending: str) -> None:
     if not statement:
         return
-    if statement.startswith(".reg"):
-        _declare(entry, statement, scopes[-1][1])
-    elif statement.startswith(".pragma"):
-        pass
+    if statement[0] != ".":
+        entry.code.append(Statement(statement, line, blocks))
+    elif statement.startswith(".reg"):
+        _declare(entry, statement, blocks[-1][1])
     elif statement.startswith(".branchtargets"):
         entry.branch_targets[pending] = [t.strip() for t in statement.split(None, 1)[1].split(",")]
     elif statement.startswith((".shared", ".local")):
         entry.variables.append(_variable(statement))
-    else:
-        guard, negated = None, False
-        body = statement
-        if match := re.match(r"@\s*(!?)\s*([\w$%]+)\s+", body):
-            negated = match.group(1) == "!"
-            guard = _name(match.group(2), scopes)
-            body = body[match.end() :]
-        opcode, _, rest = body.partition(" ") if " " in body else body.partition("\t")
-        opcode, rest = re.match(r"(\S+)\s*(.*)$", body, re.S).groups()
-        operands = [_operand(o, scopes) for o in _split(rest)]
-        scope_ids = tuple(s[0] for s in scopes)
-        entry.code.append(Instruction(opcode, operands, guard, negated, line, " ".join(statement.split()), scope_ids))
+    elif not statement.startswith(".pragma"):
+        raise PtxError(f"line {line}: cannot read {statement!r}")
 
 
 def _declare(entry: Entry, statement: str, scope: dict[str, Register]) -> None:
@@ -300,14 +316,14 @@ def _declare(entry: Entry, statement: str, scope: dict[str, Register]) -> None:
             scope[name] = register
 
 
-def _name(text: str, scopes: list):
-    for _, names in reversed(scopes):
+def _name(text: str, blocks: tuple):
+    for _, names in reversed(blocks):
         if text in names:
             return names[text]
     return Symbol(text)
 
 
-def _split(text: str) -> list[str]:
+def _split(text: str = "") -> list[str]:
     """Operands: split at commas outside braces and brackets."""
     out, depth, start = [], 0, 0
     for match in _PUNCTUATION.finditer(text):
@@ -321,21 +337,21 @@ def _split(text: str) -> list[str]:
     return [o.strip() for o in out if o.strip()]
 
 
-def _operand(text: str, scopes: list):
+def _operand(text: str, blocks: tuple):
     if text.startswith("{"):
-        return Vector(tuple(_operand(o, scopes) for o in _split(text[1:-1])))
+        return Vector(tuple(_operand(o, blocks) for o in _split(text[1:-1])))
     if text.startswith("["):
         inner = text[1:-1].strip()
         match = re.match(r"([\w$%.]+)\s*(?:\+\s*(-?\s*\w+))?$|([\w$%.]+)\s*(-\s*\w+)$", inner)
         if match is None:
             raise PtxError(f"cannot read the address {text!r}")
         base, offset = (match.group(1), match.group(2)) if match.group(1) else (match.group(3), match.group(4))
-        return Address(_operand(base, scopes), _integer(offset.replace(" ", "")) if offset else 0)
+        return Address(_operand(base, blocks), _integer(offset.replace(" ", "")) if offset else 0)
     if text.startswith("!"):
-        return Not(_operand(text[1:].strip(), scopes))
+        return Not(_operand(text[1:].strip(), blocks))
     if "|" in text:
-        first, second = (None if t.strip() == "_" else _operand(t.strip(), scopes) for t in text.split("|"))
+        first, second = (None if t.strip() == "_" else _operand(t.strip(), blocks) for t in text.split("|"))
         return Pair(first, second)
     if re.match(r"[-+]?\d", text):
         return Immediate(text)
-    return _name(text, scopes)
+    return _name(text, blocks)
