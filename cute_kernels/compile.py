@@ -189,7 +189,14 @@ def manifest(arch: str) -> list[KernelConfig]:
     """The kernels that a build for ``arch`` compiles: of decode all formats for up to 8 query columns, the presets' for
     more; of append all formats; of step the presets', which take long; of merge all head_dims.
     """
-    configs = [KernelConfig(kind="merge", arch=arch, head_dim=head_dim) for head_dim in HEAD_DIMS]
+    configs = []  # those that take longest first: none is left alone with one at the end
+    for head_dim, columns in itertools.product(STEP_HEAD_DIMS, (FEW_COLUMNS, MMA_COLUMNS)):
+        configs += [
+            KernelConfig.for_problem(
+                head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch, kind="step"
+            )
+            for spec in preset_specs(head_dim)
+        ]
     for head_dim in MANIFEST_HEAD_DIMS:
         for columns in MANIFEST_COLUMNS:
             specs = manifest_specs(head_dim) if columns <= MMA_COLUMNS else preset_specs(head_dim)
@@ -200,13 +207,7 @@ def manifest(arch: str) -> list[KernelConfig]:
         configs += [
             KernelConfig(kind="append", arch=arch, head_dim=head_dim, quant=spec) for spec in manifest_specs(head_dim)
         ]
-    for head_dim, columns in itertools.product(STEP_HEAD_DIMS, (FEW_COLUMNS, MMA_COLUMNS)):
-        configs += [
-            KernelConfig.for_problem(
-                head_dim=head_dim, quant=spec, num_q_heads=columns, num_kv_heads=1, arch=arch, kind="step"
-            )
-            for spec in preset_specs(head_dim)
-        ]
+    configs += [KernelConfig(kind="merge", arch=arch, head_dim=head_dim) for head_dim in HEAD_DIMS]
     return list(dict.fromkeys(configs))  # many columns may come down to a tile of fewer
 
 

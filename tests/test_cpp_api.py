@@ -103,7 +103,8 @@ def test_nothing_that_sanitizers_find_happens_on_the_cpu(tmp_path, packs):
     """A CMake install of the library alone, without Python, and the programs of the tests above; all instrumented."""
     flags = "-fsanitize=address,undefined -fno-sanitize-recover=all"
     options = [f"-DCMAKE_CXX_FLAGS={flags}", f"-DCMAKE_C_FLAGS={flags}", "-DCMAKE_BUILD_TYPE=Debug"]
-    cmake("-S", ROOT, "-B", tmp_path / "library", "-DBITDECODING_PYTHON=OFF", *options)
+    unity = ["-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=0"]  # of sources that include the same headers
+    cmake("-S", ROOT, "-B", tmp_path / "library", "-DBITDECODING_PYTHON=OFF", *unity, *options)
     cmake("--build", tmp_path / "library", "-j2")
     cmake("--install", tmp_path / "library", "--prefix", tmp_path / "prefix")
     directory = tmp_path / "prefix" / "lib" / "cmake" / "bitdecoding"

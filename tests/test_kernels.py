@@ -342,11 +342,11 @@ def test_mean_of_keys_per_channel() -> None:
     check(config, compiler.compile_config(config), case, random_q(3, 1, 3, 64))
 
 
-@pytest.mark.parametrize("grid", [1, 2, 7, 40])
-def test_any_grid_gives_the_same_attention(grid: int) -> None:
+@pytest.mark.parametrize(("grid", "tokens"), [(1, 1300), (2, 1300), (7, 1300), (24, 700)])  # 24: some CTAs get nothing
+def test_any_grid_gives_the_same_attention(grid: int, tokens: int) -> None:
     spec = bd.QuantSpec(k_group=32, v_group=32)
     config, made = kernel("sm90a", spec, 64, 4)
-    case = problem([(1300, 0), (0, 0), (5, 0), (128, 100)], spec, heads=2, head_dim=64)
+    case = problem([(tokens, 0), (0, 0), (5, 0), (128, 100)], spec, heads=2, head_dim=64)
     check(config, made, case, random_q(4, 1, 8, 64), grid=grid)
 
 

@@ -21,14 +21,10 @@ from .errors import (
     StepLimit,
     UnknownInstruction,
 )
-from .parser import TYPE_BYTES, Entry, Immediate, Instruction, parse
+from .parser import Entry, Immediate, Instruction, parse
 
 ALL = np.ones(32, bool)
 LOCAL_BASE = 16
-GARBAGE = {
-    n: np.full(32, 0xBAADF00DBAADF00D >> (64 - 8 * min(n, 8)), ops.UNSIGNED.get(n, np.uint64)) for n in (2, 4, 8, 16)
-}
-GARBAGE[1] = np.zeros(32, bool)  # of a register of n bytes that nobody wrote
 
 
 @dataclass
@@ -142,21 +138,21 @@ class Rows(dict[int, np.ndarray]):
 
     def __init__(self, warp: Warp):
         super().__init__()
-        self.warp = warp
+        self.warp, self.plan = warp, warp.program.decoder.plan
         self.registers: dict[int, np.ndarray] = {}
 
     def __missing__(self, slot: int) -> np.ndarray:
-        kind, what, dtype = self.warp.program.decoder.plan[slot]
-        if kind == "const":
-            row = what
-        elif kind == "special":
-            row = np.broadcast_to(np.asarray(self.warp.special(what)), 32).astype(dtype)
-        else:
-            row = self.registers.get(what.index)
+        kind, what, value = self.plan[slot]
+        if kind == "reg":
+            row = self.registers.get(what)
             if row is None:
-                row = self.registers[what.index] = GARBAGE[TYPE_BYTES[what.type]].copy()
-            if row.dtype != dtype:
-                row = row.view(dtype)
+                row = self.registers[what] = value.copy()
+            else:
+                row = row.view(value.dtype)
+        elif kind == "const":
+            row = value
+        else:
+            row = np.broadcast_to(np.asarray(self.warp.special(what)), 32).astype(value)
         self[slot] = row
         return row
 

@@ -24,6 +24,10 @@ DTYPES = {
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 LANES = np.arange(32)
+GARBAGE = {
+    n: np.full(32, 0xBAADF00DBAADF00D >> (64 - 8 * min(n, 8)), UNSIGNED.get(n, np.uint64)) for n in (2, 4, 8, 16)
+}
+GARBAGE[1] = np.zeros(32, bool)  # of a register of n bytes that nobody wrote
 
 Run = Callable[["object", "np.ndarray | None"], None]
 BUILDERS: dict[str, Callable[[Decoder, Instruction, Modifiers], Run]] = {}
@@ -70,7 +74,7 @@ class Decoder:
     def __init__(self, symbols: dict[str, int]):
         self.symbols = symbols  # addresses of variables and parameters
         self.slots: dict[tuple, int] = {}
-        # per slot: ("reg", register, dtype) | ("const", row, its dtype) | ("special", name, dtype)
+        # per slot: ("reg", its index, row before the first write) | ("const", None, row) | ("special", name, dtype)
         self.plan: list[tuple] = []
 
     def _slot(self, key: tuple, plan: tuple) -> int:
@@ -81,17 +85,20 @@ class Decoder:
 
     def register(self, register: Register, dtype) -> int:
         dtype = np.dtype(dtype)
-        return self._slot(("reg", register.index, dtype), ("reg", register, dtype))
+        key = ("reg", register.index, dtype)
+        if key in self.slots:
+            return self.slots[key]
+        return self._slot(key, ("reg", register.index, GARBAGE[TYPE_BYTES[register.type]].view(dtype)))
 
     def constant(self, value: int, dtype, packed: bool = False) -> int:
         """A row of one bit pattern, seen as ``dtype``."""
         dtype = np.dtype(dtype)
         if dtype == np.bool_:
-            return self._slot(("const", bool(value), dtype), ("const", np.full(32, bool(value)), dtype))
+            return self._slot(("const", bool(value), dtype), ("const", None, np.full(32, bool(value))))
         size = 4 if packed else dtype.itemsize
         row = np.full(32, value & ((1 << 8 * size) - 1), UNSIGNED[size]).view(dtype)
         row.flags.writeable = False
-        return self._slot(("const", value, dtype, packed), ("const", row, dtype))
+        return self._slot(("const", value, dtype, packed), ("const", None, row))
 
     def source(self, operand, kind: str) -> int:
         """Slot of a source operand of a type."""
