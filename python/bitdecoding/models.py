@@ -115,7 +115,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     words = "The language reference describes the syntax of the language"
     if len(tokenizer.tokenize(words)) > len(words) // 2:
         raise BitDecodingError(
-            f"transformers {transformers.__version__} reads the model's tokenizer as one of single letters; 5.23 does not"
+            f"the tokenizer has single letters only: transformers {transformers.__version__} does not read it from the "
+            "model's GGUF file as 5.23 does"
         )
 
 
