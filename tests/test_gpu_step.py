@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from attention_reference import relative_error
-from step_cases import LENGTHS, begun_cache, check_steps, no_sinks
+from step_cases import LENGTHS, TOLERANCE, begun_cache, check_steps, no_sinks
 from torch import Tensor
 
 import bitdecoding as bd
+from bitdecoding.candidates import random_pages
 
 pytestmark = pytest.mark.gpu
 
@@ -45,6 +48,45 @@ def test_query_columns(name: str, group: int, q_len: int) -> None:
     spec, _ = bd.preset(name, 128)
     options = {"window": 150, "softcap": 20.0} if group == 2 else {}
     check_steps(128, spec, on_gpu(spec), heads=2, group=group, steps=[q_len] * 4, recent=10, num_sink=4, **options)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_many_sequences(seed: int) -> None:
+    """So many that a CTA has several pieces, and blocks of some of them get full in a step."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    name, dtype = PRESETS[seed % len(PRESETS)], rng.choice([torch.float16, torch.bfloat16])
+    spec, _ = bd.preset(name, 128)
+    batch, heads = rng.choice([(1, 8), (5, 3), (33, 2), (64, 8), (70, 3), (130, 2)])
+    group, q_len = rng.choice([(1, 1), (4, 1), (8, 1), (2, 2), (1, 8), (3, 1), (4, 2)])
+    recent, num_sink, most = rng.choice([0, 1, 64, 130]), rng.choice([0, 4, 16]), rng.choice([1, 4, 12])
+    options = {"recent": recent} | rng.choice([{}, {"window": 100}, {"window": 700}])
+    full = rng.random()  # share of the tails to which the step's tokens add a full block
+    blocks = [rng.randint(0, most) for _ in range(batch)]
+    tails = [recent + 127 - rng.randrange(q_len if rng.random() < full else recent + 128) for _ in range(batch)]
+
+    def tokens(count: int) -> Tensor:
+        return torch.randn(batch, count, heads, 128, generator=generator).to(dtype)
+
+    cache = {
+        "pages": random_pages(spec, 128, batch * (most + 2), heads, generator),
+        "block_table": torch.randperm(batch * (most + 2), generator=generator).int().view(batch, -1),
+        "seqlens": torch.tensor([num_sink + 128 * n + tail for n, tail in zip(blocks, tails, strict=True)]).int(),
+        "packed_lens": 128 * torch.tensor(blocks, dtype=torch.int32),
+        "tail_k": tokens(recent + 143), "tail_v": tokens(recent + 143),
+        "sink_k": tokens(num_sink), "sink_v": tokens(num_sink), "status": torch.zeros(1, dtype=torch.int32),
+    }  # fmt: skip
+    for _ in range(2):
+        got = {name: x.clone() for name, x in cache.items()}
+        q = torch.randn(batch, q_len, heads * group, 128, generator=generator).to(dtype)
+        new = tokens(q_len), tokens(q_len)
+        want = bd.step(q, *new, **(cache | no_sinks(num_sink)), spec=spec, **options)
+        out = on_gpu(spec)(got, q, *new, options)
+        tail = (cache["seqlens"] - num_sink - cache["packed_lens"])[:, None]
+        for name, x in cache.items():
+            held = torch.arange(x.shape[1]) < tail if name.startswith("tail") else slice(None)
+            assert torch.equal(got[name][held].view(torch.uint8), x[held].view(torch.uint8)), name
+        for b in range(batch):
+            assert relative_error(out[b], want[b]) < TOLERANCE[dtype], b
 
 
 def test_more_columns_than_a_step_has() -> None:
