@@ -107,6 +107,8 @@ def execute(
         (1, 5, [3], {"recent": 40, "num_sink": 4, "dtype": torch.bfloat16}),
         (2, 2, [2, 1], {"num_sink": 3}),
         (3, 13, [1, 1], {"recent": 1, "window": 200}),
+        # the second CTA begins behind the packing of one head's block, which is the first's, and has the other's
+        (0, 3, [1], {"heads": 2}),
     ],
 )
 def test_steps(n: int, grid: int, steps: list[int], options: dict) -> None:
@@ -118,4 +120,4 @@ def test_steps(n: int, grid: int, steps: list[int], options: dict) -> None:
         return execute(config, spec, grid, cache, q, k, v, arguments)
 
     group = columns // max(steps)
-    check_steps(head_dim, spec, kernel, heads=1, group=group, steps=steps, **options)
+    check_steps(head_dim, spec, kernel, group=group, steps=steps, **{"heads": 1} | options)
