@@ -493,9 +493,13 @@ class AppendKernel:
         for i in range_constexpr(0, BLOCK_TOKENS, self.plan.rows_at_once):
             token = cutlass.min(first + warp * WARP_ROWS + lane // ROW_LANES + i, job.total - 1)
             source = self.stream_row(p, job, token) + part
-            for j in range_constexpr(self.plan.vectors):
-                ptx.copy16(place + i * self.plan.row_bytes, source, ROW_LANES * VECTOR * j)
+            self.stage_row(place + i * self.plan.row_bytes, source)
         ptx.wait_for_copies()
+
+    def stage_row(self, place: Int32, source: Int64) -> None:
+        """Begin to copy a lane's vectors of a row to shared memory; addresses: of the first ones."""
+        for j in range(self.plan.vectors):
+            ptx.copy16(place, source, ROW_LANES * VECTOR * j)
 
 
 def store_job(address: Int32, job: Job) -> None:

@@ -94,10 +94,10 @@ class Merge:
     @cute.jit
     def prepared(self, smem: Int32, slot: Int32, helper: Int32):
         """Let the consumers begin with a piece."""
+        prepares = Boolean(True)
         if cutlass.const_expr(self.plan.steps):
-            if helper != ROWS_WARP:
-                ptx.mbarrier_arrive(smem + self.plan.slot_full_at + slot * BARRIER_BYTES)
-        else:
+            prepares = helper != ROWS_WARP
+        if prepares:
             ptx.mbarrier_arrive(smem + self.plan.slot_full_at + slot * BARRIER_BYTES)
 
     @cute.jit

@@ -39,19 +39,18 @@ class Step:
 
     # A warp takes some at once, of K and V in turn: row x is token x // 2 of operand x % 2.
 
-    def new_row(self, p: Params, lane: Int32, first: Int32) -> tuple:
+    def lane_row(self, p: Params, lane: Int32, first: Int32) -> tuple:
         """(token, operand) of the lane's row from row ``first`` on, of the last one beyond it."""
         x = cutlass.min(first + lane // ROW_LANES, p.q_len * append.OPERANDS - 1)
         return x // append.OPERANDS, x % append.OPERANDS
 
     def fetch_rows(self, p: Params, smem: Int32, lane: Int32, b: Int32, head: Int32, first: Int32) -> None:
         """Begin to copy a piece's new rows from row ``first`` on to shared memory."""
-        token, operand = self.new_row(p, lane, first)
+        token, operand = self.lane_row(p, lane, first)
         item = append.Item(b=b, head=head, operand=operand, share=Int32(0))
         source = self.append.new_row(p, item, token) + Int64(lane % ROW_LANES * VECTOR)
         ptx.wait_for_copies()  # they may be other rows, for the same place
-        for j in range(self.append.plan.vectors):
-            ptx.copy16(self.append.place(smem + self.plan.fetched_at, Int32(0), lane), source, ROW_LANES * VECTOR * j)
+        self.append.stage_row(self.append.place(smem + self.plan.fetched_at, Int32(0), lane), source)
 
     @cute.jit
     def keep_rows(self, p: Params, smem: Int32, lane: Int32, piece: Piece):
@@ -73,7 +72,7 @@ class Step:
                 if first > 0:
                     self.fetch_rows(p, smem, lane, piece.b, piece.head, first)
                 ptx.wait_for_copies()
-                token, operand = self.new_row(p, lane, first)
+                token, operand = self.lane_row(p, lane, first)
                 exists = first + lane // ROW_LANES < rows
                 for turn in cutlass.range(turns, unroll=1):
                     rotate = cutlass.select_(turn == 0, p.rotate_k, p.rotate_v)

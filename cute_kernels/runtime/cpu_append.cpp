@@ -26,7 +26,7 @@ namespace {
 constexpr std::uint16_t kMinusZero = 0x8000;
 
 // A block's K or V: how its values become codes, and where these go.
-struct Operand {
+struct OperandFormat {
   bool is_k = true;
   bool per_channel = true;  // a group is tokens of a channel, otherwise channels of a token
   bool mean = false;
@@ -35,9 +35,9 @@ struct Operand {
   std::vector<std::int32_t> code_order;  // code of the section -> element of [rows, columns], rows falling into groups
 };
 
-Operand make_operand(bool is_k, const BlockSpec& spec, float clip) {
+OperandFormat make_operand_format(bool is_k, const BlockSpec& spec, float clip) {
   const BlockSections at = block_sections(spec);
-  Operand op;
+  OperandFormat op;
   op.is_k = is_k;
   op.per_channel = is_k && !spec.k_per_token;
   op.mean = is_k && spec.k_mean;
@@ -50,7 +50,7 @@ Operand make_operand(bool is_k, const BlockSpec& spec, float clip) {
   op.zero = is_k ? at.k_zero : at.v_zero;
   op.mean_at = at.k_mean;
   op.code_order.resize(static_cast<std::size_t>(kBlockTokens) * spec.head_dim);
-  const CodeLayout layout{is_k ? bitdecoding::Operand::k : bitdecoding::Operand::v, spec.head_dim, op.quantiser.bits};
+  const CodeLayout layout{is_k ? Operand::k : Operand::v, spec.head_dim, op.quantiser.bits};
   for (int token = 0; token < kBlockTokens; ++token) {
     for (int channel = 0; channel < spec.head_dim; ++channel) {
       op.code_order[layout(token, channel) / op.quantiser.bits] =
@@ -86,7 +86,7 @@ void subtract_mean(int head_dim, int count, unsigned char* to, Space* s) {
 }
 
 // s->tokens, of which the first `count` exist and the others are 0, to their part of a zeroed block.
-void encode(const Operand& op, int head_dim, int count, unsigned char* block, Space* s) {
+void encode(const OperandFormat& op, int head_dim, int count, unsigned char* block, Space* s) {
   if (op.mean) subtract_mean(head_dim, count, block + op.mean_at.offset, s);
   const float* x = s->tokens;
   Extent tokens{kBlockTokens, count}, channels{head_dim, head_dim};
@@ -149,7 +149,7 @@ Status validate(const AppendParams& p, const CpuAppendOptions& options) {
   return check_stride("page_stride_bytes", p.page_stride_bytes, p.num_pages);
 }
 
-struct Sequence {
+struct SequenceJob {
   std::int64_t sinks = 0, packed = 0, tail = 0;  // tokens before the call
   std::int64_t first_row = 0;                    // bytes from k_new to its first new token
   std::int64_t count = 0;                        // new tokens
@@ -175,8 +175,8 @@ class Append {
     const int threads = num_threads > 0 ? num_threads : available_cores();
     const std::int64_t blocks = sequences_.back().first_block + sequences_.back().blocks;
     if (blocks > 0) {
-      k_ = make_operand(true, spec_, p_.k_clip);
-      v_ = make_operand(false, spec_, p_.v_clip);
+      k_ = make_operand_format(true, spec_, p_.k_clip);
+      v_ = make_operand_format(false, spec_, p_.v_clip);
       auto pack = [this](std::int64_t task) { pack_block(task / p_.num_kv_heads, task % p_.num_kv_heads); };
       parallel_for(blocks * p_.num_kv_heads, threads, pack);
       if (out_of_memory_) return fail(Status::out_of_memory, "append: no memory for a thread's working space");
@@ -199,7 +199,7 @@ class Append {
     std::int64_t first_block = 0;
     sequences_.resize(p_.batch);
     for (std::int32_t b = 0; b < p_.batch; ++b) {
-      Sequence& s = sequences_[b];
+      SequenceJob& s = sequences_[b];
       s.first_block = first_block;
       BITDECODING_TRY(count_new(b, &s));
       if (p_.pack_all != 0) {
@@ -228,7 +228,7 @@ class Append {
     return Status::ok;
   }
 
-  Status count_new(std::int32_t b, Sequence* s) const {
+  Status count_new(std::int32_t b, SequenceJob* s) const {
     s->first_row = b * p_.new_batch_stride_bytes;
     s->count = p_.new_tokens;
     if (p_.cu_seqlens != nullptr) {
@@ -247,7 +247,7 @@ class Append {
                 ": allowed are 0 to new_tokens=", p_.new_tokens);
   }
 
-  Status count_held(std::int32_t b, Sequence* s) const {
+  Status count_held(std::int32_t b, SequenceJob* s) const {
     const std::int64_t seqlen = p_.seqlens[b];
     if (seqlen < 0 || seqlen + s->count > std::numeric_limits<std::int32_t>::max()) {
       return fail(Status::invalid_argument, "seqlens[", b, "]=", seqlen, ": allowed are numbers from 0 to 2^31 - 1, ",
@@ -267,11 +267,11 @@ class Append {
                 ", tail_capacity ", p_.tail_capacity, ")");
   }
 
-  std::int32_t page(std::int64_t b, const Sequence& s, std::int64_t block) const {
+  std::int32_t page(std::int64_t b, const SequenceJob& s, std::int64_t block) const {
     return p_.block_table[b * p_.max_pages + s.packed / kBlockTokens + block];
   }
 
-  Status check_pages(std::int32_t b, const Sequence& s) const {
+  Status check_pages(std::int32_t b, const SequenceJob& s) const {
     const std::int64_t first = s.packed / kBlockTokens, needed = first + s.blocks;
     if (s.blocks > 0 && needed > p_.max_pages) {
       return fail(Status::invalid_argument, "sequence ", b, " needs ", needed, " pages: allowed are ", p_.max_pages,
@@ -294,7 +294,7 @@ class Append {
     return static_cast<unsigned char*>(const_cast<void*>(base)) + row * row_bytes_;
   }
 
-  const unsigned char* new_row(bool is_k, const Sequence& s, std::int64_t i, std::int64_t head) const {
+  const unsigned char* new_row(bool is_k, const SequenceJob& s, std::int64_t i, std::int64_t head) const {
     return static_cast<const unsigned char*>(is_k ? p_.k_new : p_.v_new) + s.first_row + i * p_.new_token_stride_bytes +
            head * p_.new_head_stride_bytes;
   }
@@ -316,7 +316,7 @@ class Append {
     rotate(from, x, to);
   }
 
-  void load_tokens(bool is_k, std::int64_t b, const Sequence& s, std::int64_t first, int count, std::int64_t head,
+  void load_tokens(bool is_k, std::int64_t b, const SequenceJob& s, std::int64_t first, int count, std::int64_t head,
                    float* to) const {
     for (int i = 0; i < kBlockTokens; ++i, to += head_dim_) {
       if (i >= count) {
@@ -340,9 +340,9 @@ class Append {
   }
 
   void pack_block(std::int64_t block, std::int64_t head) {
-    const auto after = [](std::int64_t value, const Sequence& s) { return value < s.first_block; };
+    const auto after = [](std::int64_t value, const SequenceJob& s) { return value < s.first_block; };
     const auto found = std::upper_bound(sequences_.begin(), sequences_.end(), block, after) - 1;
-    const Sequence& s = *found;
+    const SequenceJob& s = *found;
     const std::int64_t b = found - sequences_.begin(), index = block - s.first_block;
     thread_local std::unique_ptr<Space> space;
     if (space == nullptr) space.reset(new (std::nothrow) Space);
@@ -355,14 +355,14 @@ class Append {
     const std::int64_t first = index * kBlockTokens;
     const int count = static_cast<int>(std::min<std::int64_t>(kBlockTokens, s.packing - first));
     std::memset(to, 0, block_sections(spec_).block_bytes);
-    for (const Operand* op : {&k_, &v_}) {
+    for (const OperandFormat* op : {&k_, &v_}) {
       load_tokens(op->is_k, b, s, first, count, head, space->tokens);
       encode(*op, head_dim_, count, to, space.get());
     }
   }
 
   void move_tokens(std::int64_t b, std::int64_t head) const {
-    const Sequence& s = sequences_[b];
+    const SequenceJob& s = sequences_[b];
     const std::int64_t kept = std::max<std::int64_t>(0, s.tail - s.packing);
     for (const bool is_k : {true, false}) {
       const void* sink = is_k ? p_.sink_k : p_.sink_v;
@@ -387,8 +387,8 @@ class Append {
   const Type type_;
   const std::int64_t row_bytes_;
   const BlockSpec spec_;
-  Operand k_, v_;
-  std::vector<Sequence> sequences_;
+  OperandFormat k_, v_;
+  std::vector<SequenceJob> sequences_;
   std::int32_t without_page_ = 0;
   std::atomic<bool> out_of_memory_{false};
 };

@@ -123,9 +123,8 @@ def steps(name: str, shape: Shape, head_dim: int, dtype: torch.dtype, device: to
     turns = (torch.arange(batch) * CACHES + torch.arange(CACHES)[:, None]) * BLOCK_TOKENS // (batch * CACHES)
     if not fills:
         turns.zero_()
-    settled = policy.sink_tokens + policy.recent
-    packed = tokens - settled - (tokens - settled) % BLOCK_TOKENS
-    lens = (packed + settled + turns).to(device, torch.int32)
+    packed = caches[0].policy.packed_len(tokens, 0)
+    lens = (policy.sink_tokens + packed + policy.recent + turns).to(device, torch.int32)
 
     def reset() -> None:
         for i, cache in enumerate(caches):
