@@ -23,7 +23,7 @@ from . import ptx
 from .append_plan import COUNTER_BYTES, JOB_BYTES, ROW_LANES, SMEM_ALIGN, VECTOR, WARP_ROWS, AppendPlan
 from .encode import Encoder
 from .layouts import BLOCK_TOKENS, LANES
-from .rows import LIMIT, SMALL, Rows
+from .rows import LIMIT, SMALL, Rows, stage_row
 
 OPERANDS = 2  # K and V
 BLOCK_SHIFT = BLOCK_TOKENS.bit_length() - 1
@@ -493,13 +493,8 @@ class AppendKernel:
         for i in range_constexpr(0, BLOCK_TOKENS, self.plan.rows_at_once):
             token = cutlass.min(first + warp * WARP_ROWS + lane // ROW_LANES + i, job.total - 1)
             source = self.stream_row(p, job, token) + part
-            self.stage_row(place + i * self.plan.row_bytes, source)
+            stage_row(place + i * self.plan.row_bytes, source, self.plan.vectors)
         ptx.wait_for_copies()
-
-    def stage_row(self, place: Int32, source: Int64) -> None:
-        """Begin to copy a lane's vectors of a row to shared memory; addresses: of the first ones."""
-        for j in range(self.plan.vectors):
-            ptx.copy16(place, source, ROW_LANES * VECTOR * j)
 
 
 def store_job(address: Int32, job: Job) -> None:

@@ -10,18 +10,19 @@ first was rounded by, or P for its sum. Shared-memory offsets all come from the 
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, cute, range_constexpr
 
 from . import ptx
-from .fragments import extract, fragments, half2_constant, power
+from .fragments import extract, fragments, half2_constant, matrix_row, power
 from .layouts import NUM_SLICES, SLICE_TOKENS, TILE, Section, b_order, symmetric_zero
 from .plan import Plan
-from .queries import LOG2E, read_slot
+from .queries import LOG2E, read_factors, read_highs, read_tiles
 from .schedule import Params, Piece, tokens_of
 
 FIRST_MAX = -1.0e30  # running maximum before the first key: finite, so that masked scores give exp2(-inf) = 0
 RESCALE_ABOVE = 1.0  # log2: room that a raised maximum leaves below the limit of P
 HALF_MAX = 65504.0
+TILES_AT_ONCE = 8  # of 16-bit tokens that are in registers
 HALF2_ONES = 0x3C003C00
 
 
@@ -29,9 +30,8 @@ class Query(NamedTuple):
     """A query tile, for all of a piece."""
 
     tiles: list  # [n][c][2] half2: Q over a power of two, as B operand
-    factors: list  # [n][j] of columns 2q, 2q + 1: makes products with ``tiles`` log2 scores
     sums: list  # [n][channel group][j]: sums of ``tiles`` over the groups of K per token
-    bounds: list  # [n][j] of (low, high): visible positions of the columns, less the lane's row g
+    slot: Int32  # which has what is read when it is needed, and so takes no registers in between
 
 
 class State(NamedTuple):
@@ -70,12 +70,11 @@ class Attention:
 
     # -- queries -----------------------------------------------------------------------------------------------
 
-    def read_queries(self, p: Params, slot: Int32, lane: Int32) -> Query:
+    def read_queries(self, slot: Int32, lane: Int32) -> Query:
         """The Query that a merge warp prepared in ``slot`` (queries.py)."""
-        tiles, factors, highs = read_slot(self.plan, slot, lane)
-        bounds = [[(high - (lane >> 2) - p.window, high - (lane >> 2)) for high in column] for column in highs]
+        tiles = read_tiles(self.plan, slot, lane)
         sums = [[] if self.k_per_channel else self.group_sums(t) for t in tiles]
-        return Query(tiles, factors, sums, bounds)
+        return Query(tiles, sums, slot)
 
     def group_sums(self, tiles: list) -> list:
         per_group = self.k_group // TILE
@@ -119,12 +118,19 @@ class Attention:
 
     @cute.jit
     def attend_block(
-        self, p: Params, at: Addresses, position: Int32, end: Int32, lane: Int32, query: Query, state: State, general
+        self,
+        p: Params,
+        at: Addresses,
+        position: Int32,
+        lane: Int32,
+        query: Query,
+        state: State,
+        end: Int32 | None = None,
     ):
-        """Attend to the warp's slices; ``position`` of their first token, ``end`` of the packed tokens.
+        """Attend to the warp's slices; ``position`` of their first token.
 
-        general (trace time): with a soft cap, or where tokens are invisible to a query or beyond ``end``; apart from
-        the common case, which so has no branch between the scores and their maximum.
+        end: of the packed tokens, given where tokens may be invisible to a query or beyond it, or where there is a soft
+        cap; apart from the common case, which so has no branch between the scores and their maximum.
         """
         second = (lane & 4) != 0  # of B operands the lane holds column lane / 4
         mean = self.mean_scores(at.mean, query)
@@ -135,17 +141,17 @@ class Attention:
                 scaled, bias = self.scaled_queries(at.k_quad, i * SLICE_TOKENS // self.k_group, second, query)
             vectors = self.code_vectors(at.k_lane, self.fmt.k_codes, i, self.fmt.k_vector_words)
             if cutlass.const_expr(self.k_per_channel):
-                tiles = self.channel_scores(vectors, scaled, bias, mean, query)
+                tiles = self.channel_scores(vectors, scaled, bias, mean, lane, query)
             else:
-                tiles = self.token_scores(vectors, at.rows, i, mean, query)
+                tiles = self.token_scores(vectors, at.rows, i, mean, lane, query)
             for n in range_constexpr(self.columns):
                 scores[n] += tiles[n]
-        if cutlass.const_expr(general):
+        if cutlass.const_expr(end is not None):
             if p.softcap > 0.0:
                 scores = soft_capped(scores, p.softcap)
-            scores = self.visible(scores, position, end - (lane >> 2), query)
+            scores = self.visible(p, scores, position, end, lane, query)
         probabilities, state = self.softmax(scores, state)
-        return self.accumulate(at, probabilities, state, second, position + (lane & 3) * 2, end, general)
+        return self.accumulate(at, probabilities, state, second, position + (lane & 3) * 2, end)
 
     def code_vectors(self, lane_base: Int32, section: Section, slice_: int, vector_words: int) -> list:
         """All code vectors of a slice; lane_base = stage + the lane's place in a vector."""
@@ -231,11 +237,11 @@ class Attention:
         """Takes row g + 8 r of token tile t back from the codes' power of two."""
         return 1.0 / power(self.k_fragments[t, 0][r])
 
-    def channel_scores(self, vectors: list, scaled: list, bias: list, mean: list, query: Query) -> list:
+    def channel_scores(self, vectors: list, scaled: list, bias: list, mean: list, lane: Int32, query: Query) -> list:
         """log2 scores of a slice, [n][t][r][j], K per channel."""
         products = self.code_products(vectors, scaled, range(self.tiles))
         acc = [[self.both_columns(tile) for tile in tiles] for tiles in products]
-        for n, factors in enumerate(query.factors):
+        for n, factors in enumerate(read_factors(self.plan, query.slot, lane)):
             offset = [(b + m) * f for b, m, f in zip(bias[n], mean[n], factors, strict=True)]
             for t in range(2):
                 for r in range(2):
@@ -243,7 +249,7 @@ class Attention:
                     acc[n][t][r] = [x * f + o for x, f, o in zip(acc[n][t][r], factor, offset, strict=True)]
         return acc
 
-    def token_scores(self, vectors: list, row_base: Int32, slice_: int, mean: list, query: Query) -> list:
+    def token_scores(self, vectors: list, row_base: Int32, slice_: int, mean: list, lane: Int32, query: Query) -> list:
         """As channel_scores, K per token: sum over channel groups of scale (codes Q + zero sum Q)."""
         total = [[[mean[n]] * 2 for _ in range(2)] for n in range(self.columns)]
         per_group = self.k_group // TILE
@@ -263,25 +269,30 @@ class Attention:
                             for x, of_group in zip(acc[n][t][r], query.sums[n][j], strict=True)
                         ]
                         total[n][t][r] = [x * scale[row] + y for x, y in zip(values, total[n][t][r], strict=True)]
-        return self.log2_scores(total, query)
+        return self.log2_scores(total, lane, query)
 
-    def log2_scores(self, products: list, query: Query) -> list:
+    def log2_scores(self, products: list, lane: Int32, query: Query) -> list:
         """[n][t][r][j] times the columns' factors."""
+        factors = read_factors(self.plan, query.slot, lane)
         return [
-            [[[x * f for x, f in zip(row, factors, strict=True)] for row in tile] for tile in tiles]
-            for tiles, factors in zip(products, query.factors, strict=True)
+            [[[x * f for x, f in zip(row, of_tile, strict=True)] for row in tile] for tile in tiles]
+            for tiles, of_tile in zip(products, factors, strict=True)
         ]
 
     @cute.jit
-    def visible(self, scores: list, position: Int32, end: Int32, query: Query):
-        """Scores with -inf where a key is outside its column's bounds or beyond ``end`` (less the lane's row)."""
+    def visible(self, p: Params, scores: list, position: Int32, end: Int32, lane: Int32, query: Query):
+        """Scores of keys from ``position`` on, with -inf where a column does not see one, or it is beyond ``end``."""
+        highs = read_highs(self.plan, query.slot, lane)
+        lows = [[high - p.window for high in column] for column in highs]
+        # how many a column sees from there on: with one unsigned comparison, as predicates are few
+        seen = [[Uint32(cutlass.max(cutlass.min(x, end) - x + p.window, 0)) for x in column] for column in highs]
+        position += lane >> 2  # of the lane's first row
         for n in range_constexpr(self.columns):
             for t in range_constexpr(len(scores[n])):
                 for r in range_constexpr(2):
                     at = position + TILE * t + 8 * r
                     for j in range_constexpr(self.lane_columns):
-                        low, high = query.bounds[n][j]
-                        if (at < low) | (at >= cutlass.min(high, end)):
+                        if Uint32(at - lows[n][j]) >= seen[n][j]:
                             scores[n][t][r][j] = Float32(-float("inf"))
         return scores
 
@@ -323,7 +334,7 @@ class Attention:
         return [ptx.transpose8x8(ptx.to_half2(row[0], row[-1])) for row in tile]
 
     def accumulate(
-        self, at: Addresses, p: list, state: State, second: Boolean, token: Int32, end: Int32, masked: bool
+        self, at: Addresses, p: list, state: State, second: Boolean, token: Int32, end: Int32 | None
     ) -> State:
         """O^T += V^T P^T of the warp's slices; ``token``: position of the lane's first token in B order.
 
@@ -342,9 +353,9 @@ class Attention:
         for i in range(self.plan.slices):
             vectors = self.code_vectors(at.v_lane, self.fmt.v_codes, i, self.fmt.v_vector_words)
             for g in range(self.plan.v_groups):
-                scale = self.value_params(at, self.fmt.v_scale, g, i, token, end, masked)
+                scale = self.value_params(at, self.fmt.v_scale, g, i, token, end)
                 if self.fmt.v_zero is not None:
-                    zero = self.value_params(at, self.fmt.v_zero, g, i, token, end, masked)
+                    zero = self.value_params(at, self.fmt.v_zero, g, i, token, end)
                 rows_8 = None
                 if self.plan.copies == 2 and g == 0:
                     scale = [[cutlass.select_(second, Int32(HALF2_ONES), x) for x in of_tile] for of_tile in scale]
@@ -367,11 +378,11 @@ class Attention:
         return State(top, total, out)
 
     def value_params(
-        self, at: Addresses, section: Section, group: int, slice_: int, token: Int32, end: Int32, masked: bool
+        self, at: Addresses, section: Section, group: int, slice_: int, token: Int32, end: Int32 | None
     ) -> list:
-        """V parameters of a slice, [t][2] half2; if masked, those from token ``end`` on read as 0, never as NaN."""
+        """V parameters of a slice, [t][2] half2; those from token ``end`` on, if it is given, are 0, never NaN."""
         params = self.b_params(at.v_quad, section, group, slice_)
-        if masked:
+        if end is not None:
             token = token + slice_ * SLICE_TOKENS
             params = [[self.before(params[t][r], token + TILE * t + 8 * r, end) for r in range(2)] for t in range(2)]
         return params
@@ -397,41 +408,57 @@ class Attention:
 
     @cute.jit
     def attend_chunk(
-        self, p: Params, piece: Piece, chunk: Int32, member: Int32, lane: Int32, query: Query, state: State
+        self,
+        p: Params,
+        piece: Piece,
+        chunk: Int32,
+        stage: Int32,
+        member: Int32,
+        lane: Int32,
+        query: Query,
+        state: State,
     ):
-        """A warp's 16 tokens of a 16-bit unit, read from global memory."""
-        k, v, capacity, token, held, position = tokens_of(p, piece, chunk, self.plan.chunk)
+        """A warp's 16 tokens of a 16-bit unit, which is in ``stage``."""
+        _, _, _, token, held, position = tokens_of(p, piece, chunk, self.plan.chunk)
         token += member * TILE
-        if token < held:
-            # byte offsets of the lane's rows g and g + 8; rows beyond the last are read as the last, and masked
-            rows = []
-            for r in range_constexpr(2):
-                row = cutlass.min(token + (lane >> 2) + 8 * r, held - 1)
-                at = (Int64(piece.b * capacity + row) * p.num_kv_heads + piece.head) * (2 * self.plan.head_dim)
-                rows.append(at + Int64(lane & 3) * 4)
+        has_work = token < held
+        if cutlass.const_expr(self.plan.chunk_tiles < self.plan.warps_per_block):
+            has_work = has_work & (member < self.plan.chunk_tiles)
+        if has_work:
             scores = [[[Float32(0.0)] * 4] for _ in range(self.columns)]
-            keys = halves(p, [channel_pair(k + rows[i & 1], i // 4, i >> 1 & 1) for i in range(4 * self.tiles)])
-            for c in range_constexpr(self.tiles):
-                for n in range_constexpr(self.columns):
-                    scores[n][0] = ptx.mma(scores[n][0], keys[4 * c : 4 * c + 4], query.tiles[n][c])
-            scores = self.log2_scores([[self.rows(tile) for tile in tiles] for tiles in scores], query)
+            for first in range_constexpr(0, self.tiles, TILES_AT_ONCE):
+                keys = self.chunk_tiles(p, stage, member, lane, 0, first)
+                for c in range_constexpr(len(keys)):
+                    for n in range_constexpr(self.columns):
+                        scores[n][0] = ptx.mma(scores[n][0], keys[c], query.tiles[n][first + c])
+            products = [[self.rows(tile) for tile in tiles] for tiles in scores]
+            scores = self.log2_scores(products, lane, query)
             if p.softcap > 0.0:
                 scores = soft_capped(scores, p.softcap)
-            scores = self.visible(scores, position + token, position + held - (lane >> 2), query)
+            scores = self.visible(p, scores, position + token, position + held, lane, query)
             probabilities, state = self.softmax(scores, state)
             top, total, out = state
             operand = [self.transposed(tiles[0]) for tiles in probabilities]
             for n in range_constexpr(self.columns):
                 total[n] = [x + y for x, y in zip(total[n], self.sums([operand[n]]), strict=True)]
-            # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)
-            values = [channel_pair(v + rows[i >> 1 & 1], i // 4, i & 1) for i in range(4 * self.tiles)]
-            values = halves(p, values)
-            for c in range_constexpr(self.tiles):
-                a = [ptx.transpose8x8(x) for x in values[4 * c : 4 * c + 4]]
-                for n in range_constexpr(self.columns):
-                    out[n][c] = ptx.mma(out[n][c], a, operand[n])
+            for first in range_constexpr(0, self.tiles, TILES_AT_ONCE):
+                values = self.chunk_tiles(p, stage, member, lane, 1, first)
+                for c in range_constexpr(len(values)):
+                    for n in range_constexpr(self.columns):
+                        out[n][first + c] = ptx.mma(out[n][first + c], values[c], operand[n])
             state = State(top, total, out)
         return state
+
+    def chunk_tiles(self, p: Params, stage: Int32, member: Int32, lane: Int32, operand: int, first: int) -> list:
+        """A tiles of a warp's 16 keys or values (operand 0, 1) of a chunk, some channel tiles from ``first`` on."""
+        rows = self.plan.chunk_rows
+        token, channel = matrix_row(lane, operand == 0)
+        base = stage + member * (2 * rows(TILE, 0, 0)) + token * (2 * rows(1, 0, 0)) + channel * 2
+        registers = []
+        for c in range(first, min(first + TILES_AT_ONCE, self.tiles)):
+            registers += ptx.load_matrices(base + 2 * rows(0, operand, TILE * c), operand == 1)
+        registers = halves(p, registers)
+        return [registers[i : i + 4] for i in range(0, len(registers), 4)]
 
 
 def soft_capped(scores: list, cap: Float32, factor: Float32 | None = None) -> list:

@@ -1,8 +1,8 @@
 """Decode attention over BitFusion blocks with mma.sync: one launch for any batch of ragged sequences.
 
 producer warp   walks the CTA's share of the work list (schedule.py) and copies each block into a ring of
-                shared-memory stages: one bulk copy per block, cp.async before Hopper; "full" and "empty"
-                mbarriers hand the stages over
+                shared-memory stages: one bulk copy per block, cp.async before Hopper; then the piece's 16-bit
+                tokens (sinks and tail), a chunk to a stage; "full" and "empty" mbarriers hand the stages over
 consumer warps  in groups of ``warps_per_block``; a group takes every n-th block, a warp its token slices
                 (attention.py), alone with its own running maximum:
     Q' = Q * scale_k              once per token group (K per channel)
@@ -10,7 +10,7 @@ consumer warps  in groups of ``warps_per_block``; a group takes every n-th block
                                   with the zeros as rows of A; the powers of two leave with the accumulator
     P = exp2(S - maximum)         rescaled only when the maximum grows by more than a factor of 2
     O^T += codes_v (P * scale_v)  P transposed by movmatrix; the zeros again by MMAs
-16-bit tokens   sinks and tail: the same MMAs with K and V from global memory
+                chunks: the same MMAs with K and V as they are
 merge warps     find out the next piece and prepare its queries (queries.py); merge the consumers' results of a piece
                 while these are at the next one; the consumers themselves merge the CTA's last, and the partial
                 results of CTAs that share a piece (merge.py)
@@ -21,11 +21,13 @@ from cutlass import Int32, cute, range_constexpr
 
 from . import ptx, step
 from . import warpgroup as wg
+from .append_plan import ROW_LANES, VECTOR, WARP_ROWS
 from .attention import Attention
-from .layouts import BLOCK_TOKENS, LANES
+from .layouts import BLOCK_TOKENS, LANES, TILE
 from .merge import Merge
 from .plan import BARRIER_BYTES, CONSUMER_BARRIER, MERGE_WARPS, SLOTS, Plan
-from .schedule import Params, Schedule, load_piece
+from .rows import stage_row
+from .schedule import Params, Schedule, Sequence, load_piece, token_row, tokens_of
 
 COPY_BYTES = 16  # of one cp.async
 MAX_WINDOW = 1 << 30  # more than any length; positions minus a window stay within 32 bits
@@ -71,7 +73,7 @@ class DecodeKernel:
             self.assist(p, smem, warp, lane)
 
     def init_barriers(self, smem: Int32) -> None:
-        """Initialise all barriers, by one thread."""
+        """Initialise all barriers, and the word whether there are blocks to pack, by one thread."""
         plan = self.plan
         for stage in range(plan.stages):
             ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1 if plan.bulk else LANES)
@@ -82,6 +84,8 @@ class DecodeKernel:
             ptx.mbarrier_init(smem + (plan.slot_full_at + BARRIER_BYTES * slot), plan.preparers * LANES)
             if plan.steps:
                 ptx.mbarrier_init(smem + (plan.rows_full_at + BARRIER_BYTES * slot), LANES)
+        if plan.steps:
+            ptx.store_shared(smem, plan.due_at, [Int32(0)])
 
     @cute.jit
     def assist(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
@@ -104,21 +108,32 @@ class DecodeKernel:
             announce=lambda *share: None,
             fetch=lambda at, end, seq: self.schedule.entries(p, at, end, seq, Int32(0), lane),
         )
-        stage = Int32(0)
-        parity = Int32(1)  # the first round finds every stage empty
+        turn = Int32(0)
+        done = Int32(0)  # pieces
+        kept = Int32(0)  # pieces whose new rows have been waited for
         while at.x < end:
             count, blocks, pages, _ = self.schedule.blocks_of(p, at, end, seq)
             i = Int32(0)
             while i < blocks:
                 source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES)) * p.page_stride
-                self.copy_block(smem, source, stage, parity, lane)
-                stage += 1
-                if stage == self.plan.stages:
-                    stage = Int32(0)
-                    parity = parity ^ 1
+                self.copy_block(smem, source, turn, lane)
+                turn = self.following(turn, 1)
                 i += 1
                 if i % LANES == 0:
                     page = self.schedule.entries(p, at, end, seq, i, lane)
+            if cutlass.const_expr(self.plan.rings_chunks):
+                chunk, end_chunk = self.schedule.chunks(p, at, count, seq)
+                if cutlass.const_expr(self.plan.steps):
+                    while (chunk < end_chunk) & (kept <= done):
+                        full = smem + self.plan.rows_full_at + kept % SLOTS * BARRIER_BYTES
+                        ptx.mbarrier_wait(full, kept // SLOTS % 2, self.plan.wait)
+                        kept += 1
+                    done += 1
+                head, _ = self.schedule.tile(p, at)
+                while chunk < end_chunk:
+                    self.copy_chunk(p, smem, at.b, head, seq, chunk, turn, lane)
+                    turn = self.following(turn, 1)
+                    chunk += 1
             at = self.schedule.next_piece(p, at, seq.units, count)
             if at.x < end:
                 seq = self.schedule.sequence(p, at.b)
@@ -127,11 +142,11 @@ class DecodeKernel:
             self.step.count(p, lane)  # no more lengths are read
 
     @cute.jit
-    def copy_block(self, smem: Int32, source: cutlass.Int64, stage: Int32, parity: Int32, lane: Int32):
-        full = smem + self.plan.full_at + stage * BARRIER_BYTES
-        empty = smem + self.plan.empty_at + stage * BARRIER_BYTES
+    def copy_block(self, smem: Int32, source: cutlass.Int64, turn: Int32, lane: Int32):
+        """Copy a block to a stage, when it is empty."""
+        target, full, parity = self.stage(smem, turn)
+        empty, parity = full + (self.plan.empty_at - self.plan.full_at), parity ^ 1  # the first round finds it so
         nbytes = self.plan.fmt.block_bytes
-        target = smem + stage * nbytes
         if cutlass.const_expr(self.plan.bulk):
             # by all lanes: a warp that has parted is not suspended, but polls
             ptx.mbarrier_wait(empty, parity, self.plan.wait)
@@ -151,66 +166,112 @@ class DecodeKernel:
                     ptx.copy16(target, source, nbytes // row * row)
             ptx.mbarrier_arrive_after_copies(full)
 
+    @cute.jit
+    def copy_chunk(
+        self, p: Params, smem: Int32, b: Int32, head: Int32, seq: Sequence, chunk: Int32, turn: Int32, lane: Int32
+    ):
+        """Copy a chunk of 16-bit tokens to a stage; in the tile that has the last one, it is repeated."""
+        target, full, parity = self.stage(smem, turn)
+        empty, parity = full + (self.plan.empty_at - self.plan.full_at), parity ^ 1
+        rows = self.plan.chunk_rows
+        vectors = 2 * self.plan.head_dim // (ROW_LANES * VECTOR)
+        k, v, capacity, token, held, _ = tokens_of(p, seq, chunk, self.plan.chunk)
+        part = lane % ROW_LANES * VECTOR
+        place = target + lane // ROW_LANES * (2 * rows(1, 0, 0)) + part
+        ptx.mbarrier_wait(empty, parity, self.plan.wait)
+        for t in range_constexpr(self.plan.chunk_tiles):
+            if token + TILE * t < held:
+                for i in range_constexpr(TILE * t, TILE * (t + 1), WARP_ROWS):
+                    last = cutlass.min(token + i + lane // ROW_LANES, held - 1)
+                    at = token_row(p, b, head, capacity, last, self.plan.head_dim) + cutlass.Int64(part)
+                    for operand, base in enumerate((k, v)):
+                        stage_row(place + 2 * rows(i, operand, 0), base + at, vectors)
+        ptx.mbarrier_arrive_after_copies(full, expected=not self.plan.bulk)
+        if cutlass.const_expr(self.plan.bulk):
+            cute.arch.sync_warp()
+            if lane == 0:
+                ptx.mbarrier_arrive(full)
+
+    # -- the ring: a turn is one of two rounds of the stages
+
+    def stage(self, smem: Int32, turn: Int32) -> tuple:
+        """(address of the turn's stage, of its barrier "full", parity of the round)."""
+        stages = self.plan.stages
+        second = turn >= stages
+        stage = cutlass.select_(second, turn - stages, turn)
+        full = smem + self.plan.full_at + stage * BARRIER_BYTES
+        return smem + stage * self.plan.fmt.block_bytes, full, cutlass.select_(second, Int32(1), Int32(0))
+
+    def following(self, turn: Int32, count: int) -> Int32:
+        """The turn ``count`` stages later."""
+        turn += count
+        return cutlass.select_(turn >= 2 * self.plan.stages, turn - 2 * self.plan.stages, turn)
+
     # -- consumers ---------------------------------------------------------------------------------------------
 
     @cute.jit
     def consume(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
-        """Attend over the CTA's share: blocks from the ring, 16-bit units from global memory. Merge the results of the
-        last piece, and the partial results of the first one, if it ends here and began in another CTA.
+        """Attend over the CTA's share, from the ring. Merge the results of the last piece, and the partial results of
+        the first one, if it ends here and began in another CTA.
         """
         plan = self.plan
         if cutlass.const_expr(plan.programmatic):
             if warp == plan.warps - 1:  # the last to get a block
                 self.schedule.warm(p, lane)
-            ptx.wait_for_previous_kernel()  # it may have written the tail
+            ptx.wait_for_previous_kernel()  # it may still read what is written here
         group = warp // plan.warps_per_block
         member = warp % plan.warps_per_block
-        block = group  # the group's next block, counted over the share; its stage and the parity of its round
-        stage = group
-        parity = Int32(0)
-        ring = Int32(0)  # blocks of the share before this piece
+        turn = group  # the group's next one, and that as a block of the piece, then as a chunk
+        i = group
         done = Int32(0)  # pieces
         is_last = Int32(0)
         while is_last == 0:
             slot = smem + plan.slots_at + done % SLOTS * plan.slot_bytes
             ptx.mbarrier_wait(smem + plan.slot_full_at + done % SLOTS * BARRIER_BYTES, done // SLOTS % 2, plan.wait)
             piece = load_piece(slot + plan.piece_offset)
-            query = self.attention.read_queries(p, slot, lane)
+            query = self.attention.read_queries(slot, lane)
             state = self.attention.first_state()
 
-            first_position = piece.first_position - ring * BLOCK_TOKENS
-            ring += piece.blocks
-            while block < ring:
-                position = first_position + block * BLOCK_TOKENS
+            left = piece.blocks - i
+            position = piece.first_position + i * BLOCK_TOKENS
+            while left > 0:
+                piece = load_piece(slot + plan.piece_offset)  # again, rather than in registers all the while
                 general = (
                     (position + BLOCK_TOKENS > piece.seen_by_all) | (position < piece.window_start) | (p.softcap > 0.0)
                 )
-                addresses = self.attention.addresses(smem + stage * plan.fmt.block_bytes, member, lane)
-                position += member * (BLOCK_TOKENS // plan.warps_per_block)
-                end = piece.packed_end
-                ptx.mbarrier_wait(smem + plan.full_at + stage * BARRIER_BYTES, parity, plan.wait)
+                stage, full, parity = self.stage(smem, turn)
+                addresses = self.attention.addresses(stage, member, lane)
+                first = position + member * (BLOCK_TOKENS // plan.warps_per_block)
+                ptx.mbarrier_wait(full, parity, plan.wait)
                 if general:
-                    state = self.attention.attend_block(p, addresses, position, end, lane, query, state, True)
+                    end = load_piece(slot + plan.piece_offset).packed_end
+                    state = self.attention.attend_block(p, addresses, first, lane, query, state, end)
                 else:
-                    state = self.attention.attend_block(p, addresses, position, end, lane, query, state, False)
+                    state = self.attention.attend_block(p, addresses, first, lane, query, state)
                 cute.arch.sync_warp()
                 if lane == 0:
-                    ptx.mbarrier_arrive(smem + plan.empty_at + stage * BARRIER_BYTES)
-                block += plan.block_groups
-                stage += plan.block_groups
-                if stage >= plan.stages:
-                    stage -= plan.stages
-                    parity = parity ^ 1
+                    ptx.mbarrier_arrive(full + (plan.empty_at - plan.full_at))
+                turn = self.following(turn, plan.block_groups)
+                left -= plan.block_groups
+                position += plan.block_groups * BLOCK_TOKENS
+            i = -left
             state = self.attention.finished(state)
-            piece = load_piece(slot + plan.piece_offset)  # again, rather than in registers all the while
+            piece = load_piece(slot + plan.piece_offset)
             warp, lane = self.place_again(warp, lane)
-            if cutlass.const_expr(plan.steps):
-                ptx.mbarrier_wait(smem + plan.rows_full_at + done % SLOTS * BARRIER_BYTES, done // SLOTS % 2, plan.wait)
-            chunk = piece.first_chunk + warp // plan.warps_per_block
-            while chunk < piece.end_chunk:
+            while piece.first_chunk + i < piece.end_chunk:
+                stage, full, parity = self.stage(smem, turn)
+                ptx.mbarrier_wait(full, parity, plan.wait)
                 member_again = warp % plan.warps_per_block
-                state = self.attention.attend_chunk(p, piece, chunk, member_again, lane, query, state)
-                chunk += plan.block_groups
+                chunk = piece.first_chunk + i
+                state = self.attention.attend_chunk(p, piece, chunk, stage, member_again, lane, query, state)
+                if cutlass.const_expr(plan.bulk):
+                    wg.fence_async()  # a bulk copy will write where cp.async did
+                cute.arch.sync_warp()
+                if lane == 0:
+                    ptx.mbarrier_arrive(full + (plan.empty_at - plan.full_at))
+                turn = self.following(turn, plan.block_groups)
+                i += plan.block_groups
+            i -= cutlass.max(piece.end_chunk - piece.first_chunk, 0)
             ptx.mbarrier_wait(smem + plan.merge_empty_at, (done + 1) % 2, plan.wait)  # the first finds it empty
             self.merge.store_state(smem, warp, lane, state)
             if piece.is_last == 1:
@@ -229,8 +290,6 @@ class DecodeKernel:
             self.merge.collect(p, warp, team, lane, first)
 
     def place_again(self, warp: Int32, lane: Int32) -> tuple:
-        """(warp, lane): found anew in kernels of few columns, which otherwise would hold registers in local memory."""
-        if self.plan.copies == 1:
-            return warp, lane
+        """(warp, lane): found anew, rather than in registers all the while."""
         thread = wg.thread_again()
         return thread // LANES, thread % LANES

@@ -8,6 +8,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from . import ptx
+from .fragments import matrix_row
 from .layouts import BLOCK_TOKENS, NUM_SLICES, SLICE_TOKENS, TILE, symmetric_zero
 from .queries import floats
 
@@ -52,10 +53,9 @@ class Operand:
     # -- rows --------------------------------------------------------------------------------------------------
 
     def fragment_lane(self, lane: Int32) -> Int32:
-        """The lane's part of a tile's address, which names row lane % 8 of matrix lane / 8; matrix r is register r."""
-        low, high = lane >> 3 & 1, lane >> 4
-        tokens, channels = (low, high) if self.is_k else (high, low)
-        return (lane % 8 + 8 * tokens) * self.plan.row_bytes + 16 * channels
+        """The lane's part of a tile's address."""
+        token, channel = matrix_row(lane, self.is_k)
+        return token * self.plan.row_bytes + 2 * channel
 
     def tile(self, base: Int32, token_tile: int, channel_tile: int) -> list:
         """The four registers of a tile, from the fragment address of tile (0, 0)."""

@@ -36,6 +36,15 @@ def fragments(section: Section, operand: str, head_dim: int, vector_words: int) 
     return tiles
 
 
+def matrix_row(lane: Int32, is_k: bool) -> tuple:
+    """(token, channel) of a tile whose address a lane gives to ``ldmatrix`` (V: transposed), which names row lane % 8
+    of matrix lane / 8; matrix r becomes A register r.
+    """
+    low, high = lane >> 3 & 1, lane >> 4
+    tokens, channels = (low, high) if is_k else (high, low)
+    return lane % 8 + 8 * tokens, 8 * channels
+
+
 def power(fragment: Fragment) -> float:
     """Code q at this place reads as the fp16 denormal q * power once its register is AND-ed out."""
     return 2.0 ** (fragment.bit % 8 - 24)

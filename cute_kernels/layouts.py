@@ -153,6 +153,14 @@ def row_order(num_groups: int) -> Layout:
     return _nest(token, Layout(num_groups, rows))
 
 
+def token_rows(head_dim: int, tokens: int) -> Layout:
+    """(token, operand, channel) -> fp16 element of 16-bit tokens in a stage: each one's key, then its value.
+
+    A pad turns each row's vectors to other banks than the next one's: ``ldmatrix`` reads those of eight rows at once.
+    """
+    return Layout((tokens, 2, head_dim), (2 * head_dim + 8, head_dim, 1))
+
+
 @dataclass(frozen=True)
 class BlockFormat:
     """Where everything lies in a block. Build it with :func:`block_format`.

@@ -45,7 +45,7 @@ class Merge:
             fetch=lambda at, end, seq: self.prepare(p, smem, slot, helper, lane, at, seq),
         )
         self.prepared(smem, slot, helper)
-        self.keep_rows(p, smem, Int32(0), helper, lane, is_first=True)
+        self.keep_rows(p, smem, Int32(0), helper, lane)
         done = Int32(1)  # pieces
         parity = Int32(0)
         units = seq.units
@@ -59,7 +59,7 @@ class Merge:
             self.tell(p, smem, slot, helper, lane, (at, end, seq, shares), is_first=False)
             self.prepare(p, smem, slot, helper, lane, at, seq)
             self.prepared(smem, slot, helper)
-            self.keep_rows(p, smem, done, helper, lane, is_first=False)
+            self.keep_rows(p, smem, done, helper, lane)
             done += 1
             ptx.mbarrier_wait(smem + self.plan.merge_full_at, parity, self.plan.wait)
             parity = parity ^ 1
@@ -101,9 +101,9 @@ class Merge:
             ptx.mbarrier_arrive(smem + self.plan.slot_full_at + slot * BARRIER_BYTES)
 
     @cute.jit
-    def keep_rows(self, p: Params, smem: Int32, done: Int32, helper: Int32, lane: Int32, is_first: bool):
+    def keep_rows(self, p: Params, smem: Int32, done: Int32, helper: Int32, lane: Int32):
         """In a kernel that appends, append the new rows of the piece after ``done`` ones, by one warp; leave word if
-        one of the pieces so far has a block to pack.
+        the CTA is to pack a block of it, for the consumers, who attend to the rows before they read it.
         """
         if cutlass.const_expr(self.plan.steps):
             if helper == ROWS_WARP:
@@ -113,11 +113,8 @@ class Merge:
                 ptx.mbarrier_wait(at + self.plan.slot_full_at, done // SLOTS % 2, self.plan.wait)
                 piece = load_piece(self.piece_at(smem, slot))
                 self.step.keep_rows(p, smem, lane, piece)
-                if lane == 0:
-                    due = cutlass.select_(piece.columns > 0, blocks_due(p, piece.tail), Int32(0))
-                    if cutlass.const_expr(not is_first):
-                        due = due | ptx.load_shared(smem, self.plan.due_at, 1)[0]
-                    ptx.store_shared(smem, self.plan.due_at, [due])
+                if (lane == 0) & (piece.first_chunk < piece.end_chunk) & (blocks_due(p, piece.tail) > 0):
+                    ptx.store_shared(smem, self.plan.due_at, [Int32(1)])
                 cute.arch.sync_warp()
                 ptx.mbarrier_arrive(at + self.plan.rows_full_at)
 

@@ -4,7 +4,7 @@ from functools import cached_property
 
 from .append_plan import VECTOR, WARP_ROWS, AppendPlan
 from .config import HOPPER_ARCHS
-from .layouts import LANES, NUM_SLICES, TILE, block_format
+from .layouts import LANES, NUM_SLICES, TILE, block_format, token_rows
 
 COLUMNS = 8  # of one MMA
 LANE_COLUMNS = 2  # of these in a lane's accumulator
@@ -59,7 +59,12 @@ class Plan:
         self.warps_per_block = config.warps_per_block
         self.block_groups = self.warps // self.warps_per_block  # blocks in work at once
         self.slices = NUM_SLICES // self.warps_per_block  # of a block, per warp
-        self.chunk = TILE * self.warps_per_block  # tokens of a 16-bit unit
+        # 16-bit tokens pass through the ring, as many at once as a stage holds: a tile to each warp of a group, or less
+        tiles = self.fmt.block_bytes // (2 * token_rows(config.head_dim, TILE)(TILE, 0, 0))
+        self.chunk_tiles = min(self.warps_per_block, tiles)
+        self.chunk = TILE * self.chunk_tiles  # tokens of a 16-bit unit
+        self.chunk_rows = token_rows(config.head_dim, self.chunk)
+        self.rings_chunks = True
         self.steps = config.kind == "step"  # the kernel appends, too
         self.preparers = MERGE_WARPS - self.steps  # merge warps that tell of a piece or prepare its queries
         self.states = self.warps  # results of a piece that the CTA merges

@@ -453,6 +453,9 @@ def wait_for_copies() -> None:
     asm("cp.async.wait_all;")
 
 
-def mbarrier_arrive_after_copies(address: Int32) -> None:
-    """Arrive once this thread's earlier ``cp.async`` have landed."""
-    asm("cp.async.mbarrier.arrive.noinc.shared.b64 [{$r0}];", read_only_args=[address])
+def mbarrier_arrive_after_copies(address: Int32, expected: bool = True) -> None:
+    """Arrive once this thread's earlier ``cp.async`` have landed. expected: as one of those that the barrier was
+    initialised for; else its phase waits for one arrival more.
+    """
+    kind = ".noinc" if expected else ""
+    asm(f"cp.async.mbarrier.arrive{kind}.shared.b64 [{{$r0}}];", read_only_args=[address])

@@ -69,19 +69,32 @@ class Queries:
                     )
 
 
-def read_slot(plan: Plan, slot: Int32, lane: Int32) -> tuple:
-    """(B operands [n][c][2] half2, factors [n][j] and last positions + 1 [n][j] of a lane's columns)."""
-    tiles, factors, highs = [], [], []
-    quad = slot + (lane & 3) * (4 * plan.lane_columns)
+def read_tiles(plan: Plan, slot: Int32, lane: Int32) -> list:
+    """B operands [n][c][2] half2."""
+    tiles = []
     for n in range(plan.column_tiles):
         vectors = [
             ptx.load_shared(slot + lane * QUERY_VECTOR, query_offset(plan, n, v), 4) for v in range(plan.query_vectors)
         ]
         halves = [x for vector in vectors for x in vector]
         tiles.append([halves[i : i + 2] for i in range(0, len(halves), 2)])
-        factors.append(ptx.load_shared_floats(quad, plan.factors_offset + 4 * COLUMNS * n, plan.lane_columns))
-        highs.append(ptx.load_shared(quad, plan.highs_offset + 4 * COLUMNS * n, plan.lane_columns))
-    return tiles, factors, highs
+    return tiles
+
+
+def read_factors(plan: Plan, slot: Int32, lane: Int32) -> list:
+    """[n][j] factors of a lane's columns."""
+    return [[ptx.from_bits(x) for x in words] for words in lane_words(plan, slot, plan.factors_offset, lane)]
+
+
+def read_highs(plan: Plan, slot: Int32, lane: Int32) -> list:
+    """[n][j] last positions + 1 of a lane's columns."""
+    return lane_words(plan, slot, plan.highs_offset, lane)
+
+
+def lane_words(plan: Plan, slot: Int32, offset: int, lane: Int32) -> list:
+    """[n][j] of what a slot has of each column, one word, from ``offset`` on."""
+    quad = slot + (lane & 3) * (4 * plan.lane_columns)
+    return [ptx.load_shared(quad, offset + 4 * COLUMNS * n, plan.lane_columns) for n in range(plan.column_tiles)]
 
 
 def query_offset(plan: Plan, n: int, v: int) -> int:

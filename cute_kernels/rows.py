@@ -5,7 +5,7 @@ the four lanes, then between a lane's vectors.
 """
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, cute, range_constexpr
+from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from .append_plan import ROW_LANES, VECTOR, WARP_ROWS, AppendPlan
@@ -102,6 +102,12 @@ class Rows:
             if cutlass.min(own + i, total - 1) >= old:
                 for j in range_constexpr(self.plan.vectors):
                     ptx.store_shared(at, step * j, row[j])
+
+
+def stage_row(place: Int32, source: Int64, vectors: int) -> None:
+    """Begin to copy a lane's vectors of a row to shared memory; addresses: of the first ones."""
+    for j in range(vectors):
+        ptx.copy16(place, source, ROW_LANES * VECTOR * j)
 
 
 def vectors_of(x: list, pair_of) -> list:

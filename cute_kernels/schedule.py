@@ -69,8 +69,13 @@ class Sequence(NamedTuple):
     tail: Int32  # tokens in the tail
     first_block: Int32  # blocks before it are outside every query's window
     blocks: Int32  # blocks to read
-    sink_units: Int32
+    sink_chunks: Int32
     units: Int32  # of one piece; at least one, so that empty sequences are written too
+
+    @property
+    def packed_end(self) -> Int32:
+        """Position behind the packed tokens."""
+        return self.sinks + self.packed
 
 
 class Shares(NamedTuple):
@@ -164,7 +169,7 @@ def whole_blocks(piece: Piece) -> tuple:
 
 
 @cute.jit
-def tokens_of(p: Params, piece: Piece, chunk: Int32, size: int):
+def tokens_of(p: Params, piece: Piece | Sequence, chunk: Int32, size: int):
     """(K, V, capacity, first token, tokens held, position of token 0) of the buffer that has the piece's 16-bit chunk,
     of ``size`` tokens: sinks come first, then the tail.
     """
@@ -176,6 +181,11 @@ def tokens_of(p: Params, piece: Piece, chunk: Int32, size: int):
         held = piece.tail
         position = piece.packed_end
     return k, v, capacity, token, held, position
+
+
+def token_row(p: Params, b: Int32, head: Int32, capacity: Int32, token: Int32, head_dim: int) -> Int64:
+    """Byte of a token's row in a buffer of 16-bit tokens, of ``capacity`` for each sequence."""
+    return (Int64(b * capacity + token) * p.num_kv_heads + head) * (2 * head_dim)
 
 
 def quotient(x: Int32, divisor: Int32) -> Int32:
@@ -236,12 +246,12 @@ class Schedule:
         first_visible = length - p.q_len - p.window + 1  # to the oldest query
         first_block = cutlass.min(cutlass.max(first_visible - sinks, 0), packed) >> BLOCK_SHIFT
         blocks = ((packed + BLOCK_TOKENS - 1) >> BLOCK_SHIFT) - first_block
-        sink_units = (sinks + self.chunk - 1) // self.chunk
+        sink_chunks = (sinks + self.chunk - 1) // self.chunk
         if first_visible >= sinks:
-            sink_units = Int32(0)
-        units = cutlass.max(blocks + sink_units + (tail + self.chunk - 1) // self.chunk, 1) + self.packing(p, tail)
+            sink_chunks = Int32(0)
+        units = cutlass.max(blocks + sink_chunks + (tail + self.chunk - 1) // self.chunk, 1) + self.packing(p, tail)
         units = cutlass.select_(b < p.batch, units, Int32(0))
-        return Sequence(length, sinks, packed, tail, first_block, blocks, sink_units, units)
+        return Sequence(length, sinks, packed, tail, first_block, blocks, sink_chunks, units)
 
     def packing(self, p: Params, tail: Int32) -> Int32:
         """The last units of a piece, which stand for packing the full blocks of a tail of so many tokens."""
@@ -438,19 +448,12 @@ class Schedule:
         """The part of a piece from Place ``at`` on, within the CTA's ``end``."""
         head, first_row = self.tile(p, at)
         count = self.count(p, at, end, seq)
-        packed_end = seq.sinks + seq.packed
         cta = cute.arch.block_idx()[0]
         first_unit = at.x - at.unit
         deciding = self.deciding(p, seq)
         last_unit = first_unit + deciding
         has_work = (count > 0) & (at.unit <= deciding)
-        first_chunk, end_chunk = cutlass.max(at.unit - seq.blocks, 0), at.unit + count - seq.blocks
-        if cutlass.const_expr(self.steps):
-            packing = self.packing(p, seq.tail)
-            has_end = has_work & (at.unit + count == seq.units)
-            chunks = cutlass.select_(has_end, end_chunk - packing, Int32(0))
-            first_chunk = cutlass.select_(packing > 0, Int32(0), first_chunk)
-            end_chunk = cutlass.select_(packing > 0, chunks, end_chunk)
+        first_chunk, end_chunk = self.chunks(p, at, count, seq)
         begin = shares.start(cta)
         first_cta, last_cta, first_slot = cta, cta, 2 * cta
         if shares.group >= 0:
@@ -468,15 +471,15 @@ class Schedule:
         return Piece(
             blocks=cutlass.max(self.blocks(at, count, seq), 0),
             first_position=seq.sinks + (seq.first_block + at.unit) * BLOCK_TOKENS,
-            packed_end=packed_end,
-            seen_by_all=cutlass.min(packed_end, seq.length - p.q_len + 1),
+            packed_end=seq.packed_end,
+            seen_by_all=cutlass.min(seq.packed_end, seq.length - p.q_len + 1),
             window_start=seq.length - p.window,
             b=at.b,
             head=head,
             first_row=first_row,
             first_chunk=first_chunk,
             end_chunk=end_chunk,
-            sink_chunks=seq.sink_units,
+            sink_chunks=seq.sink_chunks,
             sinks=seq.sinks,
             tail=seq.tail,
             is_last=cutlass.select_(at.x + count >= end, Int32(1), Int32(0)),
@@ -500,6 +503,21 @@ class Schedule:
     def blocks(self, at: Place, count: Int32, seq: Sequence) -> Int32:
         """How many of ``count`` units are blocks, if any."""
         return cutlass.min(at.unit + count, seq.blocks) - at.unit
+
+    def chunks(self, p: Params, at: Place, count: Int32, seq: Sequence) -> tuple:
+        """16-bit chunks among ``count`` units of a piece from ``at`` on: (first, end). All are for the CTA that packs
+        the piece's blocks, if some are due.
+        """
+        first, end = cutlass.max(at.unit - seq.blocks, 0), at.unit + count - seq.blocks
+        if not self.steps:
+            return first, end
+        packing = self.packing(p, seq.tail)
+        packs = (count > 0) & (at.unit <= self.deciding(p, seq)) & (at.unit + count == seq.units)
+        of_packer = cutlass.select_(packs, end - packing, Int32(0))
+        return (
+            cutlass.select_(packing > 0, Int32(0), first),
+            cutlass.select_(packing > 0, of_packer, end),
+        )
 
     @cute.jit
     def next_piece(self, p: Params, at: Place, units: Int32, count: Int32):

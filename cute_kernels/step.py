@@ -1,7 +1,7 @@
 """A step in one launch: the decode kernel that appends its query tokens' keys and values, and attends to them.
 
 Attention is that of a decode after these tokens have been appended, but before full blocks are packed.
-    merge warps     put the new rows of a piece to sinks and tail, rotated if need be; the consumers read them there
+    merge warps     put the new rows of a piece to sinks and tail, rotated if need be, for the producer to copy
     consumers       when their results are on their way, pack the full blocks of the pieces that end in their CTA: a
                     team of four warps an operand, by append.py, in the memory of the ring; then the tail moves up
     any warp        that is the last to have read the lengths advances them; so far they are those of before
@@ -19,6 +19,7 @@ from .append import AppendKernel, Job, load_job, store_job
 from .append_plan import ROW_LANES, VECTOR, WARP_ROWS
 from .layouts import BLOCK_TOKENS, LANES
 from .plan import CONSUMER_BARRIER, Plan
+from .rows import stage_row
 from .schedule import BLOCK_SHIFT, Piece, Schedule, blocks_due, load_piece
 
 COUNTED = 2  # by a CTA: its producer, and its other warps
@@ -50,7 +51,7 @@ class Step:
         item = append.Item(b=b, head=head, operand=operand, share=Int32(0))
         source = self.append.new_row(p, item, token) + Int64(lane % ROW_LANES * VECTOR)
         ptx.wait_for_copies()  # they may be other rows, for the same place
-        self.append.stage_row(self.append.place(smem + self.plan.fetched_at, Int32(0), lane), source)
+        stage_row(self.append.place(smem + self.plan.fetched_at, Int32(0), lane), source, self.append.plan.vectors)
 
     @cute.jit
     def keep_rows(self, p: Params, smem: Int32, lane: Int32, piece: Piece):

@@ -101,7 +101,9 @@ def wait(pending: int) -> None:
 
 
 def fence_async() -> None:
-    """What this thread stored in shared memory may be read by ``mma``, once whoever issues it knows of this fence."""
+    """What this thread stored, or saw, in shared memory may be read by ``mma`` and overwritten by bulk copies, once
+    whoever issues these knows of this fence.
+    """
     asm("fence.proxy.async.shared::cta;")
 
 

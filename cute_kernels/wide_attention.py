@@ -15,7 +15,7 @@ from .fold import UNIT
 from .fragments import extract, fragments, half2_constant
 from .layouts import BLOCK_TOKENS, HALF_BITS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS, symmetric_zero
 from .plan import COLUMNS
-from .schedule import Params, Piece, load_piece, tokens_of
+from .schedule import Params, Piece, load_piece, token_row, tokens_of
 from .wide_places import TEAM_BARRIER, Place, Team, WidePlaces
 from .wide_plan import GROUP_WARPS, M_TILE, WidePlan
 from .wide_softmax import State, WideSoftmax
@@ -262,7 +262,7 @@ class WideAttention:
     def address(self, p: Params, base: Int64, piece: Piece, capacity: Int32, token: Int32, held: Int32) -> Int64:
         """Of a 16-bit token's row, of the last one for those beyond it; with the lane's quad."""
         token = cutlass.min(token, held - 1)
-        return base + (Int64(piece.b * capacity + token) * p.num_kv_heads + piece.head) * (2 * self.plan.head_dim)
+        return base + token_row(p, piece.b, piece.head, capacity, token, self.plan.head_dim)
 
     @cute.jit
     def attend_chunk(

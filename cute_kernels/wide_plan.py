@@ -43,6 +43,7 @@ class WidePlan(Plan):
         self.score_tiles_per_group = BLOCK_TOKENS // M_TILE // self.team_groups
         self.value_tiles_per_group = self.value_tiles // self.team_groups
         self.chunk = BLOCK_TOKENS  # tokens of a 16-bit unit
+        self.rings_chunks = False
         self.states = self.block_groups
         # warps that fold parameters, in turn (one would be the slowest of all); a stage is always the same one's, or
         # one could be a phase of its barrier ahead

@@ -24,6 +24,7 @@ from bitdecoding.cute_kernels.layouts import (
     codes_layout,
     row_order,
     symmetric_zero,
+    token_rows,
 )
 from bitdecoding.cute_kernels.render import render
 
@@ -204,6 +205,33 @@ def test_vector_reads_are_free_of_bank_conflicts(codes):
     for lanes in vectors.values():
         addresses = np.array([lanes[i] for i in range(LANES)])
         assert wavefronts(addresses, vector) == LANES * vector // 128
+
+
+# -- 16-bit tokens in a stage -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_tokens_in_a_stage(head_dim):
+    """Each value in its own place, copied 16 bytes at a time; a tile at least in a stage of any format."""
+    rows = token_rows(head_dim, TILE)
+    at = {rows(token, operand, c) for token in range(TILE) for operand in range(2) for c in range(head_dim)}
+    assert len(at) == TILE * 2 * head_dim
+    for token, operand, c in product(range(TILE), range(2), range(0, head_dim, 8)):
+        assert 2 * rows(token, operand, c) % 16 == 0
+        assert [rows(token, operand, c + i) - rows(token, operand, c) for i in range(8)] == list(range(8))
+    smallest = min(block_format(d, spec).block_bytes for d, spec in all_formats() if d == head_dim)
+    assert max(at) < rows(TILE, 0, 0) <= smallest // 2
+
+
+@pytest.mark.parametrize(("head_dim", "operand"), list(product(HEAD_DIMS, range(2))))
+def test_matrices_of_tokens_are_read_without_bank_conflicts(head_dim, operand):
+    """``ldmatrix``: eight tokens' 16 bytes of K, and of V, at once."""
+    rows = token_rows(head_dim, TILE)
+    lane = np.arange(LANES)
+    token, channel = lane % 8 + 8 * (lane // 8 % 2), 8 * (lane // 16)
+    for c in range(0, head_dim, TILE):
+        addresses = np.array([2 * rows(int(t), operand, int(c + d)) for t, d in zip(token, channel, strict=True)])
+        assert wavefronts(addresses, 16) == 4
 
 
 # -- parameters ------------------------------------------------------------------------------------------------
