@@ -110,7 +110,6 @@ class DecodeKernel:
         )
         turn = Int32(0)
         done = Int32(0)  # pieces
-        kept = Int32(0)  # pieces whose new rows have been waited for
         while at.x < end:
             count, blocks, pages, _ = self.schedule.blocks_of(p, at, end, seq)
             i = Int32(0)
@@ -124,10 +123,9 @@ class DecodeKernel:
             if cutlass.const_expr(self.plan.rings_chunks):
                 chunk, end_chunk = self.schedule.chunks(p, at, count, seq)
                 if cutlass.const_expr(self.plan.steps):
-                    while (chunk < end_chunk) & (kept <= done):
-                        full = smem + self.plan.rows_full_at + kept % SLOTS * BARRIER_BYTES
-                        ptx.mbarrier_wait(full, kept // SLOTS % 2, self.plan.wait)
-                        kept += 1
+                    if chunk < end_chunk:  # all pieces but the first and the last have some: no phase is skipped
+                        full = smem + self.plan.rows_full_at + done % SLOTS * BARRIER_BYTES
+                        ptx.mbarrier_wait(full, done // SLOTS % 2, self.plan.wait)
                     done += 1
                 head, _ = self.schedule.tile(p, at)
                 while chunk < end_chunk:

@@ -13,34 +13,38 @@ from torch import Tensor
 import bitdecoding as bd
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3}  # out and, where they rotate, new tokens are rounded
-PAGES = 12
 # tokens of the sequences before: nothing, sinks not full, a full tail, blocks; the last one is out of pages soon
 LENGTHS = [0, 2, 127, 130, 300, 259]
+PAGES = [2, 2, 2, 2, 3, 1]
 
 Run = Callable[[dict[str, Tensor], Tensor, Tensor, Tensor, dict], Tensor]
 
 
 def begun_cache(
-    head_dim: int, spec: bd.QuantSpec, heads: int, recent: int, num_sink: int, dtype: torch.dtype, slack: int
-) -> dict[str, Tensor]:
-    """A cache of sequences of LENGTHS tokens, full of poison wherever that may lie."""
-    batch = len(LENGTHS)
+    head_dim: int, spec: bd.QuantSpec, heads: int, recent: int, num_sink: int, dtype: torch.dtype, slack: int,
+    lengths: list[int] = LENGTHS, pages: list[int] = PAGES,
+) -> dict[str, Tensor]:  # fmt: skip
+    """A cache of sequences of ``lengths`` tokens, with so many pages, full of poison wherever that may lie."""
+    batch = len(lengths)
     tail = torch.full((2, batch, recent + 127 + slack, heads, head_dim), torch.nan, dtype=dtype)
     sink = torch.full((2, batch, num_sink, heads, head_dim), torch.nan, dtype=dtype)
-    table = torch.full((batch, 4), 2**30, dtype=torch.int32)
-    free = torch.randperm(PAGES, generator=torch.Generator().manual_seed(0)).int()
-    for b, count in enumerate((2, 2, 2, 2, 3, 1)):
+    table = torch.full((batch, max(pages) + 1), 2**30, dtype=torch.int32)
+    free = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(0)).int()
+    for b, count in enumerate(pages):
         table[b, :count], free = free[:count], free[count:]
     cache = {
-        "pages": torch.full((PAGES, heads, bd.block_bytes(head_dim, spec)), POISON, dtype=torch.uint8),
+        "pages": torch.full((sum(pages), heads, bd.block_bytes(head_dim, spec)), POISON, dtype=torch.uint8),
         "block_table": table,
         "seqlens": torch.zeros(batch, dtype=torch.int32), "packed_lens": torch.zeros(batch, dtype=torch.int32),
         "tail_k": tail[0], "tail_v": tail[1], "sink_k": sink[0], "sink_v": sink[1],
         "status": torch.zeros(1, dtype=torch.int32),
     }  # fmt: skip
-    k, v = (x.unflatten(1, (batch, heads)).transpose(0, 1) for x in random_kv(300, batch * heads, head_dim, 1, dtype))
-    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
-    bd.append(k, v, **(cache | no_sinks(num_sink)), spec=spec, lengths=lengths, recent=recent)
+    longest = max(lengths)
+    k, v = (
+        x.unflatten(1, (batch, heads)).transpose(0, 1) for x in random_kv(longest, batch * heads, head_dim, 1, dtype)
+    )
+    counts = torch.tensor(lengths, dtype=torch.int32)
+    bd.append(k, v, **(cache | no_sinks(num_sink)), spec=spec, lengths=counts, recent=recent)
     cache["status"].zero_()
     return cache
 
@@ -51,13 +55,14 @@ def no_sinks(num_sink: int) -> dict[str, None]:
 
 def check_steps(
     head_dim: int, spec: bd.QuantSpec, run: Run, *, heads: int, group: int, steps: list[int], recent: int = 0,
-    num_sink: int = 0, dtype: torch.dtype = torch.float16, **options,
+    num_sink: int = 0, dtype: torch.dtype = torch.float16, lengths: list[int] = LENGTHS, pages: list[int] = PAGES,
+    **options,
 ) -> dict[str, Tensor]:  # fmt: skip
     """run(cache, q, k_new, v_new, arguments) does a step in place -> out. steps: q_len of each. After every step all
     that the cache holds is the CPU's, bit for bit, and out is close -> the cache.
     """
-    cache = begun_cache(head_dim, spec, heads, recent, num_sink, dtype, max(steps))
-    batch = len(LENGTHS)
+    cache = begun_cache(head_dim, spec, heads, recent, num_sink, dtype, max(steps), lengths, pages)
+    batch = len(lengths)
     for seed, q_len in enumerate(steps):
         both = [
             x.unflatten(1, (batch, heads)).transpose(0, 1)

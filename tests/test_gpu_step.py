@@ -58,7 +58,7 @@ def test_many_sequences(seed: int) -> None:
     spec, _ = bd.preset(name, 128)
     batch, heads = rng.choice([(1, 8), (5, 3), (33, 2), (64, 8), (70, 3), (130, 2)])
     group, q_len = rng.choice([(1, 1), (4, 1), (8, 1), (2, 2), (1, 8), (3, 1), (4, 2)])
-    recent, num_sink, most = rng.choice([0, 1, 64, 130]), rng.choice([0, 4, 16]), rng.choice([1, 4, 12])
+    recent, num_sink, most = rng.choice([0, 1, 64, 130]), rng.choice([0, 4, 16]), rng.choice([1, 4, 12, 30])
     options = {"recent": recent} | rng.choice([{}, {"window": 100}, {"window": 700}])
     full = rng.random()  # share of the tails to which the step's tokens add a full block
     blocks = [rng.randint(0, most) for _ in range(batch)]

@@ -109,6 +109,8 @@ def execute(
         (3, 13, [1, 1], {"recent": 1, "window": 200}),
         # the second CTA begins behind the packing of one head's block, which is the first's, and has the other's
         (0, 3, [1], {"heads": 2}),
+        # the same, and rows of the second piece after that are kept before the ring has taken all of the first one
+        (0, 3, [1], {"lengths": [255, 1300, 1300, 1300], "pages": [2, 11, 11, 11]}),
     ],
 )
 def test_steps(n: int, grid: int, steps: list[int], options: dict) -> None:
