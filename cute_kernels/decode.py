@@ -27,7 +27,7 @@ from .layouts import BLOCK_TOKENS, LANES, TILE
 from .merge import Merge
 from .plan import BARRIER_BYTES, CONSUMER_BARRIER, MERGE_WARPS, SLOTS, Plan
 from .rows import stage_row
-from .schedule import Params, Schedule, Sequence, load_piece, token_row, tokens_of
+from .schedule import Params, Schedule, Sequence, load_field, load_piece, token_row, tokens_of
 
 COPY_BYTES = 16  # of one cp.async
 MAX_WINDOW = 1 << 30  # more than any length; positions minus a window stay within 32 bits
@@ -122,16 +122,12 @@ class DecodeKernel:
                     page = self.schedule.entries(p, at, end, seq, i, lane)
             if cutlass.const_expr(self.plan.rings_chunks):
                 chunk, end_chunk = self.schedule.chunks(p, at, count, seq)
-                if cutlass.const_expr(self.plan.steps):
-                    if chunk < end_chunk:  # all pieces but the first and the last have some: no phase is skipped
-                        full = smem + self.plan.rows_full_at + done % SLOTS * BARRIER_BYTES
-                        ptx.mbarrier_wait(full, done // SLOTS % 2, self.plan.wait)
-                    done += 1
                 head, _ = self.schedule.tile(p, at)
                 while chunk < end_chunk:
-                    self.copy_chunk(p, smem, at.b, head, seq, chunk, turn, lane)
+                    self.copy_chunk(p, smem, at.b, head, seq, chunk, done, turn, lane)
                     turn = self.following(turn, 1)
                     chunk += 1
+                done += 1
             at = self.schedule.next_piece(p, at, seq.units, count)
             if at.x < end:
                 seq = self.schedule.sequence(p, at.b)
@@ -166,16 +162,24 @@ class DecodeKernel:
 
     @cute.jit
     def copy_chunk(
-        self, p: Params, smem: Int32, b: Int32, head: Int32, seq: Sequence, chunk: Int32, turn: Int32, lane: Int32
-    ):
-        """Copy a chunk of 16-bit tokens to a stage; in the tile that has the last one, it is repeated."""
+        self, p: Params, smem: Int32, b: Int32, head: Int32, seq: Sequence, chunk: Int32, done: Int32, turn: Int32,
+        lane: Int32,
+    ):  # fmt: skip
+        """Copy a chunk of 16-bit tokens to a stage; in the tile that has the last one, it is repeated. In a kernel that
+        appends, first wait for the new ones in it. Every piece but a share's first and last has such a chunk in the
+        share, so that no phase of their barrier is skipped.
+        """
         target, full, parity = self.stage(smem, turn)
         empty, parity = full + (self.plan.empty_at - self.plan.full_at), parity ^ 1
         rows = self.plan.chunk_rows
         vectors = 2 * self.plan.head_dim // (ROW_LANES * VECTOR)
-        k, v, capacity, token, held, _ = tokens_of(p, seq, chunk, self.plan.chunk)
+        k, v, capacity, token, held, position = tokens_of(p, seq, chunk, self.plan.chunk)
         part = lane % ROW_LANES * VECTOR
         place = target + lane // ROW_LANES * (2 * rows(1, 0, 0)) + part
+        if cutlass.const_expr(self.plan.steps):
+            if position + token + self.plan.chunk > seq.length - p.q_len:
+                kept = smem + self.plan.rows_full_at + done % SLOTS * BARRIER_BYTES
+                ptx.mbarrier_wait(kept, done // SLOTS % 2, self.plan.wait)
         ptx.mbarrier_wait(empty, parity, self.plan.wait)
         for t in range_constexpr(self.plan.chunk_tiles):
             if token + TILE * t < held:
@@ -226,23 +230,23 @@ class DecodeKernel:
         while is_last == 0:
             slot = smem + plan.slots_at + done % SLOTS * plan.slot_bytes
             ptx.mbarrier_wait(smem + plan.slot_full_at + done % SLOTS * BARRIER_BYTES, done // SLOTS % 2, plan.wait)
-            piece = load_piece(slot + plan.piece_offset)
+            piece_at = slot + plan.piece_offset
+            piece = load_piece(piece_at)
             query = self.attention.read_queries(slot, lane)
             state = self.attention.first_state()
 
             left = piece.blocks - i
             position = piece.first_position + i * BLOCK_TOKENS
             while left > 0:
-                piece = load_piece(slot + plan.piece_offset)  # again, rather than in registers all the while
-                general = (
-                    (position + BLOCK_TOKENS > piece.seen_by_all) | (position < piece.window_start) | (p.softcap > 0.0)
-                )
+                # fields are loaded again, rather than in registers all the while
+                seen_by_all, window_start = load_field(piece_at, "seen_by_all"), load_field(piece_at, "window_start")
+                general = (position + BLOCK_TOKENS > seen_by_all) | (position < window_start) | (p.softcap > 0.0)
                 stage, full, parity = self.stage(smem, turn)
                 addresses = self.attention.addresses(stage, member, lane)
                 first = position + member * (BLOCK_TOKENS // plan.warps_per_block)
                 ptx.mbarrier_wait(full, parity, plan.wait)
                 if general:
-                    end = load_piece(slot + plan.piece_offset).packed_end
+                    end = load_field(piece_at, "packed_end")
                     state = self.attention.attend_block(p, addresses, first, lane, query, state, end)
                 else:
                     state = self.attention.attend_block(p, addresses, first, lane, query, state)
@@ -254,7 +258,7 @@ class DecodeKernel:
                 position += plan.block_groups * BLOCK_TOKENS
             i = -left
             state = self.attention.finished(state)
-            piece = load_piece(slot + plan.piece_offset)
+            piece = load_piece(piece_at)
             warp, lane = self.place_again(warp, lane)
             while piece.first_chunk + i < piece.end_chunk:
                 stage, full, parity = self.stage(smem, turn)

@@ -157,6 +157,11 @@ def load_piece(address: Int32) -> Piece:
     return Piece(*[word for i in range(0, len(Piece._fields), 4) for word in ptx.load_shared(address, 4 * i, 4)])
 
 
+def load_field(address: Int32, name: str) -> Int32:
+    """One field of a Piece."""
+    return ptx.load_shared(address, 4 * Piece._fields.index(name), 1)[0]
+
+
 def blocks_due(p: Params, tail: Int32) -> Int32:
     """How many blocks of a tail of so many tokens a step packs."""
     return cutlass.max(tail - p.recent, 0) >> BLOCK_SHIFT
