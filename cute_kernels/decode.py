@@ -128,8 +128,9 @@ class DecodeKernel:
                     turn = self.following(turn, 1)
                     chunk += 1
                 done += 1
+            b, has_page = at.b, (at.unit == 0) & (blocks <= LANES)
             at = self.schedule.next_piece(p, at, seq.units, count)
-            if at.x < end:
+            if (at.x < end) & ((at.b != b) | ~has_page):  # else another head, with the same entries of the table
                 seq = self.schedule.sequence(p, at.b)
                 page = self.schedule.entries(p, at, end, seq, Int32(0), lane)
         if cutlass.const_expr(self.plan.steps):
@@ -175,6 +176,9 @@ class DecodeKernel:
         vectors = 2 * self.plan.head_dim // (ROW_LANES * VECTOR)
         k, v, capacity, token, held, position = tokens_of(p, seq, chunk, self.plan.chunk)
         part = lane % ROW_LANES * VECTOR
+        step = p.num_kv_heads * (2 * self.plan.head_dim)  # from a token to the next
+        first = token_row(p, b, head, capacity, Int32(0), self.plan.head_dim) + cutlass.Int64(part)
+        k, v = k + first, v + first
         place = target + lane // ROW_LANES * (2 * rows(1, 0, 0)) + part
         if cutlass.const_expr(self.plan.steps):
             if position + token + self.plan.chunk > seq.length - p.q_len:
@@ -185,7 +189,7 @@ class DecodeKernel:
             if token + TILE * t < held:
                 for i in range_constexpr(TILE * t, TILE * (t + 1), WARP_ROWS):
                     last = cutlass.min(token + i + lane // ROW_LANES, held - 1)
-                    at = token_row(p, b, head, capacity, last, self.plan.head_dim) + cutlass.Int64(part)
+                    at = cutlass.Int64(last) * cutlass.Int64(step)
                     for operand, base in enumerate((k, v)):
                         stage_row(place + 2 * rows(i, operand, 0), base + at, vectors)
         ptx.mbarrier_arrive_after_copies(full, expected=not self.plan.bulk)
