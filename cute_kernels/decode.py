@@ -112,6 +112,12 @@ class DecodeKernel:
         done = Int32(0)  # pieces
         while at.x < end:
             count, blocks, pages, _ = self.schedule.blocks_of(p, at, end, seq)
+            then = self.schedule.next_piece(p, at, seq.units, count)
+            # entries of the table are loaded before they are needed: a load waits as long as the ring lasts
+            ahead = self.schedule.entries(p, at, end, seq, Int32(LANES), lane)
+            of_next = Int32(0)
+            if then.b == at.b:
+                of_next = self.schedule.entries(p, then, end, seq, Int32(0), lane)
             i = Int32(0)
             while i < blocks:
                 source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES)) * p.page_stride
@@ -119,7 +125,8 @@ class DecodeKernel:
                 turn = self.following(turn, 1)
                 i += 1
                 if i % LANES == 0:
-                    page = self.schedule.entries(p, at, end, seq, i, lane)
+                    page = ahead
+                    ahead = self.schedule.entries(p, at, end, seq, i + LANES, lane)
             if cutlass.const_expr(self.plan.rings_chunks):
                 chunk, end_chunk = self.schedule.chunks(p, at, count, seq)
                 head, _ = self.schedule.tile(p, at)
@@ -128,11 +135,11 @@ class DecodeKernel:
                     turn = self.following(turn, 1)
                     chunk += 1
                 done += 1
-            b, has_page = at.b, (at.unit == 0) & (blocks <= LANES)
-            at = self.schedule.next_piece(p, at, seq.units, count)
-            if (at.x < end) & ((at.b != b) | ~has_page):  # else another head, with the same entries of the table
-                seq = self.schedule.sequence(p, at.b)
-                page = self.schedule.entries(p, at, end, seq, Int32(0), lane)
+            page = of_next
+            if (then.b != at.b) & (then.x < end):
+                seq = self.schedule.sequence(p, then.b)
+                page = self.schedule.entries(p, then, end, seq, Int32(0), lane)
+            at = then
         if cutlass.const_expr(self.plan.steps):
             self.step.count(p, lane)  # no more lengths are read
 
