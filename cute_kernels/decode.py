@@ -76,7 +76,7 @@ class DecodeKernel:
         """Initialise all barriers, and the word whether there are blocks to pack, by one thread."""
         plan = self.plan
         for stage in range(plan.stages):
-            ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), 1 if plan.bulk else LANES)
+            ptx.mbarrier_init(smem + (plan.full_at + BARRIER_BYTES * stage), LANES)
             ptx.mbarrier_init(smem + (plan.empty_at + BARRIER_BYTES * stage), plan.warps_per_block)
         ptx.mbarrier_init(smem + plan.merge_full_at, plan.warps * LANES)
         ptx.mbarrier_init(smem + plan.merge_empty_at, MERGE_WARPS * LANES)
@@ -112,12 +112,6 @@ class DecodeKernel:
         done = Int32(0)  # pieces
         while at.x < end:
             count, blocks, pages, _ = self.schedule.blocks_of(p, at, end, seq)
-            then = self.schedule.next_piece(p, at, seq.units, count)
-            # entries of the table are loaded before they are needed: a load waits as long as the ring lasts
-            ahead = self.schedule.entries(p, at, end, seq, Int32(LANES), lane)
-            of_next = Int32(0)
-            if then.b == at.b:
-                of_next = self.schedule.entries(p, then, end, seq, Int32(0), lane)
             i = Int32(0)
             while i < blocks:
                 source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES)) * p.page_stride
@@ -125,8 +119,7 @@ class DecodeKernel:
                 turn = self.following(turn, 1)
                 i += 1
                 if i % LANES == 0:
-                    page = ahead
-                    ahead = self.schedule.entries(p, at, end, seq, i + LANES, lane)
+                    page = self.schedule.entries(p, at, end, seq, i, lane)
             if cutlass.const_expr(self.plan.rings_chunks):
                 chunk, end_chunk = self.schedule.chunks(p, at, count, seq)
                 head, _ = self.schedule.tile(p, at)
@@ -135,11 +128,10 @@ class DecodeKernel:
                     turn = self.following(turn, 1)
                     chunk += 1
                 done += 1
-            page = of_next
-            if (then.b != at.b) & (then.x < end):
-                seq = self.schedule.sequence(p, then.b)
-                page = self.schedule.entries(p, then, end, seq, Int32(0), lane)
-            at = then
+            at = self.schedule.next_piece(p, at, seq.units, count)
+            if at.x < end:
+                seq = self.schedule.sequence(p, at.b)
+                page = self.schedule.entries(p, at, end, seq, Int32(0), lane)
         if cutlass.const_expr(self.plan.steps):
             self.step.count(p, lane)  # no more lengths are read
 
@@ -154,6 +146,8 @@ class DecodeKernel:
             ptx.mbarrier_wait(empty, parity, self.plan.wait)
             cute.arch.sync_warp()
             if lane == 0:
+                if cutlass.const_expr(self.plan.rings_chunks):  # whose barriers expect all lanes
+                    ptx.mbarrier_arrive(full, LANES - 1)
                 ptx.mbarrier_expect(full, nbytes)
                 ptx.bulk_copy(target, source, nbytes, full)
         else:
@@ -183,9 +177,6 @@ class DecodeKernel:
         vectors = 2 * self.plan.head_dim // (ROW_LANES * VECTOR)
         k, v, capacity, token, held, position = tokens_of(p, seq, chunk, self.plan.chunk)
         part = lane % ROW_LANES * VECTOR
-        step = p.num_kv_heads * (2 * self.plan.head_dim)  # from a token to the next
-        first = token_row(p, b, head, capacity, Int32(0), self.plan.head_dim) + cutlass.Int64(part)
-        k, v = k + first, v + first
         place = target + lane // ROW_LANES * (2 * rows(1, 0, 0)) + part
         if cutlass.const_expr(self.plan.steps):
             if position + token + self.plan.chunk > seq.length - p.q_len:
@@ -196,14 +187,10 @@ class DecodeKernel:
             if token + TILE * t < held:
                 for i in range_constexpr(TILE * t, TILE * (t + 1), WARP_ROWS):
                     last = cutlass.min(token + i + lane // ROW_LANES, held - 1)
-                    at = cutlass.Int64(last) * cutlass.Int64(step)
+                    at = token_row(p, b, head, capacity, last, self.plan.head_dim) + cutlass.Int64(part)
                     for operand, base in enumerate((k, v)):
                         stage_row(place + 2 * rows(i, operand, 0), base + at, vectors)
-        ptx.mbarrier_arrive_after_copies(full, expected=not self.plan.bulk)
-        if cutlass.const_expr(self.plan.bulk):
-            cute.arch.sync_warp()
-            if lane == 0:
-                ptx.mbarrier_arrive(full)
+        ptx.mbarrier_arrive_after_copies(full)
 
     # -- the ring: a turn is one of two rounds of the stages
 

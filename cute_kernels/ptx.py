@@ -402,8 +402,10 @@ def fence_mbarrier_init() -> None:
     asm("fence.mbarrier_init.release.cluster;")
 
 
-def mbarrier_arrive(address: Int32) -> None:
-    asm("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [{$r0}]; }", read_only_args=[address])
+def mbarrier_arrive(address: Int32, count: int = 1) -> None:
+    """Arrive as often as ``count`` threads."""
+    times = "" if count == 1 else f", {count}"
+    asm(f"{{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [{{$r0}}]{times}; }}", read_only_args=[address])
 
 
 def mbarrier_expect(address: Int32, nbytes: int) -> None:
@@ -453,9 +455,6 @@ def wait_for_copies() -> None:
     asm("cp.async.wait_all;")
 
 
-def mbarrier_arrive_after_copies(address: Int32, expected: bool = True) -> None:
-    """Arrive once this thread's earlier ``cp.async`` have landed. expected: as one of those that the barrier was
-    initialised for; else its phase waits for one arrival more.
-    """
-    kind = ".noinc" if expected else ""
-    asm(f"cp.async.mbarrier.arrive{kind}.shared.b64 [{{$r0}}];", read_only_args=[address])
+def mbarrier_arrive_after_copies(address: Int32) -> None:
+    """Arrive once this thread's earlier ``cp.async`` have landed."""
+    asm("cp.async.mbarrier.arrive.noinc.shared.b64 [{$r0}];", read_only_args=[address])
