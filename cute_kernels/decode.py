@@ -257,7 +257,7 @@ class DecodeKernel:
             i = -left
             state = self.attention.finished(state)
             piece = load_piece(piece_at)
-            warp, lane = self.place_again(warp, lane)
+            warp, lane = self.place_again()
             while piece.first_chunk + i < piece.end_chunk:
                 stage, full, parity = self.stage(smem, turn)
                 ptx.mbarrier_wait(full, parity, plan.wait)
@@ -289,7 +289,7 @@ class DecodeKernel:
         if first.collects == 1:
             self.merge.collect(p, warp, team, lane, first)
 
-    def place_again(self, warp: Int32, lane: Int32) -> tuple:
+    def place_again(self) -> tuple:
         """(warp, lane): found anew, rather than in registers all the while."""
         thread = wg.thread_again()
         return thread // LANES, thread % LANES

@@ -359,6 +359,7 @@ def test_any_grid_gives_the_same_attention(grid: int, tokens: int) -> None:
         ([500, 500], 2, 5),  # alike and short: whole
         ([5000, 1300], 1, 6),  # the last CTAs get less
         ([2600, 100], 1, 22),  # more partial results than a row of 64 has lanes
+        ([4096], 2, 1),  # as many blocks as a warp has lanes, which hold entries of the table; then the next head's
     ],
 )
 def test_shares(tokens: list[int], heads: int, grid: int) -> None:
