@@ -139,7 +139,7 @@ class DecodeKernel:
     def copy_block(self, smem: Int32, source: cutlass.Int64, turn: Int32, lane: Int32):
         """Copy a block to a stage, when it is empty."""
         target, full, parity = self.stage(smem, turn)
-        empty, parity = full + (self.plan.empty_at - self.plan.full_at), parity ^ 1  # the first round finds it so
+        empty, parity = self.empty(full), parity ^ 1  # the first round finds it so
         nbytes = self.plan.fmt.block_bytes
         if cutlass.const_expr(self.plan.bulk):
             # by all lanes: a warp that has parted is not suspended, but polls
@@ -172,7 +172,7 @@ class DecodeKernel:
         share, so that no phase of their barrier is skipped.
         """
         target, full, parity = self.stage(smem, turn)
-        empty, parity = full + (self.plan.empty_at - self.plan.full_at), parity ^ 1
+        empty, parity = self.empty(full), parity ^ 1
         rows = self.plan.chunk_rows
         vectors = 2 * self.plan.head_dim // (ROW_LANES * VECTOR)
         k, v, capacity, token, held, position = tokens_of(p, seq, chunk, self.plan.chunk)
@@ -201,6 +201,17 @@ class DecodeKernel:
         stage = cutlass.select_(second, turn - stages, turn)
         full = smem + self.plan.full_at + stage * BARRIER_BYTES
         return smem + stage * self.plan.fmt.block_bytes, full, cutlass.select_(second, Int32(1), Int32(0))
+
+    def empty(self, full: Int32) -> Int32:
+        """Barrier "empty" of the stage with this barrier "full"."""
+        return full + (self.plan.empty_at - self.plan.full_at)
+
+    @cute.jit
+    def leave(self, full: Int32, lane: Int32):
+        """A consumer warp is done with the stage with this barrier "full"."""
+        cute.arch.sync_warp()
+        if lane == 0:
+            ptx.mbarrier_arrive(self.empty(full))
 
     def following(self, turn: Int32, count: int) -> Int32:
         """The turn ``count`` stages later."""
@@ -248,9 +259,7 @@ class DecodeKernel:
                     state = self.attention.attend_block(p, addresses, first, lane, query, state, end)
                 else:
                     state = self.attention.attend_block(p, addresses, first, lane, query, state)
-                cute.arch.sync_warp()
-                if lane == 0:
-                    ptx.mbarrier_arrive(full + (plan.empty_at - plan.full_at))
+                self.leave(full, lane)
                 turn = self.following(turn, plan.block_groups)
                 left -= plan.block_groups
                 position += plan.block_groups * BLOCK_TOKENS
@@ -266,9 +275,7 @@ class DecodeKernel:
                 state = self.attention.attend_chunk(p, piece, chunk, stage, member_again, lane, query, state)
                 if cutlass.const_expr(plan.bulk):
                     wg.fence_async()  # a bulk copy will write where cp.async did
-                cute.arch.sync_warp()
-                if lane == 0:
-                    ptx.mbarrier_arrive(full + (plan.empty_at - plan.full_at))
+                self.leave(full, lane)
                 turn = self.following(turn, plan.block_groups)
                 i += plan.block_groups
             i -= cutlass.max(piece.end_chunk - piece.first_chunk, 0)

@@ -156,7 +156,7 @@ class Plan:
 
     @cached_property
     def due_at(self) -> int:
-        """Then a word that is not 0 if a piece has a block to pack."""
+        """Then a word that is not 0 if the CTA has a block to pack."""
         return self.rows_full_at + SLOTS * BARRIER_BYTES
 
     @cached_property
