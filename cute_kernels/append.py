@@ -419,6 +419,26 @@ class AppendKernel:
             for j in range_constexpr(self.plan.vectors):
                 ptx.store_global(target, row[j], ROW_LANES * VECTOR * j)
 
+    def spread(self, lane: Int32) -> tuple:
+        """(row, byte of the lane's vector, whether it has one of its own) of rows that are spread over the lanes."""
+        row, vector = lane // self.plan.spread_lanes, lane % self.plan.spread_lanes
+        last = self.plan.row_vectors - 1
+        return row, cutlass.min(vector, last) * VECTOR, vector <= last
+
+    @cute.jit
+    def keep_spread(self, p: Params, job: Job, i: Int32, inside: Boolean, vector: list, lane: Int32):
+        """Store new row i, of which the lane has a vector, behind the sinks or the tail, rotated if need be."""
+        _, part, has_own = self.spread(lane)
+        target = self.tail_row(p, job, job.old + i - job.to_sink)
+        if i < job.to_sink:
+            target = self.kept_row(p, job, p.sink_k, p.sink_v, p.num_sink, job.sinks + i)
+        if (p.rotate_k == 1) | (p.rotate_v == 1):  # all lanes: they exchange values
+            rotates = self.rotates(p, job.operand)
+            rotated = self.rows.rotated_spread(p, vector, lane)
+            vector = [cutlass.select_(rotates, new, old) for new, old in zip(rotated, vector, strict=True)]
+        if inside & has_own:
+            ptx.store_global(target + Int64(part), vector)
+
     # -- packing -----------------------------------------------------------------------------------------------
 
     @cute.jit

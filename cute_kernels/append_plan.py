@@ -31,6 +31,10 @@ class AppendPlan:
         self.head_dim = config.head_dim
         self.hadamard = config.head_dim & -config.head_dim  # size of the transform
         self.vectors = 2 * config.head_dim // (VECTOR * ROW_LANES)  # of a row, a lane's
+        # few rows are *spread* over as many lanes as they have vectors, or so that these are a power of two
+        self.row_vectors = 2 * config.head_dim // VECTOR
+        self.spread_lanes = 1 << (self.row_vectors - 1).bit_length()
+        self.spread_rows = LANES // self.spread_lanes
         self.warps = NUM_SLICES
         self.threads = LANES * self.warps
         self.rows_at_once = WARP_ROWS * self.warps

@@ -112,6 +112,14 @@ class DecodeKernel:
         done = Int32(0)  # pieces
         while at.x < end:
             count, blocks, pages, _ = self.schedule.blocks_of(p, at, end, seq)
+            then = self.schedule.next_piece(p, at, seq.units, count)
+            # what the next piece needs is loaded before it is needed: a load waits as long as the ring lasts
+            ahead = self.schedule.entries(p, at, end, seq, Int32(LANES), lane)
+            lengths, of_next = (Int32(0), Int32(0)), Int32(0)
+            if then.x < end:
+                lengths = self.schedule.lengths(p, then.b)
+                if then.b == at.b:
+                    of_next = self.schedule.entries(p, then, end, seq, Int32(0), lane)
             i = Int32(0)
             while i < blocks:
                 source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES)) * p.page_stride
@@ -119,7 +127,12 @@ class DecodeKernel:
                 turn = self.following(turn, 1)
                 i += 1
                 if i % LANES == 0:
-                    page = self.schedule.entries(p, at, end, seq, i, lane)
+                    page = ahead
+                    ahead = self.schedule.entries(p, at, end, seq, i + LANES, lane)
+            coming, page = seq, of_next
+            if (then.x < end) & (then.b != at.b):
+                coming = self.schedule.units_of(p, then.b, lengths)
+                page = self.schedule.entries(p, then, end, coming, Int32(0), lane)
             if cutlass.const_expr(self.plan.rings_chunks):
                 chunk, end_chunk = self.schedule.chunks(p, at, count, seq)
                 head, _ = self.schedule.tile(p, at)
@@ -128,10 +141,7 @@ class DecodeKernel:
                     turn = self.following(turn, 1)
                     chunk += 1
                 done += 1
-            at = self.schedule.next_piece(p, at, seq.units, count)
-            if at.x < end:
-                seq = self.schedule.sequence(p, at.b)
-                page = self.schedule.entries(p, at, end, seq, Int32(0), lane)
+            at, seq = then, coming
         if cutlass.const_expr(self.plan.steps):
             self.step.count(p, lane)  # no more lengths are read
 
@@ -177,6 +187,9 @@ class DecodeKernel:
         vectors = 2 * self.plan.head_dim // (ROW_LANES * VECTOR)
         k, v, capacity, token, held, position = tokens_of(p, seq, chunk, self.plan.chunk)
         part = lane % ROW_LANES * VECTOR
+        step = p.num_kv_heads * (2 * self.plan.head_dim)  # from a token to the next
+        first = token_row(p, b, head, capacity, Int32(0), self.plan.head_dim) + cutlass.Int64(part)
+        k, v = k + first, v + first
         place = target + lane // ROW_LANES * (2 * rows(1, 0, 0)) + part
         if cutlass.const_expr(self.plan.steps):
             if position + token + self.plan.chunk > seq.length - p.q_len:
@@ -187,7 +200,7 @@ class DecodeKernel:
             if token + TILE * t < held:
                 for i in range_constexpr(TILE * t, TILE * (t + 1), WARP_ROWS):
                     last = cutlass.min(token + i + lane // ROW_LANES, held - 1)
-                    at = token_row(p, b, head, capacity, last, self.plan.head_dim) + cutlass.Int64(part)
+                    at = cutlass.Int64(last) * cutlass.Int64(step)
                     for operand, base in enumerate((k, v)):
                         stage_row(place + 2 * rows(i, operand, 0), base + at, vectors)
         ptx.mbarrier_arrive_after_copies(full)

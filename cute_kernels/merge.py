@@ -42,7 +42,7 @@ class Merge:
             p,
             lane,
             announce=lambda *share: self.tell(p, smem, slot, helper, lane, share, is_first=True),
-            fetch=lambda at, end, seq: self.prepare(p, smem, slot, helper, lane, at, seq),
+            fetch=lambda at, end, seq: self.prepare(p, smem, slot, helper, lane, at, seq, is_first=True),
         )
         self.prepared(smem, slot, helper)
         self.keep_rows(p, smem, Int32(0), helper, lane)
@@ -50,6 +50,7 @@ class Merge:
         parity = Int32(0)
         units = seq.units
         count = self.schedule.count(p, at, end, seq)
+        self.fetch_ahead(p, smem, helper, lane, at, units, count, end)
         while at.x + count < end:
             at = self.schedule.next_piece(p, at, units, count)
             seq = self.schedule.sequence(p, at.b)
@@ -57,9 +58,10 @@ class Merge:
             count = self.schedule.count(p, at, end, seq)
             slot = slot ^ 1
             self.tell(p, smem, slot, helper, lane, (at, end, seq, shares), is_first=False)
-            self.prepare(p, smem, slot, helper, lane, at, seq)
+            self.prepare(p, smem, slot, helper, lane, at, seq, is_first=False)
             self.prepared(smem, slot, helper)
             self.keep_rows(p, smem, done, helper, lane)
+            self.fetch_ahead(p, smem, helper, lane, at, units, count, end)
             done += 1
             ptx.mbarrier_wait(smem + self.plan.merge_full_at, parity, self.plan.wait)
             parity = parity ^ 1
@@ -81,15 +83,28 @@ class Merge:
                 store_piece(smem + self.plan.first_piece_at, piece)
 
     @cute.jit
-    def prepare(self, p: Params, smem: Int32, slot: Int32, helper: Int32, lane: Int32, at: Place, seq: Sequence):
-        """Prepare a piece's queries; fetch its new rows, in a kernel that appends."""
+    def prepare(
+        self, p: Params, smem: Int32, slot: Int32, helper: Int32, lane: Int32, at: Place, seq: Sequence, is_first: bool
+    ):
+        """Prepare a piece's queries; fetch the first one's new rows, in a kernel that appends."""
         head, first_row = self.schedule.tile(p, at)
         b = cutlass.max(at.b, 0)
         self.queries.prepare(p, self.slot(smem, slot), helper, lane, b, head, first_row, seq.length)
-        if cutlass.const_expr(self.plan.steps):
+        if cutlass.const_expr(self.plan.steps and is_first):
             if helper == ROWS_WARP:
                 self.step.fetch_rows(p, smem, lane, b, head, Int32(0))
         return Int32(0)
+
+    @cute.jit
+    def fetch_ahead(
+        self, p: Params, smem: Int32, helper: Int32, lane: Int32, at: Place, units: Int32, count: Int32, end: Int32
+    ):
+        """In a kernel that appends, fetch the new rows of the next piece, for which the producer will wait."""
+        if cutlass.const_expr(self.plan.steps):
+            if (helper == ROWS_WARP) & (at.x + count < end):
+                then = self.schedule.next_piece(p, at, units, count)
+                head, _ = self.schedule.tile(p, then)
+                self.step.fetch_rows(p, smem, lane, then.b, head, Int32(0))
 
     @cute.jit
     def prepared(self, smem: Int32, slot: Int32, helper: Int32):

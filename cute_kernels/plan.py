@@ -2,7 +2,7 @@
 
 from functools import cached_property
 
-from .append_plan import VECTOR, WARP_ROWS, AppendPlan
+from .append_plan import VECTOR, AppendPlan
 from .config import HOPPER_ARCHS
 from .layouts import LANES, NUM_SLICES, TILE, block_format, token_rows
 
@@ -25,6 +25,7 @@ PIECE_WORDS = 20  # of a Piece (schedule.py)
 # registers
 MERGE_WARPS = 3
 ROWS_WARP = 1  # of them: appends new rows, and has nothing to do for the queries of 8 columns
+FETCHES = 8  # of new rows, at once: K and V of 8 tokens at head_dim 128
 # named barriers (0 is the CTA's): of the consumers, of the merge warps, and of the teams of warps that pack blocks
 CONSUMER_BARRIER, MERGE_BARRIER, FIRST_TEAM_BARRIER = 1, 2, 3
 MERGE_FLOATS = 72  # of partial results that a thread has in flight while merging: one round trip for 18 CTAs
@@ -160,20 +161,15 @@ class Plan:
         return self.rows_full_at + SLOTS * BARRIER_BYTES
 
     @cached_property
-    def rows_at(self) -> int:
-        """Then room for the rows that a warp appends at once."""
-        return -(-(self.due_at + VECTOR) // VECTOR) * VECTOR
-
-    @cached_property
     def fetched_at(self) -> int:
-        """The same for those that are fetched."""
-        return self.rows_at + WARP_ROWS * self.append.row_bytes
+        """Then room for new rows that are fetched: of each fetch a vector to a lane."""
+        return -(-(self.due_at + VECTOR) // VECTOR) * VECTOR
 
     @cached_property
     def smem_bytes(self) -> int:
         end = self.rows_full_at
         if self.steps:
-            end = self.fetched_at + WARP_ROWS * self.append.row_bytes
+            end = self.fetched_at + FETCHES * LANES * VECTOR
         return -(-end // SMEM_ALIGN) * SMEM_ALIGN
 
     @cached_property

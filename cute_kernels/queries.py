@@ -23,6 +23,9 @@ class Queries:
 
     def __init__(self, plan: Plan):
         self.plan = plan
+        # where an MMA has each column twice, each of the two lanes takes half of a row, for both
+        self.parts = plan.copies if plan.hadamard == plan.head_dim else 1
+        self.vectors = plan.query_vectors // self.parts  # of a lane
 
     @cute.jit
     def prepare(
@@ -33,6 +36,8 @@ class Queries:
         Merge warp ``warp`` takes every third column tile. ``length``: tokens of sequence ``b``; ``head``: KV head.
         """
         column, quad = lane >> 2, lane & 3
+        part = column % self.parts
+        between = ptx.LANE_BITS[2 : 1 + self.parts]  # tell the lanes of the parts apart
         for n in range_constexpr(self.plan.column_tiles):
             if warp == n % MERGE_WARPS:
                 row = first_row + (n * COLUMNS + column) // self.plan.copies
@@ -40,26 +45,29 @@ class Queries:
                 inside = token < p.q_len
                 at = Int64(b * p.q_len + token) * p.num_q_heads + head * p.group + row - token * p.group
                 at = cutlass.select_(inside, at, Int64(0))  # any row; it counts as zero
-                at = p.q.toint() + at * (2 * self.plan.head_dim) + Int64(quad) * 4
+                at = p.q.toint() + at * (2 * self.plan.head_dim)
+                at += Int64(part * (2 * self.plan.head_dim // self.parts) + quad * 4)
                 # a lane's pair i holds channels 8 i + 2 quad and the next
-                values = floats(p, [ptx.load_global(at, offset=16 * i)[0] for i in range(2 * self.plan.tiles)])
+                values = floats(p, [ptx.load_global(at, offset=16 * i)[0] for i in range(4 * self.vectors)])
                 scale = p.softmax_scale_log2
                 if p.rotate_q == 1:
                     values = hadamard_registers(values, 2)
                     values = hadamard_lanes(values, [1, 2], lane)  # strides 2 and 4
-                    values = hadamard_registers(values, self.plan.hadamard // 4, first=2)
+                    values = hadamard_registers(values, self.plan.hadamard // (4 * self.parts), first=2)
+                    values = hadamard_lanes(values, between, lane)
                     scale = scale * self.plan.hadamard**-0.5
                 largest = Float32(0.0)
                 for i in range_constexpr(len(values)):
                     largest = ptx.fmax(largest, ptx.fabs(values[i]))
-                largest = ptx.over_lanes(ptx.fmax, largest, ptx.LANE_BITS[:2])
+                largest = ptx.over_lanes(ptx.fmax, largest, [*ptx.LANE_BITS[:2], *between])
                 exponent = ptx.bits(largest) & EXPONENT
                 inverse = ptx.from_bits(cutlass.select_(inside, 0x7F000000 - exponent, Int32(0)))  # 1 / 2^e
                 halves = [ptx.to_half2(values[i] * inverse, values[i + 1] * inverse) for i in range(0, len(values), 2)]
-                for v in range_constexpr(self.plan.query_vectors):
-                    ptx.store_shared(
-                        slot + lane * QUERY_VECTOR, query_offset(self.plan, n, v), halves[4 * v : 4 * v + 4]
-                    )
+                first = slot + part * query_offset(self.plan, 0, self.vectors)
+                for v in range_constexpr(self.vectors):
+                    for mask in [0, *between]:
+                        place = first + (lane ^ mask) * QUERY_VECTOR
+                        ptx.store_shared(place, query_offset(self.plan, n, v), halves[4 * v : 4 * v + 4])
                 if (quad == 0) & (column % self.plan.copies == 0):
                     column_at = slot + column // self.plan.copies * 4
                     factor = ptx.from_bits(exponent) * scale

@@ -64,11 +64,30 @@ class Rows:
         """Condition the lane's vectors of a row at this place: NaN to 0, and within the limit. It is seldom done, so in
         few instructions.
         """
-        limit = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_LIMIT), Int32(HALF_LIMIT))
-        infinity = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_INFINITY), Int32(HALF_INFINITY))
         for j in cutlass.range(self.plan.vectors, unroll=1):
             at = place + j * (ROW_LANES * VECTOR)
-            ptx.store_shared(at, 0, [conditioned_pair(x, limit, infinity) for x in ptx.load_shared(at, 0, 4)])
+            ptx.store_shared(at, 0, self.conditioned(p, ptx.load_shared(at, 0, 4)))
+
+    def conditioned(self, p, vector: list) -> list:
+        """As ``limit``, of a vector in registers."""
+        limit = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_LIMIT), Int32(HALF_LIMIT))
+        infinity = cutlass.select_(p.bfloat16 == 1, Int32(BFLOAT_INFINITY), Int32(HALF_INFINITY))
+        return [conditioned_pair(x, limit, infinity) for x in vector]
+
+    @cute.jit
+    def rotated_spread(self, p, vector: list, lane: Int32):
+        """A row of which each lane has one vector, conditioned and rotated: a quarter of a row's instructions, which a
+        warp that comes by seldom has to fetch.
+        """
+        careful = ptx.any_lane(self.any_beyond_small(p, [vector]))  # else no limit is reached
+        rotated = vector
+        if careful:
+            rotated = self.conditioned(p, rotated)
+        masks = [1 << i for i in range((self.plan.hadamard * 2 // VECTOR).bit_length() - 1)]
+        rotated = self.rotated(p, [rotated], lane, masks)[0]
+        if careful:
+            rotated = self.conditioned(p, rotated)
+        return rotated
 
     def any_beyond_small(self, p, row: list) -> Boolean:
         """Whether one of the values is NaN or larger than SMALL."""

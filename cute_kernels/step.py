@@ -16,10 +16,9 @@ from cutlass import Int32, Int64, cute
 
 from . import append, ptx, schedule
 from .append import AppendKernel, Job, load_job, store_job
-from .append_plan import ROW_LANES, VECTOR, WARP_ROWS
+from .append_plan import VECTOR
 from .layouts import BLOCK_TOKENS, LANES
-from .plan import CONSUMER_BARRIER, Plan
-from .rows import stage_row
+from .plan import CONSUMER_BARRIER, FETCHES, Plan
 from .schedule import BLOCK_SHIFT, Piece, Schedule, blocks_due, load_piece
 
 COUNTED = 2  # by a CTA: its producer, and its other warps
@@ -38,20 +37,26 @@ class Step:
 
     # -- new rows ----------------------------------------------------------------------------------------------
 
-    # A warp takes some at once, of K and V in turn: row x is token x // 2 of operand x % 2.
+    # Of K and V in turn: row x is token x // 2 of operand x % 2. They are spread over the lanes (append.py).
 
     def lane_row(self, p: Params, lane: Int32, first: Int32) -> tuple:
-        """(token, operand) of the lane's row from row ``first`` on, of the last one beyond it."""
-        x = cutlass.min(first + lane // ROW_LANES, p.q_len * append.OPERANDS - 1)
-        return x // append.OPERANDS, x % append.OPERANDS
+        """(token, operand) of the lane's row from row ``first`` on, of the last one beyond it; whether it exists."""
+        x, last = first + self.append.spread(lane)[0], p.q_len * append.OPERANDS - 1
+        exists, x = x <= last, cutlass.min(x, last)
+        return x // append.OPERANDS, x % append.OPERANDS, exists
 
-    def fetch_rows(self, p: Params, smem: Int32, lane: Int32, b: Int32, head: Int32, first: Int32) -> None:
-        """Begin to copy a piece's new rows from row ``first`` on to shared memory."""
-        token, operand = self.lane_row(p, lane, first)
-        item = append.Item(b=b, head=head, operand=operand, share=Int32(0))
-        source = self.append.new_row(p, item, token) + Int64(lane % ROW_LANES * VECTOR)
+    @cute.jit
+    def fetch_rows(self, p: Params, smem: Int32, lane: Int32, b: Int32, head: Int32, first: Int32):
+        """Begin to copy a piece's new rows from row ``first`` on to shared memory, as many as fit."""
+        _, part, _ = self.append.spread(lane)
         ptx.wait_for_copies()  # they may be other rows, for the same place
-        stage_row(self.append.place(smem + self.plan.fetched_at, Int32(0), lane), source, self.append.plan.vectors)
+        end = cutlass.min(first + FETCHES * self.append.plan.spread_rows, p.q_len * append.OPERANDS)
+        place = smem + self.plan.fetched_at + lane * VECTOR
+        for at in cutlass.range(first, end, self.append.plan.spread_rows, unroll=1):
+            token, operand, _ = self.lane_row(p, lane, at)
+            item = append.Item(b=b, head=head, operand=operand, share=Int32(0))
+            ptx.copy16(place, self.append.new_row(p, item, token) + Int64(part), 0)
+            place += LANES * VECTOR
 
     @cute.jit
     def keep_rows(self, p: Params, smem: Int32, lane: Int32, piece: Piece):
@@ -64,23 +69,19 @@ class Step:
         attended = (piece.end_chunk - piece.sink_chunks) * self.plan.chunk  # of the tail
         attends = (piece.end_chunk > piece.first_chunk) & ((attended > old) | (to_sink > 0))
         if (piece.columns > 0) & attends & (old >= 0):  # it is, unless lengths are inconsistent
-            fetched = self.append.place(smem + self.plan.fetched_at, Int32(0), lane)
-            place = self.append.place(smem + self.plan.rows_at, Int32(0), lane)
-            rows = p.q_len * append.OPERANDS
-            alike = p.rotate_k == p.rotate_v  # else K's and V's rows are kept one after the other
-            turns = cutlass.select_(alike, Int32(1), Int32(append.OPERANDS))
-            for first in cutlass.range(0, rows, WARP_ROWS, unroll=1):
-                if first > 0:
+            rows, step = p.q_len * append.OPERANDS, self.append.plan.spread_rows
+            place = smem + self.plan.fetched_at + lane * VECTOR
+            at = place
+            for first in cutlass.range(0, rows, step, unroll=1):
+                if (at == place) & (first > 0):
                     self.fetch_rows(p, smem, lane, piece.b, piece.head, first)
                 ptx.wait_for_copies()
-                token, operand = self.lane_row(p, lane, first)
-                exists = first + lane // ROW_LANES < rows
-                for turn in cutlass.range(turns, unroll=1):
-                    rotate = cutlass.select_(turn == 0, p.rotate_k, p.rotate_v)
-                    kept = p._replace(rotate_k=rotate, rotate_v=rotate)
-                    job = self.job(piece.b, piece.head, operand, sinks, to_sink, old)
-                    row = [ptx.load_shared(fetched, ROW_LANES * VECTOR * j, 4) for j in range(self.append.plan.vectors)]
-                    self.append.keep(kept, place, job, token, exists & (alike | (operand == turn)), row, lane)
+                token, operand, exists = self.lane_row(p, lane, first)
+                job = self.job(piece.b, piece.head, operand, sinks, to_sink, old)
+                self.append.keep_spread(p, job, token, exists, ptx.load_shared(at, 0, 4), lane)
+                at += LANES * VECTOR
+                if at == place + FETCHES * LANES * VECTOR:
+                    at = place
 
     def job(
         self, b: Int32, head: Int32, operand: Int32, sinks: Int32, to_sink: Int32, old: Int32, column=0, blocks=0

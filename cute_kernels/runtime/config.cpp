@@ -67,12 +67,11 @@ std::int64_t folded_bytes(std::int64_t head_dim, const QuantSpec& q, bool tiles)
   return bytes + (q.k_mean == "block" ? head_dim * kHalf : 0);
 }
 
-// A row of 16-bit values on its way to a block, and how many of them a warp copies at once.
+// A row of 16-bit values on its way to a block.
 std::int64_t row_bytes(std::int64_t head_dim) {
   constexpr std::int64_t kRowPadBytes = 16;
   return 2 * head_dim + kRowPadBytes;
 }
-constexpr std::int64_t kWarpRows = 8;
 
 // As in cute_kernels/append_plan.py: a block's rows of one operand, its parameters, 1 / scale as fp32, a job per warp.
 std::int64_t append_smem_bytes(std::int64_t head_dim, const QuantSpec& quant) {
@@ -350,9 +349,9 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   const std::int64_t slots = wide ? q_tile * (4 * head_dim + 4) + 2 * kPieceBytes
                                   : 2 * (std::max(q_tile, kMmaColumns) * 2 * head_dim + q_tile * 8 + kPieceBytes);
   std::int64_t bytes = ring + scratch + slots + kPieceBytes + kBarrierBytes * (stages + 2);
-  if (kind == "step") {  // another barrier per slot, a word, rows of a warp and those fetched
-    constexpr std::int64_t kVectorBytes = 16;
-    bytes = round_up(bytes + kBarrierBytes + kVectorBytes, kVectorBytes) + 2 * kWarpRows * row_bytes(head_dim);
+  if (kind == "step") {  // another barrier per slot, a word, eight vectors of new rows per lane of a warp
+    constexpr std::int64_t kVectorBytes = 16, kFetches = 8;
+    bytes = round_up(bytes + kBarrierBytes + kVectorBytes, kVectorBytes) + kFetches * kWarpLanes * kVectorBytes;
   }
   if (wide) {  // more barriers: per stage, per team; floats per warp and column, two per team and column; the shares
     constexpr std::int64_t kSharesBytes = 32;
