@@ -27,7 +27,7 @@ from .layouts import BLOCK_TOKENS, LANES, TILE
 from .merge import Merge
 from .plan import BARRIER_BYTES, CONSUMER_BARRIER, MERGE_WARPS, SLOTS, Plan
 from .rows import stage_row
-from .schedule import Params, Schedule, Sequence, load_field, load_piece, token_row, tokens_of
+from .schedule import Params, Schedule, Sequence, load_field, load_piece, nothing, token_row, tokens_of
 
 COPY_BYTES = 16  # of one cp.async
 MAX_WINDOW = 1 << 30  # more than any length; positions minus a window stay within 32 bits
@@ -65,12 +65,13 @@ class DecodeKernel:
                 ptx.fence_mbarrier_init()
         cute.arch.sync_threads()  # the barriers are initialised
         p = p._replace(window=cutlass.min(p.window, MAX_WINDOW))
+        share = self.start(p, smem, warp, lane)
         if warp < self.plan.warps:
             if cutlass.const_expr(self.plan.moves_registers):
                 wg.take_registers(self.plan.consumer_registers)
             self.consume(p, smem, warp, lane)
         else:
-            self.assist(p, smem, warp, lane)
+            self.assist(p, smem, warp, lane, share)
 
     def init_barriers(self, smem: Int32) -> None:
         """Initialise all barriers, and the word whether there are blocks to pack, by one thread."""
@@ -88,26 +89,56 @@ class DecodeKernel:
             ptx.store_shared(smem, plan.due_at, [Int32(0)])
 
     @cute.jit
-    def assist(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
+    def start(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
+        """Find the CTA's share (Schedule.begin), for all warps that need it by the same instructions: when they are not
+        in the caches, as after a kernel that is not ours, fetching them takes longer than all they do.
+        """
+        share = nothing(lane)
+        warms = (warp == self.plan.warps - 1) & self.plan.programmatic  # the last consumer to get a block
+        if warms | (warp >= self.plan.warps):
+            share = self.schedule.begin(
+                p,
+                lane,
+                announce=lambda *share: self.announce(p, smem, warp, lane, share),
+                fetch=lambda *share: self.fetch(p, smem, warp, lane, share),
+            )
+        return share
+
+    @cute.jit
+    def announce(self, p: Params, smem: Int32, warp: Int32, lane: Int32, share: tuple):
+        """What can be done with the share before the previous kernel ends."""
+        if warp < self.plan.warps:
+            self.schedule.warm_share(p, lane, *share[:3])
+        elif warp > self.plan.warps:
+            self.merge.tell(p, smem, Int32(0), warp - (self.plan.warps + 1), lane, share, is_first=True)
+
+    @cute.jit
+    def fetch(self, p: Params, smem: Int32, warp: Int32, lane: Int32, share: tuple):
+        """What needs that kernel's results: the producer's first entries of the table, or a merge warp's queries."""
+        at, end, seq = share
+        page = Int32(0)
+        if warp == self.plan.warps:
+            page = self.schedule.entries(p, at, end, seq, Int32(0), lane)
+        elif warp > self.plan.warps:
+            self.merge.prepare(p, smem, Int32(0), warp - (self.plan.warps + 1), lane, at, seq, is_first=True)
+        return page
+
+    @cute.jit
+    def assist(self, p: Params, smem: Int32, warp: Int32, lane: Int32, share: tuple):
         """What the warps behind the consumers do."""
         if cutlass.const_expr(self.plan.moves_registers):
             wg.give_registers(self.plan.auxiliary_registers)
         if warp == self.plan.warps:
-            self.produce(p, smem, lane)
+            self.produce(p, smem, lane, share)
         else:
-            self.merge.help(p, smem, warp - (self.plan.warps + 1), lane)
+            self.merge.help(p, smem, warp - (self.plan.warps + 1), lane, share)
 
     # -- producer ----------------------------------------------------------------------------------------------
 
     @cute.jit
-    def produce(self, p: Params, smem: Int32, lane: Int32):
+    def produce(self, p: Params, smem: Int32, lane: Int32, share: tuple):
         """Copy the blocks of the CTA's share into the ring."""
-        at, end, seq, _, page = self.schedule.begin(
-            p,
-            lane,
-            announce=lambda *share: None,
-            fetch=lambda at, end, seq: self.schedule.entries(p, at, end, seq, Int32(0), lane),
-        )
+        at, end, seq, _, page = share
         turn = Int32(0)
         done = Int32(0)  # pieces
         while at.x < end:
@@ -240,8 +271,6 @@ class DecodeKernel:
         """
         plan = self.plan
         if cutlass.const_expr(plan.programmatic):
-            if warp == plan.warps - 1:  # the last to get a block
-                self.schedule.warm(p, lane)
             ptx.wait_for_previous_kernel()  # it may still read what is written here
         group = warp // plan.warps_per_block
         member = warp % plan.warps_per_block

@@ -35,15 +35,10 @@ class Merge:
         self.item_bits = ptx.LANE_BITS[: plan.items.bit_length() - 1]  # those that tell the lanes of a row apart
 
     @cute.jit
-    def help(self, p: Params, smem: Int32, helper: Int32, lane: Int32):
-        """The merge warps prepare all pieces of the CTA's share, and merge all but the last."""
+    def help(self, p: Params, smem: Int32, helper: Int32, lane: Int32, share: tuple):
+        """The merge warps prepare all pieces of the CTA's share, and merge all but the last; the first one is prepared."""
         slot = Int32(0)  # of the piece that is prepared
-        at, end, seq, shares, _ = self.schedule.begin(
-            p,
-            lane,
-            announce=lambda *share: self.tell(p, smem, slot, helper, lane, share, is_first=True),
-            fetch=lambda at, end, seq: self.prepare(p, smem, slot, helper, lane, at, seq, is_first=True),
-        )
+        at, end, seq, shares, _ = share
         self.prepared(smem, slot, helper)
         self.keep_rows(p, smem, Int32(0), helper, lane)
         done = Int32(1)  # pieces
@@ -93,7 +88,6 @@ class Merge:
         if cutlass.const_expr(self.plan.steps and is_first):
             if helper == ROWS_WARP:
                 self.step.fetch_rows(p, smem, lane, b, head, Int32(0))
-        return Int32(0)
 
     @cute.jit
     def fetch_ahead(

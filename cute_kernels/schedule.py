@@ -120,6 +120,11 @@ class Place(NamedTuple):
     unit: Int32
 
 
+def nothing(lane: Int32) -> tuple:
+    """Of the types that :meth:`Schedule.begin` returns."""
+    return Place(*[lane] * 5), lane, Sequence(*[lane] * 8), Shares(*[lane] * 5), lane
+
+
 class Piece(NamedTuple):
     """What a CTA does of a piece. The merge warps find it out; consumers read it from shared memory, field by field
     when they need it, and so hold few registers.
@@ -281,8 +286,7 @@ class Schedule:
         If these turn out to be others, both are called again, but the work is dealt again only if a number of units
         changed. Before that they only have to be harmless whatever the lengths are.
         """
-        at, end, seq, shares = Place(*[lane] * 5), lane, Sequence(*[lane] * 8), Shares(*[lane] * 5)
-        fetched = Int32(0)
+        at, end, seq, shares, fetched = nothing(lane)
         lengths = self.held(p, lane)
         dealt = [Int32(-1)] * HELD  # units of the held sequences that the work was dealt by
         may_repeat = Int32(1)
@@ -404,15 +408,18 @@ class Schedule:
         piece = quotient(x - start, cutlass.max(seq.units, 1))
         return Place(x, found, start, piece, x - start - piece * seq.units), seq
 
+    def warm(self, p: Params, lane: Int32) -> None:
+        """Find the CTA's share, and :meth:`warm_share`."""
+        held = self.held(p, lane)
+        self.warm_share(p, lane, *self.share(p, lane, held, self.units(p, lane, held))[:3])
+
     @cute.jit
-    def warm(self, p: Params, lane: Int32):
-        """Bring the first blocks of the CTA's share into L2, while the previous kernel ends.
+    def warm_share(self, p: Params, lane: Int32, at: Place, end: Int32, seq: Sequence):
+        """Bring the first blocks of a share into L2, while the previous kernel ends.
 
         Lengths and table may be stale: then it costs time, nothing else. Pages are checked, and entries are within the
         table whatever the lengths are.
         """
-        held = self.held(p, lane)
-        at, end, seq, _ = self.share(p, lane, held, self.units(p, lane, held))
         left = Int32(self.warm_blocks)
         while (at.x < end) & (at.b >= 0) & (at.b < p.batch) & (left > 0):
             count, blocks, pages, table = self.blocks_of(p, at, end, seq)

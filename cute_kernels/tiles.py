@@ -66,7 +66,7 @@ class TileKernel(WideKernel):
                 ptx.mbarrier_init(self.tile_barrier(smem, kind, Int32(tile)), self.arrivals(kind))
 
     @cute.jit
-    def assist(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
+    def assist(self, p: Params, smem: Int32, warp: Int32, lane: Int32, share: None = None):
         """What the warps behind the consumers do: a warpgroup writes K, one V; the last is that of wide.py."""
         plan = self.plan
         if warp < plan.warps + WRITER_WARPS:

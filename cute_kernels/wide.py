@@ -57,13 +57,22 @@ class WideKernel(DecodeKernel):
         ptx.mbarrier_init(smem + plan.slot_full_at, 2 * LANES * plan.folders)
         ptx.mbarrier_init(smem + plan.slot_empty_at, piece_readers)
 
+    def start(self, p: Params, smem: Int32, warp: Int32, lane: Int32) -> None:
+        """Nothing: more than its role is too much for a warp's registers."""
+
     @cute.jit
-    def assist(self, p: Params, smem: Int32, warp: Int32, lane: Int32):
+    def assist(self, p: Params, smem: Int32, warp: Int32, lane: Int32, share: None = None):
         """What the warps of the last warpgroup do."""
         plan = self.plan
         wg.give_registers(plan.auxiliary_registers)
         if warp == plan.auxiliaries:
-            self.produce(p, smem, lane)
+            own = self.schedule.begin(
+                p,
+                lane,
+                announce=lambda *share: None,
+                fetch=lambda *share: self.schedule.entries(p, *share, Int32(0), lane),
+            )
+            self.produce(p, smem, lane, own)
         elif warp <= plan.auxiliaries + plan.folders:
             self.fold_blocks(p, smem, warp - (plan.auxiliaries + 1), lane)
 
