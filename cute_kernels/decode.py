@@ -101,6 +101,7 @@ class DecodeKernel:
                 lane,
                 announce=lambda *share: self.announce(p, smem, warp, lane, share),
                 fetch=lambda *share: self.fetch(p, smem, warp, lane, share),
+                fetches=warp >= self.plan.warps,
             )
         return share
 
@@ -109,7 +110,7 @@ class DecodeKernel:
         """What can be done with the share before the previous kernel ends."""
         if warp < self.plan.warps:
             self.schedule.warm_share(p, lane, *share[:3])
-        elif warp > self.plan.warps:
+        if warp > self.plan.warps:
             self.merge.tell(p, smem, Int32(0), warp - (self.plan.warps + 1), lane, share, is_first=True)
 
     @cute.jit
@@ -144,22 +145,24 @@ class DecodeKernel:
         while at.x < end:
             count, blocks, pages, _ = self.schedule.blocks_of(p, at, end, seq)
             then = self.schedule.next_piece(p, at, seq.units, count)
-            # what the next piece needs is loaded before it is needed: a load waits as long as the ring lasts
-            ahead = self.schedule.entries(p, at, end, seq, Int32(LANES), lane)
-            lengths, of_next = (Int32(0), Int32(0)), Int32(0)
-            if then.x < end:
-                lengths = self.schedule.lengths(p, then.b)
-                if then.b == at.b:
-                    of_next = self.schedule.entries(p, then, end, seq, Int32(0), lane)
+            ahead, of_next = Int32(0), Int32(0)
+            lengths = (Int32(0), Int32(0))
             i = Int32(0)
-            while i < blocks:
-                source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES)) * p.page_stride
-                self.copy_block(smem, source, turn, lane)
-                turn = self.following(turn, 1)
+            while (i < blocks) | (i == 0):
+                if i < blocks:
+                    source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES)) * p.page_stride
+                    self.copy_block(smem, source, turn, lane)
+                    turn = self.following(turn, 1)
+                if i % LANES == 0:
+                    # behind a copy, but before they are needed: a load waits as long as the ring lasts
+                    ahead = self.schedule.entries(p, at, end, seq, i + LANES, lane)
+                    if then.x < end:
+                        lengths = self.schedule.lengths(p, then.b)
+                        if then.b == at.b:
+                            of_next = self.schedule.entries(p, then, end, seq, Int32(0), lane)
                 i += 1
                 if i % LANES == 0:
                     page = ahead
-                    ahead = self.schedule.entries(p, at, end, seq, i + LANES, lane)
             coming, page = seq, of_next
             if (then.x < end) & (then.b != at.b):
                 coming = self.schedule.units_of(p, then.b, lengths)

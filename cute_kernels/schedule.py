@@ -277,14 +277,15 @@ class Schedule:
         return seq.units - 1 - (self.packing(p, seq.tail) >> 1)
 
     @cute.jit
-    def begin(self, p: Params, lane: Int32, announce, fetch):
+    def begin(self, p: Params, lane: Int32, announce, fetch, fetches: Boolean):
         """Where the CTA's share begins (Place), its end, the Sequence there, the Shares, and what ``fetch`` returned.
         An empty share ends where it begins, somewhere in the list.
 
         With programmatic launch the work is dealt, and ``announce(at, end, seq, shares)`` called, before the previous
         kernel ends; ``fetch(at, end, seq)`` loads what that kernel may have written, in the same breath as the lengths.
         If these turn out to be others, both are called again, but the work is dealt again only if a number of units
-        changed. Before that they only have to be harmless whatever the lengths are.
+        changed. Before that they only have to be harmless whatever the lengths are. A warp that fetches nothing is done
+        once it has announced.
         """
         at, end, seq, shares, fetched = nothing(lane)
         lengths = self.held(p, lane)
@@ -302,16 +303,17 @@ class Schedule:
                 seq = self.units_of(p, at.b, tuple(ptx.shuffle(x, b) for x in mine))
             dealt = units
             announce(at, end, seq, shares)
-            if cutlass.const_expr(self.programmatic):
-                ptx.wait_for_previous_kernel()
-            now = self.held(p, lane)
-            fetched = fetch(at, end, seq)
-            if cutlass.const_expr(self.programmatic):
-                changed = differ([x for pair in now for x in pair], [x for pair in lengths for x in pair])
-                if ptx.any_lane(changed | self.holds_some_only(p)):
-                    again = may_repeat
-                may_repeat = Int32(0)
-            lengths = now
+            if fetches:
+                if cutlass.const_expr(self.programmatic):
+                    ptx.wait_for_previous_kernel()
+                now = self.held(p, lane)
+                fetched = fetch(at, end, seq)
+                if cutlass.const_expr(self.programmatic):
+                    changed = differ([x for pair in now for x in pair], [x for pair in lengths for x in pair])
+                    if ptx.any_lane(changed | self.holds_some_only(p)):
+                        again = may_repeat
+                    may_repeat = Int32(0)
+                lengths = now
         return at, end, seq, shares, fetched
 
     def held(self, p: Params, lane: Int32) -> list:

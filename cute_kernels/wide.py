@@ -15,7 +15,7 @@ pieces         the folders announce them: they find out the next piece and fetch
 """
 
 import cutlass
-from cutlass import Int32, cute, range_constexpr
+from cutlass import Boolean, Int32, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
@@ -71,6 +71,7 @@ class WideKernel(DecodeKernel):
                 lane,
                 announce=lambda *share: None,
                 fetch=lambda *share: self.schedule.entries(p, *share, Int32(0), lane),
+                fetches=Boolean(True),
             )
             self.produce(p, smem, lane, own)
         elif warp <= plan.auxiliaries + plan.folders:
@@ -85,6 +86,7 @@ class WideKernel(DecodeKernel):
             lane,
             announce=lambda *share: self.tell(p, smem, folder, lane, Int32(0), share),
             fetch=lambda at, end, seq: self.queries.fetch(p, smem, folder, lane, at.b, self.schedule.tile(p, at)),
+            fetches=Boolean(True),
         )
         self.announced(smem, lane)
         if (folder == 0) & (lane == 0):  # rather than in registers
