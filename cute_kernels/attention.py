@@ -17,7 +17,7 @@ from .fragments import extract, fragments, half2_constant, matrix_row, power
 from .layouts import NUM_SLICES, SLICE_TOKENS, TILE, Section, b_order, symmetric_zero
 from .plan import Plan
 from .queries import LOG2E, read_factors, read_highs, read_tiles
-from .schedule import Params, Piece, tokens_of
+from .work import Params, Piece, tokens_of
 
 FIRST_MAX = -1.0e30  # running maximum before the first key: finite, so that masked scores give exp2(-inf) = 0
 RESCALE_ABOVE = 1.0  # log2: room that a raised maximum leaves below the limit of P

@@ -88,12 +88,12 @@ def _compile(config: KernelConfig) -> Compiled:
     from cutlass import Int32, Uint8, cute
     from cutlass.cute.runtime import make_ptr
 
-    from . import append, decode, merge_parts, schedule, step, tiles, wide
+    from . import append, decode, merge_parts, step, tiles, wide, work
 
     of_plan = {Plan: decode.DecodeKernel, WidePlan: wide.WideKernel, TilePlan: tiles.TileKernel}
     kernel, params = {
         "append": (append.AppendKernel, append.Params),
-        "decode": (of_plan.get(type(plan_of(config))), schedule.Params),
+        "decode": (of_plan.get(type(plan_of(config))), work.Params),
         "step": (decode.DecodeKernel, step.Params),
         "merge": (merge_parts.MergePartsKernel, merge_parts.Params),
     }[config.kind]

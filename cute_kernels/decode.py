@@ -27,7 +27,8 @@ from .layouts import BLOCK_TOKENS, LANES, TILE
 from .merge import Merge
 from .plan import BARRIER_BYTES, CONSUMER_BARRIER, MERGE_WARPS, SLOTS, Plan
 from .rows import stage_row
-from .schedule import Params, Schedule, Sequence, load_field, load_piece, nothing, token_row, tokens_of
+from .schedule import Schedule, nothing
+from .work import Params, Sequence, load_field, load_piece, token_row, tokens_of
 
 COPY_BYTES = 16  # of one cp.async
 MAX_WINDOW = 1 << 30  # more than any length; positions minus a window stay within 32 bits

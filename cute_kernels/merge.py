@@ -17,8 +17,9 @@ from .attention import FIRST_MAX, State
 from .layouts import LANES, TILE
 from .plan import BARRIER_BYTES, COLUMNS, MERGE_BARRIER, MERGE_WARPS, QUAD, ROWS_WARP, SLOTS, Plan
 from .queries import LOG2E, Queries, hadamard_lanes, hadamard_registers
-from .schedule import Params, Piece, Place, Schedule, Sequence, blocks_due, load_piece, store_piece
+from .schedule import Place, Schedule
 from .step import Step
+from .work import Params, Piece, Sequence, blocks_due, load_piece, store_piece
 
 STATES_AT_ONCE = 8  # results of warps that a thread holds while merging
 MINUS_ZERO, MINUS_INFINITY = -0x80000000, -0x800000  # as fp32
@@ -36,7 +37,7 @@ class Merge:
 
     @cute.jit
     def help(self, p: Params, smem: Int32, helper: Int32, lane: Int32, share: tuple):
-        """The merge warps prepare all pieces of the CTA's share, and merge all but the last; the first one is prepared."""
+        """The merge warps prepare the pieces of the CTA's share behind the first, and merge all but the last."""
         slot = Int32(0)  # of the piece that is prepared
         at, end, seq, shares, _ = share
         self.prepared(smem, slot, helper)

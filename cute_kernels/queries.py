@@ -12,7 +12,7 @@ from cutlass import Float32, Int32, Int64, cute, range_constexpr
 from . import ptx
 from .layouts import LANES
 from .plan import COLUMNS, MERGE_WARPS, QUERY_VECTOR, Plan
-from .schedule import Params
+from .work import Params
 
 LOG2E = 1.4426950408889634
 EXPONENT = 0x7F800000  # of fp32

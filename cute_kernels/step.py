@@ -14,17 +14,18 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Int32, Int64, cute
 
-from . import append, ptx, schedule
+from . import append, ptx, work
 from .append import AppendKernel, Job, load_job, store_job
 from .append_plan import VECTOR
 from .layouts import BLOCK_TOKENS, LANES
 from .plan import CONSUMER_BARRIER, FETCHES, Plan
-from .schedule import BLOCK_SHIFT, Piece, Schedule, blocks_due, load_piece
+from .schedule import Schedule
+from .work import BLOCK_SHIFT, Piece, blocks_due, load_piece
 
 COUNTED = 2  # by a CTA: its producer, and its other warps
 # The parameters of decode, those of append that it lacks, and where is counted: i32, zero between launches. The order
 # is the launch ABI of the C++ core.
-_FIELDS = schedule.Params.__annotations__ | append.Params.__annotations__ | {"counter": cute.Pointer}
+_FIELDS = work.Params.__annotations__ | append.Params.__annotations__ | {"counter": cute.Pointer}
 Params = NamedTuple("Params", list(_FIELDS.items()))
 
 

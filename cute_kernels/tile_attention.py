@@ -21,8 +21,8 @@ from .fold import UNIT
 from .layouts import BLOCK_TOKENS, LANES, TILE
 from .merge import masked
 from .plan import QUAD
-from .schedule import Params
 from .tile_plan import M_TILE, STATE_BYTES, TilePlan
+from .work import Params
 
 RAISE = 8.0  # log2 by which a score may exceed the running maximum before O is rescaled: P fits fp16 all the same
 CORE = 8  # columns of an accumulator that lie together

@@ -13,10 +13,10 @@ from .attention import FIRST_MAX
 from .layouts import LANES
 from .merge import combine, least, marked, masked
 from .plan import QUAD
-from .schedule import Params, Piece
 from .tile_attention import CORE, result_at
 from .tile_plan import STATE_BYTES
 from .wide_merge import WideMerge
+from .work import Params, Piece
 
 RADIX_SHIFT = 2  # four CTAs to a node of the tree
 CHILDREN = (1 << RADIX_SHIFT) - 1  # whose partial results the fourth merges with its own

@@ -7,10 +7,11 @@ from . import ptx
 from . import warpgroup as wg
 from .layouts import LANES
 from .plan import CONSUMER_BARRIER
-from .schedule import Params, Piece, quotient
+from .schedule import quotient
 from .tile_plan import M_TILE
 from .wide_plan import HIGH_BYTES
 from .wide_queries import WideQueries
+from .work import Params, Piece
 
 
 class TileQueries(WideQueries):

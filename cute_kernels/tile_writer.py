@@ -19,8 +19,8 @@ from .attention import halves
 from .fold import at_runtime
 from .fragments import extract, fragments, half2_constant
 from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, Section
-from .schedule import Params, Piece, tokens_of
 from .tile_plan import WRITER_WARPS, TilePlan
+from .work import Params, Piece, tokens_of
 
 PAIR = 2 * TILE  # channels of two channel tiles, which share vectors of K
 CHUNK = wg.CORE_DEPTH  # values of a core matrix's row, and its rows

@@ -27,7 +27,7 @@ from . import warpgroup as wg
 from .fold import TileFold
 from .layouts import BLOCK_TOKENS, LANES, TILE
 from .plan import BARRIER_BYTES, CONSUMER_BARRIER
-from .schedule import Params, Piece, Schedule, load_piece, whole_blocks
+from .schedule import Schedule
 from .tile_attention import EXPONENT_16_BIT, State, TileAttention
 from .tile_merge import TileMerge
 from .tile_plan import (
@@ -43,6 +43,7 @@ from .tile_plan import (
 from .tile_queries import TileQueries
 from .tile_writer import TileWriter
 from .wide import WideKernel
+from .work import Params, Piece, load_piece, whole_blocks
 
 K_FULL, K_EMPTY, V_FULL, V_EMPTY = range(4)  # barriers of a tile stage
 

@@ -23,11 +23,12 @@ from .decode import DecodeKernel
 from .fold import Fold
 from .layouts import BLOCK_TOKENS, LANES
 from .plan import BARRIER_BYTES, CONSUMER_BARRIER
-from .schedule import Params, Schedule, Shares, load_piece, store_piece, whole_blocks
+from .schedule import Schedule, Shares
 from .wide_attention import WideAttention
 from .wide_merge import WideMerge
 from .wide_plan import PIECE_BYTES, WidePlan
 from .wide_queries import WideQueries
+from .work import Params, load_piece, store_piece, whole_blocks
 
 
 class WideKernel(DecodeKernel):

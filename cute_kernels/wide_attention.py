@@ -15,10 +15,10 @@ from .fold import UNIT
 from .fragments import extract, fragments, half2_constant
 from .layouts import BLOCK_TOKENS, HALF_BITS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS, symmetric_zero
 from .plan import COLUMNS
-from .schedule import Params, Piece, load_piece, token_row, tokens_of
 from .wide_places import TEAM_BARRIER, Place, Team, WidePlaces
 from .wide_plan import GROUP_WARPS, M_TILE, WidePlan
 from .wide_softmax import State, WideSoftmax
+from .work import Params, Piece, load_piece, token_row, tokens_of
 
 
 class WideAttention:

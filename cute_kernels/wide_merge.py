@@ -10,7 +10,7 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 from . import ptx
 from .attention import FIRST_MAX
 from .merge import Merge, least, masked
-from .schedule import Params, Piece
+from .work import Params, Piece
 
 
 class WideMerge(Merge):

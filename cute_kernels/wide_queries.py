@@ -13,8 +13,9 @@ from . import warpgroup as wg
 from .attention import saturated
 from .layouts import LANES
 from .queries import floats, hadamard_lanes, hadamard_registers
-from .schedule import Params, Piece, quotient
+from .schedule import quotient
 from .wide_plan import HIGH_BYTES, WidePlan
+from .work import Params, Piece
 
 ROTATED_ROOM = 16.0  # rotated channels are larger than any one of q
 COPY_BYTES = 16  # of one cp.async

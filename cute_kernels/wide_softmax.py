@@ -15,9 +15,9 @@ from .attention import HALF2_ONES, soft_capped
 from .layouts import LANES, TILE
 from .merge import masked
 from .plan import COLUMNS
-from .schedule import Params
 from .wide_places import Place, Team, WidePlaces
 from .wide_plan import HIGH_BYTES, WidePlan
+from .work import Params
 
 # log2: room that a raised ``top`` leaves below the limit of P; with many columns one would grow at every block
 HEADROOM = 4.0

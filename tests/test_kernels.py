@@ -19,8 +19,8 @@ from bitdecoding.cute_kernels import compile as compiler
 from bitdecoding.cute_kernels import tile_writer
 from bitdecoding.cute_kernels.cubin import read_cubin
 from bitdecoding.cute_kernels.layouts import NUM_SLICES, SLICE_TOKENS
-from bitdecoding.cute_kernels.schedule import Params
 from bitdecoding.cute_kernels.tile_plan import TilePlan
+from bitdecoding.cute_kernels.work import Params
 from dsl import ARCHS, FULL_ARCH, arch_in_turn, compile_configs, listing, sass
 from ptx_interpreter import Memory, run
 from test_cpu_decode import Problem, problem, random_q

@@ -493,7 +493,7 @@ def test_a_command_without_its_extra(monkeypatch, capsys):
 def test_launches_pass_the_parameters_of_the_kernels_in_their_order():
     """By name, as launch.cpp lists them; a driver would not see two of one size exchanged."""
     pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
-    from bitdecoding.cute_kernels import append, merge_parts, schedule, step
+    from bitdecoding.cute_kernels import append, merge_parts, step, work
 
     source = (ROOT / "cute_kernels" / "runtime" / "launch.cpp").read_text()
     lists = re.findall(r"void\* arguments\[\] = \{(.*?)\};", source, re.DOTALL)
@@ -502,7 +502,7 @@ def test_launches_pass_the_parameters_of_the_kernels_in_their_order():
         [name.removesuffix("_bytes").replace("num_items", "items") for name in re.findall(r"&(?:\w\.)?(\w+)", x)]
         for x in lists
     )
-    assert decode == list(schedule.Params._fields)
+    assert decode == list(work.Params._fields)
     assert of_append == list(append.Params._fields)
     assert merge == list(merge_parts.Params._fields)
     assert [*decode, *more[:-1]] == list(step.Params._fields[:-1])
