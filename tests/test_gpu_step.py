@@ -50,6 +50,14 @@ def test_query_columns(name: str, group: int, q_len: int) -> None:
     check_steps(128, spec, on_gpu(spec), heads=2, group=group, steps=[q_len] * 4, recent=10, num_sink=4, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["kv4", "k4v2", "kv2", "kc4"])
+def test_values_beyond_the_limit(name: str, dtype: torch.dtype) -> None:
+    spec, _ = bd.preset(name, 128)
+    options = dict(heads=3, group=1, recent=10, num_sink=4, dtype=dtype, hostile=True)
+    check_steps(128, spec, on_gpu(spec), steps=[1, 5, 8], **options)
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_many_sequences(seed: int) -> None:
     """So many that a CTA has several pieces, and blocks of some of them get full in a step."""

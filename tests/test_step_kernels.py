@@ -24,12 +24,14 @@ from torch import Tensor
 import bitdecoding as bd
 
 CLIPS = {"minmax": 1.0, "mse": 0.0}
-# preset, head_dim, arch, query columns of a KV head: kernels of the manifest, and one with cp.async
+# preset, head_dim, arch, query columns of a KV head: kernels of the manifest, one with cp.async, and one that fetches
+# the rows of five new tokens in two turns
 CASES = [
     ("kc4", 128, "sm90a", 4),
     ("kv4", 128, "sm90a", 8),
     ("kc2", 64, "sm80", 4),
     ("kv2", 128, "sm90a", 4),
+    ("kv4", 256, "sm90a", 8),
 ]
 
 
@@ -111,6 +113,10 @@ def execute(
         (0, 3, [1], {"heads": 2}),
         # the same, and rows of the second piece after that are kept before the ring has taken all of the first one
         (0, 3, [1], {"lengths": [255, 1300, 1300, 1300], "pages": [2, 11, 11, 11]}),
+        # new rows with values beyond the limit and NaN
+        (1, 4, [3], {"recent": 40, "num_sink": 4, "hostile": True}),
+        (4, 3, [5], {"recent": 1, "lengths": [125, 3], "pages": [2, 1], "hostile": True}),
+        (4, 2, [6], {"lengths": [126], "pages": [2], "dtype": torch.bfloat16}),
     ],
 )
 def test_steps(n: int, grid: int, steps: list[int], options: dict) -> None:
