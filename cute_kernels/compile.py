@@ -88,11 +88,11 @@ def _compile(config: KernelConfig) -> Compiled:
     from cutlass import Int32, Uint8, cute
     from cutlass.cute.runtime import make_ptr
 
-    from . import append, decode, merge_parts, step, tiles, wide, work
+    from . import append, append_work, decode, merge_parts, step, tiles, wide, work
 
     of_plan = {Plan: decode.DecodeKernel, WidePlan: wide.WideKernel, TilePlan: tiles.TileKernel}
     kernel, params = {
-        "append": (append.AppendKernel, append.Params),
+        "append": (append.AppendKernel, append_work.Params),
         "decode": (of_plan.get(type(plan_of(config))), work.Params),
         "step": (decode.DecodeKernel, step.Params),
         "merge": (merge_parts.MergePartsKernel, merge_parts.Params),

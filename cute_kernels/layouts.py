@@ -40,6 +40,7 @@ from .checks import check_one_of
 
 FORMAT_VERSION = 1
 BLOCK_TOKENS = 128
+BLOCK_SHIFT = BLOCK_TOKENS.bit_length() - 1
 TILE = 16  # rows and columns of an A tile of m16n8k16
 SLICE_TOKENS = 2 * TILE  # two token tiles share vectors
 NUM_SLICES = BLOCK_TOKENS // SLICE_TOKENS

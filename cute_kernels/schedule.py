@@ -11,9 +11,9 @@ import cutlass
 from cutlass import Boolean, Int32, Int64, cute, range_constexpr
 
 from . import ptx
-from .layouts import BLOCK_TOKENS, LANES
+from .layouts import BLOCK_SHIFT, BLOCK_TOKENS, LANES
 from .plan import Plan
-from .work import BLOCK_SHIFT, Params, Piece, Sequence, blocks_due
+from .work import Params, Piece, Sequence, blocks_due
 
 FEW_CTAS = 4  # to a piece: then a piece of two rounds of the consumers stays whole; else of one
 LATE_CTAS = 4  # the last to be launched

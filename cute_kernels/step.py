@@ -14,18 +14,19 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Int32, Int64, cute
 
-from . import append, ptx, work
-from .append import AppendKernel, Job, load_job, store_job
+from . import append_work, ptx, work
+from .append import AppendKernel
 from .append_plan import VECTOR
-from .layouts import BLOCK_TOKENS, LANES
+from .append_work import OPERANDS, Item, Job, load_job, store_job
+from .layouts import BLOCK_SHIFT, BLOCK_TOKENS, LANES
 from .plan import CONSUMER_BARRIER, FETCHES, Plan
 from .schedule import Schedule
-from .work import BLOCK_SHIFT, Piece, blocks_due, load_piece
+from .work import Piece, blocks_due, load_piece
 
 COUNTED = 2  # by a CTA: its producer, and its other warps
 # The parameters of decode, those of append that it lacks, and where is counted: i32, zero between launches. The order
 # is the launch ABI of the C++ core.
-_FIELDS = work.Params.__annotations__ | append.Params.__annotations__ | {"counter": cute.Pointer}
+_FIELDS = work.Params.__annotations__ | append_work.Params.__annotations__ | {"counter": cute.Pointer}
 Params = NamedTuple("Params", list(_FIELDS.items()))
 
 
@@ -42,20 +43,20 @@ class Step:
 
     def lane_row(self, p: Params, lane: Int32, first: Int32) -> tuple:
         """(token, operand) of the lane's row from row ``first`` on, of the last one beyond it; whether it exists."""
-        x, last = first + self.append.spread(lane)[0], p.q_len * append.OPERANDS - 1
+        x, last = first + self.append.spread(lane)[0], p.q_len * OPERANDS - 1
         exists, x = x <= last, cutlass.min(x, last)
-        return x // append.OPERANDS, x % append.OPERANDS, exists
+        return x // OPERANDS, x % OPERANDS, exists
 
     @cute.jit
     def fetch_rows(self, p: Params, smem: Int32, lane: Int32, b: Int32, head: Int32, first: Int32):
         """Begin to copy a piece's new rows from row ``first`` on to shared memory, as many as fit."""
         _, part, _ = self.append.spread(lane)
         ptx.wait_for_copies()  # they may be other rows, for the same place
-        end = cutlass.min(first + FETCHES * self.append.plan.spread_rows, p.q_len * append.OPERANDS)
+        end = cutlass.min(first + FETCHES * self.append.plan.spread_rows, p.q_len * OPERANDS)
         place = smem + self.plan.fetched_at + lane * VECTOR
         for at in cutlass.range(first, end, self.append.plan.spread_rows, unroll=1):
             token, operand, _ = self.lane_row(p, lane, at)
-            item = append.Item(b=b, head=head, operand=operand, share=Int32(0))
+            item = Item(b=b, head=head, operand=operand, share=Int32(0))
             ptx.copy16(place, self.append.new_row(p, item, token) + Int64(part), 0)
             place += LANES * VECTOR
 
@@ -70,7 +71,7 @@ class Step:
         attended = (piece.end_chunk - piece.sink_chunks) * self.plan.chunk  # of the tail
         attends = (piece.end_chunk > piece.first_chunk) & ((attended > old) | (to_sink > 0))
         if (piece.columns > 0) & attends & (old >= 0):  # it is, unless lengths are inconsistent
-            rows, step = p.q_len * append.OPERANDS, self.append.plan.spread_rows
+            rows, step = p.q_len * OPERANDS, self.append.plan.spread_rows
             place = smem + self.plan.fetched_at + lane * VECTOR
             at = place
             for first in cutlass.range(0, rows, step, unroll=1):
@@ -118,12 +119,12 @@ class Step:
         place = self.append.place(at, member, lane)
         kept = p._replace(rotate_k=Int32(0), rotate_v=Int32(0))  # as the tail is, already
         skipped = cutlass.select_(first.columns > 0, Int32(0), Int32(1))  # another CTA has its end
-        x = (first.b * p.num_kv_heads + first.head + skipped) * append.OPERANDS + team
-        end = (last.b * p.num_kv_heads + last.head + ends) * append.OPERANDS
+        x = (first.b * p.num_kv_heads + first.head + skipped) * OPERANDS + team
+        end = (last.b * p.num_kv_heads + last.head + ends) * OPERANDS
         if team >= self.plan.teams:
             end = x
         while x < end:
-            piece = x // append.OPERANDS
+            piece = x // OPERANDS
             b = piece // p.num_kv_heads
             seq = self.schedule.sequence(p, b)
             blocks, column = blocks_due(p, seq.tail), seq.packed >> BLOCK_SHIFT
@@ -131,7 +132,7 @@ class Step:
                 ptx.sync_team(plan.barrier, plan.threads)  # the job before is done
                 if (member == 0) & (lane == 0):
                     head = piece - b * p.num_kv_heads
-                    operand = x - piece * append.OPERANDS
+                    operand = x - piece * OPERANDS
                     zero = Int32(0)
                     store_job(at + plan.jobs_at, self.job(b, head, operand, zero, zero, seq.tail, column, blocks))
                 ptx.sync_team(plan.barrier, plan.threads)

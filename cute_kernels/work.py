@@ -10,9 +10,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
 from . import ptx
-from .layouts import BLOCK_TOKENS
-
-BLOCK_SHIFT = BLOCK_TOKENS.bit_length() - 1
+from .layouts import BLOCK_SHIFT, BLOCK_TOKENS
 
 
 class Params(NamedTuple):

@@ -493,7 +493,7 @@ def test_a_command_without_its_extra(monkeypatch, capsys):
 def test_launches_pass_the_parameters_of_the_kernels_in_their_order():
     """By name, as launch.cpp lists them; a driver would not see two of one size exchanged."""
     pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
-    from bitdecoding.cute_kernels import append, merge_parts, step, work
+    from bitdecoding.cute_kernels import append_work, merge_parts, step, work
 
     source = (ROOT / "cute_kernels" / "runtime" / "launch.cpp").read_text()
     lists = re.findall(r"void\* arguments\[\] = \{(.*?)\};", source, re.DOTALL)
@@ -503,7 +503,7 @@ def test_launches_pass_the_parameters_of_the_kernels_in_their_order():
         for x in lists
     )
     assert decode == list(work.Params._fields)
-    assert of_append == list(append.Params._fields)
+    assert of_append == list(append_work.Params._fields)
     assert merge == list(merge_parts.Params._fields)
     assert [*decode, *more[:-1]] == list(step.Params._fields[:-1])
     assert (more[-1], step.Params._fields[-1]) == ("workspace", "counter")
