@@ -20,7 +20,7 @@ LATE_BYTES = 80 << 10  # what an SM reads in the two microseconds that some CTAs
 # what an SM reads while it packs a block of K and V, and while it searches for its ranges, too
 PACK_BYTES, SEARCH_BYTES = 256 << 10, 768 << 10
 SLOTS = 2  # the next piece is prepared while the consumers are at a piece
-PIECE_WORDS = 20  # of a Piece (schedule.py)
+PIECE_WORDS = 20  # of a Piece (work.py)
 # warps that merge: with producer and up to 8 consumers a scheduler holds three warps, as without them, so they cost no
 # registers
 MERGE_WARPS = 3
