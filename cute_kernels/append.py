@@ -328,13 +328,8 @@ class AppendKernel:
             target = self.kept_row(p, job, p.sink_k, p.sink_v, p.num_sink, job.sinks + i)
         target += Int64(lane % ROW_LANES * VECTOR)
         if self.rotates(p, job.operand):  # all lanes: they exchange values
-            careful = ptx.any_lane(self.rows.any_beyond_small(p, row))  # else no limit is reached
-            rotated = row
-            if careful:
-                rotated = self.rows.limited(p, place, rotated)
-            rotated = self.rows.rotated(p, rotated, lane, [1, 2])
-            if careful:
-                rotated = self.rows.limited(p, place, rotated)
+            limited = lambda x: self.rows.limited(p, place, x)  # noqa: E731
+            rotated = self.rows.limited_and_rotated(p, row, lane, [1, 2], limited)
             row = [
                 [cutlass.select_(is_new, new, old) for new, old in zip(*both, strict=True)]
                 for both in zip(rotated, row, strict=True)

@@ -28,7 +28,7 @@ from .merge import Merge
 from .plan import BARRIER_BYTES, CONSUMER_BARRIER, MERGE_WARPS, SLOTS, Plan
 from .rows import stage_row
 from .schedule import Schedule, nothing
-from .work import Params, Sequence, load_field, load_piece, token_row, tokens_of
+from .work import Params, Sequence, load_field, load_piece, token_row, token_stride, tokens_of
 
 COPY_BYTES = 16  # of one cp.async
 MAX_WINDOW = 1 << 30  # more than any length; positions minus a window stay within 32 bits
@@ -222,7 +222,7 @@ class DecodeKernel:
         vectors = 2 * self.plan.head_dim // (ROW_LANES * VECTOR)
         k, v, capacity, token, held, position = tokens_of(p, seq, chunk, self.plan.chunk)
         part = lane % ROW_LANES * VECTOR
-        step = p.num_kv_heads * (2 * self.plan.head_dim)  # from a token to the next
+        step = token_stride(p, self.plan.head_dim)
         first = token_row(p, b, head, capacity, Int32(0), self.plan.head_dim) + cutlass.Int64(part)
         k, v = k + first, v + first
         place = target + lane // ROW_LANES * (2 * rows(1, 0, 0)) + part

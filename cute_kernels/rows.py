@@ -79,15 +79,19 @@ class Rows:
         """A row of which each lane has one vector, conditioned and rotated: a quarter of a row's instructions, which a
         warp that comes by seldom has to fetch.
         """
-        careful = ptx.any_lane(self.any_beyond_small(p, [vector]))  # else no limit is reached
-        rotated = vector
+        masks = ptx.LANE_BITS[: (2 * self.plan.hadamard // VECTOR).bit_length() - 1]
+        return self.limited_and_rotated(p, [vector], lane, masks, lambda row: [self.conditioned(p, x) for x in row])[0]
+
+    @cute.jit
+    def limited_and_rotated(self, p, row: list, lane: Int32, masks: list, limited):
+        """A row through ``rotated``, and before and after through ``limited``, if a limit is reached."""
+        careful = ptx.any_lane(self.any_beyond_small(p, row))  # else none is
         if careful:
-            rotated = self.conditioned(p, rotated)
-        masks = [1 << i for i in range((self.plan.hadamard * 2 // VECTOR).bit_length() - 1)]
-        rotated = self.rotated(p, [rotated], lane, masks)[0]
+            row = limited(row)
+        row = self.rotated(p, row, lane, masks)
         if careful:
-            rotated = self.conditioned(p, rotated)
-        return rotated
+            row = limited(row)
+        return row
 
     def any_beyond_small(self, p, row: list) -> Boolean:
         """Whether one of the values is NaN or larger than SMALL."""

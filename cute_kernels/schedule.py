@@ -67,7 +67,8 @@ class Place(NamedTuple):
 
 def nothing(lane: Int32) -> tuple:
     """Of the types that :meth:`Schedule.begin` returns."""
-    return Place(*[lane] * 5), lane, Sequence(*[lane] * 8), Shares(*[lane] * 5), lane
+    place, seq, shares = (kind(*[lane] * len(kind._fields)) for kind in (Place, Sequence, Shares))
+    return place, lane, seq, shares, lane
 
 
 def quotient(x: Int32, divisor: Int32) -> Int32:

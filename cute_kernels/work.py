@@ -138,3 +138,8 @@ def tokens_of(p: Params, piece: Piece | Sequence, chunk: Int32, size: int):
 def token_row(p: Params, b: Int32, head: Int32, capacity: Int32, token: Int32, head_dim: int) -> Int64:
     """Byte of a token's row in a buffer of 16-bit tokens, of ``capacity`` for each sequence."""
     return (Int64(b * capacity + token) * p.num_kv_heads + head) * (2 * head_dim)
+
+
+def token_stride(p: Params, head_dim: int) -> Int32:
+    """Bytes from there to the next token's row."""
+    return p.num_kv_heads * (2 * head_dim)
