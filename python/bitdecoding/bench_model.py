@@ -105,8 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what torch.compile sees at once: a layer (seconds), the whole model (a minute each), or nothing"
     ))  # fmt: skip
     parser.add_argument("--inductor", nargs="*", default=[], metavar="OPTION", help=(
-        "options of torch._inductor.config to switch on for every candidate: "
-        "coordinate_descent_tuning searches for the fastest products, combo_kernels does several in one kernel"
+        "options of torch._inductor.config to switch on (or NAME=NUMBER) for all candidates: coordinate_descent_tuning "
+        "searches for the fastest products, combo_kernels does several in one kernel, triton.enable_pdl starts early"
     ))  # fmt: skip
     parser.add_argument("--steps", type=integers(1), default=16, help="of a round (default: %(default)s)")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
@@ -126,23 +126,31 @@ def run(args: argparse.Namespace) -> int:
     ):
         if max(values) > most:
             raise InvalidArgument(f"{option} {max(values)}: allowed are integers from 1 to {most}")
-    known = torch._inductor.config.get_config_copy()
-    for option in args.inductor:
-        if not isinstance(known.get(option), bool):
-            raise InvalidArgument(
-                f"--inductor {option}: allowed are names of torch._inductor.config that are on or off"
-            )
+    inductor = dict(map(inductor_option, args.inductor))
     if device.type != "cuda" and "largest" in args.batches:
         raise InvalidArgument("--batches largest: needs a GPU")
     if args.steps * (ROUNDS + 1) + WARM_UP > ROOM:
         raise InvalidArgument(f"--steps {args.steps}: allowed are 1 to {(ROOM - WARM_UP) // (ROUNDS + 1)}")
     make_folder("--out", args.out)
-    with torch.no_grad(), torch._inductor.config.patch(dict.fromkeys(args.inductor, True)):
+    with torch.no_grad(), torch._inductor.config.patch(inductor):
         report = measure(args, policies, device)
     print(format_table(report))
     plot(report).savefig(args.out / "bench-model.png", dpi=160)
     print(f"\nwrote {args.out / 'bench-model.json'} and {args.out / 'bench-model.png'}")
     return 0
+
+
+def inductor_option(word: str) -> tuple[str, bool | int]:
+    """NAME or NAME=NUMBER -> an option of torch._inductor.config and its value."""
+    name, _, number = word.partition("=")
+    options = torch._inductor.config.get_config_copy()
+    if isinstance(options.get(name), bool) and "=" not in word:
+        return name, True
+    if name in options and type(options[name]) in (int, type(None)) and number.isdecimal():
+        return name, int(number)
+    raise InvalidArgument(
+        f"--inductor {word}: allowed are names of torch._inductor.config that are on or off, and NAME=NUMBER of others"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
@@ -335,6 +343,7 @@ class _OneLayer:
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
+        layer.counts = False  # our first layer counts tokens for all; then it would be compiled by itself
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self.layer.update(k, v, *args, **kwargs)
