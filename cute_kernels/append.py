@@ -4,7 +4,7 @@ pages; all is decided on the device from the lengths.
 An *item* is K or V of one KV head of a sequence, and a share of its blocks: item 0 of several copies the 16-bit tokens
 and packs the blocks that begin in the old tail, the others pack one block of new tokens each. Quantising, an item is a
 block. A CTA takes up to four items:
-    warp w      loads the first new rows of item w
+    warp w      loads the first new rows of item w, spread over its lanes
     warp 0      meanwhile finds out what is to be done for the items (Job), a lane each, from the lengths and the table;
                 items count as arrived: the last of a sequence to do so advances its lengths, as all have read them
     warp w      stores the rows, if item w has no block to pack and no more than these
@@ -23,6 +23,7 @@ from .append_work import ANY_AT, OPERANDS, TODO_AT, Item, Job, Params, load_job,
 from .encode import Encoder
 from .layouts import BLOCK_SHIFT, BLOCK_TOKENS, LANES
 from .rows import LIMIT, SMALL, Rows, stage_row
+from .work import token_row
 
 
 class AppendKernel:
@@ -58,7 +59,6 @@ class AppendKernel:
         exists = (lane < self.plan.warps) & (x < items)
         item = self.item(p, cutlass.min(x, items - 1))
         own = Item(*[ptx.shuffle(value, warp) for value in item])
-        row_at = self.new_row(p, own, lane // ROW_LANES) + Int64(lane % ROW_LANES * VECTOR)
         lengths_at = self.lengths_at(p, item.b)
         # where the lane has its vectors of a row, those of a staged block and others
         place = self.place(smem, warp, lane)
@@ -75,13 +75,13 @@ class AppendKernel:
             if cutlass.const_expr(self.plan.programmatic):
                 if real:
                     ptx.wait_for_previous_kernel()
-            row = self.first_row(p, own, row_at, lane)
+            vectors = self.first_rows(p, own, lane)
             if warp == 0:
                 before = self.begin(p, jobs, item, exists, lengths_at, real, lane)
             cute.arch.sync_threads()
             job = load_job(jobs + warp * JOB_BYTES)
             if (job.todo == 0) & (job.copies > 0):
-                self.keep(p, place, job, lane // ROW_LANES, (lane // ROW_LANES < job.copies) & real, row, lane)
+                self.keep_first(p, job, vectors, real, lane)
             if rehearsals == 1:
                 cute.arch.sync_threads()  # as the jobs will be written again
             rehearsals -= 1
@@ -133,17 +133,30 @@ class AppendKernel:
         return [x + Int64(b) * 4 for x in (p.seqlens.toint(), p.packed_lens.toint(), counts)]
 
     @cute.jit
-    def first_row(self, p: Params, item: Item, row_at: Int64, lane: Int32):
+    def first_rows(self, p: Params, item: Item, lane: Int32):
         """The lane's vectors of the first rows of new tokens, which nearly always are what there is to copy: loaded
-        before the lengths are known. row_at: where they are, but for cu_seqlens.
+        before the lengths are known.
         """
-        row = [[Int32(0)] * 4 for _ in range(self.plan.vectors)]
+        row, part, _ = self.spread(lane)
+        vectors = [[Int32(0)] * 4 for _ in range(0, WARP_ROWS, self.plan.spread_rows)]
         if (p.pack_all == 0) & (item.share == 0):
             start, count = self.new_tokens(p, item.b)
-            if lane // ROW_LANES < count:
-                row_at += Int64(start) * p.new_token_stride
-                row = self.load_row(row_at)
-        return row
+            for j in range_constexpr(len(vectors)):
+                i = row + j * self.plan.spread_rows
+                if i < count:
+                    vectors[j] = ptx.load_global(self.new_row(p, item, start + i) + Int64(part), 4, cache="cg")
+        return vectors
+
+    @cute.jit
+    def keep_first(self, p: Params, job: Job, vectors: list, real: Boolean, lane: Int32):
+        """Store the rows that were loaded first, if it is for real."""
+        row, _, _ = self.spread(lane)
+        first = Int32(0)
+        while first < job.copies:
+            i = first + row
+            self.keep_spread(p, job, i, (i < job.copies) & real, vectors[0], lane)
+            vectors = [*vectors[1:], vectors[0]]
+            first += self.plan.spread_rows
 
     def place(self, rows: Int32, warp: Int32, lane: Int32) -> Int32:
         """Where a lane has its vectors of the first row that it copies of those in shared memory."""
@@ -286,11 +299,19 @@ class AppendKernel:
 
     def kept_row(self, p: Params, job: Job, k: cute.Pointer, v: cute.Pointer, capacity: Int32, token: Int32) -> Int64:
         """Address of a row of tail or sinks."""
-        row = (Int64(job.b) * capacity + token) * p.num_kv_heads + job.head
-        return self.of_operand(job.operand, k.toint(), v.toint()) + row * (2 * self.plan.head_dim)
+        row = token_row(p, job.b, job.head, capacity, token, self.plan.head_dim)
+        return self.of_operand(job.operand, k.toint(), v.toint()) + row
 
     def tail_row(self, p: Params, job: Job, token: Int32) -> Int64:
         return self.kept_row(p, job, p.tail_k, p.tail_v, p.tail_capacity, token)
+
+    @cute.jit
+    def target_row(self, p: Params, job: Job, i: Int32, token: Int32):
+        """Where copy i belongs; token: of the tail, if it is not to the sinks."""
+        target = self.tail_row(p, job, token)
+        if i < job.to_sink:
+            target = self.kept_row(p, job, p.sink_k, p.sink_v, p.num_sink, job.sinks + i)
+        return target
 
     def stream_row(self, p: Params, job: Job, token: Int32) -> Int64:
         """Address of a token of the stream."""
@@ -321,12 +342,8 @@ class AppendKernel:
     def keep(self, p: Params, place: Int32, job: Job, i: Int32, inside: Boolean, row: list, lane: Int32):
         """Store the lane's vectors of copy i, if it is one: a new row after rotation."""
         token = self.kept_token(job, i)
-        target = self.tail_row(p, job, token - job.blocks * BLOCK_TOKENS)
-        is_new = token >= job.old
-        if i < job.to_sink:
-            is_new = Boolean(True)
-            target = self.kept_row(p, job, p.sink_k, p.sink_v, p.num_sink, job.sinks + i)
-        target += Int64(lane % ROW_LANES * VECTOR)
+        is_new = (token >= job.old) | (i < job.to_sink)
+        target = self.target_row(p, job, i, token - job.blocks * BLOCK_TOKENS) + Int64(lane % ROW_LANES * VECTOR)
         if self.rotates(p, job.operand):  # all lanes: they exchange values
             limited = lambda x: self.rows.limited(p, place, x)  # noqa: E731
             rotated = self.rows.limited_and_rotated(p, row, lane, [1, 2], limited)
@@ -348,9 +365,7 @@ class AppendKernel:
     def keep_spread(self, p: Params, job: Job, i: Int32, inside: Boolean, vector: list, lane: Int32):
         """Store new row i, of which the lane has a vector, behind the sinks or the tail, rotated if need be."""
         _, part, has_own = self.spread(lane)
-        target = self.tail_row(p, job, job.old + i - job.to_sink)
-        if i < job.to_sink:
-            target = self.kept_row(p, job, p.sink_k, p.sink_v, p.num_sink, job.sinks + i)
+        target = self.target_row(p, job, i, job.old + i - job.to_sink)
         if (p.rotate_k == 1) | (p.rotate_v == 1):  # all lanes: they exchange values
             rotates = self.rotates(p, job.operand)
             rotated = self.rows.rotated_spread(p, vector, lane)

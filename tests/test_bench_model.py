@@ -25,7 +25,7 @@ def arguments(*words):
 
 def test_command(tmp_path, capsys):
     words = ("--lengths", "300", "--policies", "kv4", "--batches", "2", "--compile", "no", "--steps", "1")
-    words += ("--inductor", "combo_kernels", "realize_opcount_threshold=4")
+    words += ("--searches", "2", "--inductor", "combo_kernels", "realize_opcount_threshold=4")
     assert bench_model.run(arguments(*words, "--out", str(tmp_path / "new"))) == 0
     report = json.loads((tmp_path / "new" / "bench-model.json").read_text())
     assert [row["candidate"] for row in report["rows"]] == ["transformers", "sdpa", "kv4"]
@@ -35,6 +35,7 @@ def test_command(tmp_path, capsys):
     assert plain["bits_per_value"] == pytest.approx(32, rel=0.01)  # the model is fp32 on a CPU
     policy = QuantPolicy("kv4")
     assert ours["bits_per_value"] == pytest.approx(policy.bits_per_value(2, 64, 300))
+    assert all(len(row["searches_ms"]) == 2 and row["ms"] == min(row["searches_ms"]) for row in report["rows"])
     assert all(row["ms"] > 0 and row["over_floor"] > 1 for row in report["rows"])
     config = LlamaConfig(**bench_model.SHAPES["tiny"])
     assert plain["cache_bytes"] == 2 * 2 * bench_model.sequence_bytes(config, None, 300 + bench_model.ROOM)
@@ -78,6 +79,7 @@ def test_steps_are_the_models():
     (("--batches", "0"), "--batches 0"),
     (("--policies", "kv5"), "kv5"),
     (("--steps", "1000"), "--steps 1000"),
+    (("--steps", "40", "--searches", "3"), "--steps 40: with --searches 3 allowed are 1 to 27"),
     (("--inductor", "combos"), "--inductor combos"),
     (("--inductor", "max_fusion_size"), "--inductor max_fusion_size"),
     (("--inductor", "combo_kernels=1"), "--inductor combo_kernels=1"),

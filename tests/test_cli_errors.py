@@ -37,6 +37,7 @@ CASES = {  # a command with its other arguments -> option -> values
         "--rivals": ("x",),
         "--compile": ("x",),
         "--inductor": ("x",),
+        "--searches": (*NUMBERS, "1000"),
         "--steps": (*NUMBERS, "1000"),
         "--shape": ("x",),
         "--batches": (*NUMBERS, "largest", "99999999"),

@@ -215,15 +215,18 @@ Status check_max_pages(std::int32_t max_pages) {
   return fail(Status::invalid_argument, "max_pages=", max_pages, ": allowed are 0 to ", kMaxPages);
 }
 
-constexpr int kQueryBits = 31;  // what kernels count in 32 bits
+constexpr int kCountBits = 31;  // what kernels count in 32 bits: query rows, and a head's 16-bit tokens
 constexpr int kTokenBits = 48;  // tensors whose size in bytes has room in 64 bits
 
 // The sizes of tail and sinks.
 template <typename Params>
 Status check_kept(const Params& p) {
   const Extent batch{"batch", p.batch}, num_kv_heads{"num_kv_heads", p.num_kv_heads};
-  BITDECODING_TRY(check_rows("tail_k", {batch, {"tail_capacity", p.tail_capacity}, num_kv_heads}, kTokenBits));
-  return check_rows("sink_k", {batch, {"num_sink", p.num_sink}, num_kv_heads}, kTokenBits);
+  const Extent tail{"tail_capacity", p.tail_capacity}, sink{"num_sink", p.num_sink};
+  BITDECODING_TRY(check_rows("tail_k", {batch, tail}, kCountBits));
+  BITDECODING_TRY(check_rows("sink_k", {batch, sink}, kCountBits));
+  BITDECODING_TRY(check_rows("tail_k", {batch, tail, num_kv_heads}, kTokenBits));
+  return check_rows("sink_k", {batch, sink, num_kv_heads}, kTokenBits);
 }
 
 // How many pages a stride may be multiplied by.
@@ -303,18 +306,18 @@ std::int64_t append_items(const AppendParams& p) {
   return 1 + p.new_tokens / kBlockTokens;
 }
 
-// CTAs of an append or quantise of num_items in all. An append that would not fit on the device at once, one item per
-// CTA, and is not so large that this does not matter, is dealt evenly: most of its items are a few rows to copy.
+// CTAs of an append or quantise of num_items in all. An item that is a block has its own. Most others are a few rows to
+// copy: no more CTAs than leave room for those of the next append, which start before these end.
 std::int64_t append_grid(const Kernel& kernel, const DeviceInfo& info, const AppendParams& p, std::int64_t num_items) {
   constexpr std::int64_t kItemsOfCta = 4;  // at most, one per warp of the kernel
   constexpr std::int64_t kRegisters = 65536;
   constexpr std::int64_t kCtaSmem = 1024;  // that the driver reserves
-  if (p.pack_all != 0) return num_items;
+  if (p.pack_all != 0 || append_items(p) > 1 || num_items <= info.num_sms) return num_items;
   const std::int64_t by_smem = (smem_limit(info.arch) + kCtaSmem) / (kernel.smem + kCtaSmem);
   const std::int64_t by_registers = kRegisters / std::max(kernel.regs * kernel.threads, 1);
-  const std::int64_t resident = info.num_sms * std::max<std::int64_t>(std::min(by_smem, by_registers), 1);
-  const std::int64_t per_cta = (num_items + resident - 1) / resident;
-  return per_cta > kItemsOfCta ? num_items : (num_items + per_cta - 1) / per_cta;
+  const std::int64_t half = std::max<std::int64_t>(info.num_sms * std::min(by_smem, by_registers) / 2, 1);
+  const std::int64_t per_cta = std::clamp<std::int64_t>((num_items + half - 1) / half, 2, kItemsOfCta);
+  return (num_items + per_cta - 1) / per_cta;
 }
 
 // Launches a kernel of kind=decode, or of another kind with more parameters behind decode's; these are valid.
@@ -396,7 +399,7 @@ Status validate_params(const DecodeParams& p) {
   BITDECODING_TRY(not_negative("tail_capacity", p.tail_capacity));
   BITDECODING_TRY(not_negative("num_sink", p.num_sink));
   BITDECODING_TRY(
-      check_rows("q", {{"batch", p.batch}, {"q_len", p.q_len}, {"num_q_heads", p.num_q_heads}}, kQueryBits));
+      check_rows("q", {{"batch", p.batch}, {"q_len", p.q_len}, {"num_q_heads", p.num_q_heads}}, kCountBits));
   BITDECODING_TRY(check_kept(p));
   BITDECODING_TRY(vectors("q", p.q));
   BITDECODING_TRY(vectors("out", p.out));

@@ -135,6 +135,10 @@ static void decode(void) {
   wide.num_q_heads = wide.num_kv_heads = 1 << 20;
   wide.num_sink = 1 << 30;
   REJECTED(bitdecoding_decode_cpu(&quant, &wide, 1), "sink_k: batch=1, num_sink=1073741824, num_kv_heads=1048576");
+  bitdecoding_decode_params many = p;
+  many.batch = 4;
+  many.tail_capacity = 1 << 29;
+  REJECTED(bitdecoding_decode_cpu(&quant, &many, 1), "tail_k: batch=4, tail_capacity=536870912: allowed are less than");
   WITH(block_table, NULL, "block_table: is null");
   WITH(block_table, bad_table, "block_table[0, 1]=2: allowed are 0 to 1");
   WITH(seqlens, NULL, "seqlens: is null");
