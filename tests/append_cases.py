@@ -15,7 +15,8 @@ BATCH, HEADS = 3, 2
 SLACK = 5  # tail slots more than needed
 # new tokens, and how many of them count for each sequence; borders of blocks, with one sequence out of pages in the end
 STEPS = [
-    (1, None), (127, (127, 126, 0)), (1, None), (3, (0, 2, 3)), (128, None), (129, (129, 1, 129)), (300, (0, 300, 7)),
+    (1, None), (127, (127, 126, 0)), (1, None), (3, (0, 2, 3)), (8, (8, 5, 7)), (128, None), (129, (129, 1, 129)),
+    (300, (0, 300, 7)),
 ]  # fmt: skip
 
 
