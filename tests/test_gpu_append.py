@@ -157,6 +157,19 @@ def test_cache_holds_the_bytes_of_the_cpu(name: str) -> None:
         assert_same_bytes(on_gpu, on_cpu)
 
 
+@pytest.mark.parametrize("batch", [70, 200, 700])
+def test_many_sequences(batch: int) -> None:
+    """Thread blocks have up to four items, and for some of them blocks get full."""
+    on_cpu, on_gpu = caches("kv4", 64, batch, max_tokens=300, recent=0)
+    generator = torch.Generator().manual_seed(batch)
+    for step in (130, 1, 8, 1):
+        k, v = torch.randn(2, batch, step, 2, 64, generator=generator).half()
+        lengths = torch.randint(max(0, step - 10), step + 1, (batch,), generator=generator).tolist()
+        for cache in (on_cpu, on_gpu):
+            cache.append(k.to(cache.device), v.to(cache.device), lengths)
+        assert_same_bytes(on_gpu, on_cpu)
+
+
 def test_exhausted_pages_leave_the_cache_usable() -> None:
     for cache in caches("kv4", 64, 2, recent=0, sink_tokens=0, num_pages=2):
         k, v = (
