@@ -254,7 +254,7 @@ def measure_shape(
     caches = [LowBitCache(name, shape, report.head_dim, dtype, device) for name in presets]
     errors: list[float | None] = [cache.error() for cache in caches]
     for cache, error in zip(caches, errors, strict=True):
-        if not error < MAX_ERROR:
+        if error is None or not error < MAX_ERROR:
             raise BitDecodingError(f"{cache.name} on {shape}: relative error {error:.1e} against fp32, not timed")
     candidates = [cache.candidate() for cache in caches]
     kernels = {cache.name: cache.kernel for cache in caches}

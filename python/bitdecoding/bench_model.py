@@ -314,7 +314,7 @@ def filled_cache(model: PreTrainedModel, policy: QuantPolicy, batch: int, tokens
         packed = kv.policy.packed_len(tokens, 0)
         kv._write_lengths([tokens] * batch, [packed] * batch)
         layer.empty, layer.begun = False, True
-    cache._shared.length.fill_(tokens)
+    cache._shared.count(tokens, model.device)
     return cache
 
 

@@ -393,7 +393,7 @@ class KVCache:
             ops.check_tensor("out", out, (self.dtype,), **dict(extents))
             options = options | {"out": out[:0]}
         names = ("block_table", "seqlens", "packed_lens", "tail_k", "tail_v", "sink_k", "sink_v")
-        none = {name: None if (x := getattr(self, name)) is None else x[:0] for name in names}
+        none: dict[str, Any] = {name: None if (x := getattr(self, name)) is None else x[:0] for name in names}
         ops.decode(q[:0], self.pages, spec=self.quant, **none, **options)
 
     def _spec(self) -> QuantSpec | str:
@@ -619,9 +619,9 @@ class KVCache:
         cache._write_table(list(range(batch_size)))
         _scatter(cache.tail_k, tail_k, tails)
         _scatter(cache.tail_v, tail_v, tails)
-        if cache.sink_k is not None and cache.sink_v is not None:
-            _scatter(cache.sink_k, sink_k, sinks)
-            _scatter(cache.sink_v, sink_v, sinks)
+        for own, saved in ((cache.sink_k, sink_k), (cache.sink_v, sink_v)):
+            if own is not None and saved is not None:
+                _scatter(own, saved, sinks)
         cache._write_lengths(lens, packed)
         return cache
 

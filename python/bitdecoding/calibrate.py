@@ -149,7 +149,7 @@ def _divergences(model: PreTrainedModel, ids: Tensor, policies: list[QuantPolicy
         for layer in cache.layers:
             if int(layer.kv.seqlens[0]) > half:
                 layer.crop(half - total)
-        cache._shared.length.fill_(half)
+        cache._shared.count(half, ids.device)
 
     reference = log_probs()
     rewind()
@@ -159,7 +159,7 @@ def _divergences(model: PreTrainedModel, ids: Tensor, policies: list[QuantPolicy
             k, v = plain.kv.tail_k[:, :half], plain.kv.tail_v[:, :half]
             for j, policy in enumerate(policies):
                 wanted = policy.resolve(len(cache.layers), plain.kv.head_dim)[i]
-                layer = BitDecodingLayer(*wanted, total, i, cache._shared)
+                layer: Any = BitDecodingLayer(*wanted, total, i, cache._shared)
                 layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
                 layer.kv.append(k, v)
                 layer.empty, layer.begun = False, True

@@ -68,7 +68,7 @@ def append(
         due_pages += block_table[b, packed_len // BLOCK_TOKENS : packed_after[b] // BLOCK_TOKENS].tolist()
         for x_new, x_sink, x_tail, due in ((k_new, sink_k, tail_k, due_k), (v_new, sink_v, tail_v, due_v)):
             new = x_new[b, : lengths[b]]
-            if to_sink:
+            if x_sink is not None and to_sink:
                 x_sink[b, sinks : sinks + to_sink] = new[:to_sink]
             new = new[to_sink:]
             if packing:

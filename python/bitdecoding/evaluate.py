@@ -272,6 +272,7 @@ def score(
     texts, tokens = ids.shape
     scored = tokens - 1 - scored_from
     loss, kl, same = (torch.zeros(texts, scored, device=ids.device) for _ in range(3))
+    known = None if reference is None else reference.log_probs
     log_probs = None
     for start, end in itertools.pairwise(bounds):
         keep = end - max(start, scored_from)
@@ -286,13 +287,13 @@ def score(
         part = slice(at, at + here.shape[1])
         targets = ids[:, at + scored_from + 1 :][:, : here.shape[1]]
         loss[:, part] = -here.gather(2, targets[..., None])[..., 0]
-        if reference is None:
+        if known is None:
             if log_probs is None:
                 log_probs = torch.empty(texts, scored, here.shape[2], dtype=STORED, device=ids.device)
             log_probs[:, part] = here
             same[:, part] = 1
         else:
-            there = reference.log_probs[:, part].float()
+            there = known[:, part].float()
             kl[:, part] = (there.exp() * (there - here)).sum(-1)
             same[:, part] = (there.argmax(-1) == here.argmax(-1)).float()
     return Scores(loss, kl, same, log_probs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -398,7 +399,7 @@ def step(
     without_page = _without_page(block_table, packed, after, pages.shape[0], status)
 
     cache = (pages, block_table, seqlens, packed_lens, tail_k, tail_v, spec)
-    sinks = {"sink_k": sink_k, "sink_v": sink_v}
+    sinks: dict[str, Any] = {"sink_k": sink_k, "sink_v": sink_v}
     before = seqlens.clone()
     cpu.append(k_new, v_new, *cache, **sinks, lengths=[q_len] * batch, packed_after=packed)
     try:

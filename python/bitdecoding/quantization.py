@@ -202,7 +202,7 @@ def _quantise_groups(
         scale, zero = _parameters(lo, hi, bits, symmetric)
 
     codes = _encode(x, scale, zero, bits).to(torch.uint8)
-    if valid is not None:
+    if valid is not None and exists is not None:
         codes = codes.masked_fill_(~valid, 0)
         scale, zero = scale.where(exists, 0.0), zero.where(exists, 0.0)
     return codes, scale, zero

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         parse_shapes(args.shapes),
         device_arch(args.device) if args.arch is None else args.arch,
     )
-    pack = tuned.pack_path(table)
+    pack = tuned.pack_of(table)
     load_kernels(problems, pack)
     if args.dry_run:
         print("\n".join(_listing(problems)))

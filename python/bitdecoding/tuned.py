@@ -54,10 +54,15 @@ def table_path() -> Path | None:
         return None
 
 
-def pack_path(table: Path | None = None) -> Path | None:
-    """Where the kernels are that were compiled for a table (default: the one in use) from these sources."""
-    table = table or table_path()
-    return None if table is None else table.with_name(f"{table.stem}-{source_digest()}.bdpack")
+def pack_of(table: Path) -> Path:
+    """Where the kernels are that were compiled for a table from these sources."""
+    return table.with_name(f"{table.stem}-{source_digest()}.bdpack")
+
+
+def pack_path() -> Path | None:
+    """The same of the table in use."""
+    table = table_path()
+    return None if table is None else pack_of(table)
 
 
 def query_columns(num_q_heads: int, num_kv_heads: int, q_len: int = 1) -> int:
