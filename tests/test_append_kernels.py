@@ -153,6 +153,13 @@ def test_append(n, options, recent, num_sink, dtype, per_cta, packed) -> None:
     assert cache["status"].item() > 0, "no sequence was out of pages"
 
 
+@pytest.mark.parametrize("n", [len(FORMATS) - 4, len(FORMATS) - 3])
+def test_rows_of_other_head_dims(n) -> None:
+    """A warp has two rows of 12 vectors at once, or one of 32."""
+    cache = appends(n, spec_of(n, rotate_k=True, rotate_v=True), STEPS[:5], 0, 3, BF16, per_cta=3)
+    assert cache["seqlens"].tolist() == [137, 135, 12]
+
+
 def appends(
     n: int, spec: bd.QuantSpec, steps: list, recent: int, num_sink: int, dtype: torch.dtype, per_cta: int
 ) -> dict:
