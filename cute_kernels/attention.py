@@ -10,20 +10,18 @@ first was rounded by, or P for its sum. Shared-memory offsets all come from the 
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, Int64, Uint32, cute, range_constexpr
+from cutlass import Boolean, Float32, Int32, Uint32, cute, range_constexpr
 
 from . import ptx
 from .fragments import extract, fragments, half2_constant, matrix_row, power
 from .layouts import NUM_SLICES, SLICE_TOKENS, TILE, Section, b_order, symmetric_zero
 from .plan import Plan
-from .queries import LOG2E, read_factors, read_highs, read_tiles
+from .queries import read_factors, read_highs, read_tiles
+from .values import FIRST_MAX, HALF2_ONES, halves, soft_capped
 from .work import Params, Piece, tokens_of
 
-FIRST_MAX = -1.0e30  # running maximum before the first key: finite, so that masked scores give exp2(-inf) = 0
 RESCALE_ABOVE = 1.0  # log2: room that a raised maximum leaves below the limit of P
-HALF_MAX = 65504.0
 TILES_AT_ONCE = 8  # of 16-bit tokens that are in registers
-HALF2_ONES = 0x3C003C00
 
 
 class Query(NamedTuple):
@@ -459,44 +457,6 @@ class Attention:
             registers += ptx.load_matrices(base + 2 * rows(0, operand, TILE * c), operand == 1)
         registers = halves(p, registers)
         return [registers[i : i + 4] for i in range(0, len(registers), 4)]
-
-
-def soft_capped(scores: list, cap: Float32, factor: Float32 | None = None) -> list:
-    """cap * tanh(s / cap) of log2 scores s, or of what times ``factor`` are log2 scores, as such; lists may be nested.
-
-    tanh through exp2, since tanh.approx has 11 bits only.
-    """
-    inverse = ptx.reciprocal(cap) * 2.0  # exp2(log2 score * 2 / cap) = e^(2 s / cap)
-    if factor is None:
-        limit = cap * LOG2E
-    else:
-        inverse = inverse * factor
-        limit = ptx.reciprocal(inverse) * (2.0 * LOG2E)
-
-    def capped(x: list | Float32) -> list | Float32:
-        if isinstance(x, list):
-            return [capped(y) for y in x]
-        share = ptx.reciprocal(ptx.exp2(x * inverse) + 1.0)
-        return limit - 2.0 * limit * share
-
-    return capped(scores)
-
-
-def channel_pair(row: Int64, c: int, half: int) -> Int32:
-    """Channels 2q, 2q + 1 of half ``half`` of channel tile c of a 16-bit row; row includes the lane's 4 q bytes."""
-    return ptx.load_global(row, offset=2 * (TILE * c + 8 * half))[0]
-
-
-@cute.jit
-def halves(p: Params, registers: list):
-    """Registers of two 16-bit values of the model's dtype as fp16; bf16 beyond its range saturates."""
-    if p.bfloat16 == 1:
-        registers = [ptx.to_half2(*[saturated(x) for x in ptx.bfloat2_floats(register)]) for register in registers]
-    return registers
-
-
-def saturated(x: Float32) -> Float32:
-    return ptx.fmin(ptx.fmax(x, Float32(-HALF_MAX)), Float32(HALF_MAX))
 
 
 def rows_of(pair: list, rows_8: Int32 | None = None) -> list:

@@ -20,7 +20,7 @@ from .encode_codes import Codes
 from .encode_operand import Operand, half_value, pick
 from .encode_search import Search
 from .layouts import BLOCK_TOKENS, LANES, SLICE_TOKENS, TILE
-from .queries import floats
+from .values import floats
 
 FP32_MAX = 3.0e38
 

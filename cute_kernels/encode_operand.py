@@ -10,7 +10,7 @@ from cutlass import Float32, Int32, cute
 from . import ptx
 from .fragments import matrix_row
 from .layouts import BLOCK_TOKENS, NUM_SLICES, SLICE_TOKENS, TILE, symmetric_zero
-from .queries import floats
+from .values import floats
 
 MIN_SCALE = 2.0**-24  # these as in quantization.py
 ZERO_LIMIT = 2.0**-10

@@ -13,12 +13,13 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
-from .attention import FIRST_MAX, State
+from .attention import State
 from .layouts import LANES, TILE
 from .plan import BARRIER_BYTES, COLUMNS, MERGE_BARRIER, MERGE_WARPS, QUAD, ROWS_WARP, SLOTS, Plan
-from .queries import LOG2E, Queries, hadamard_lanes, hadamard_registers
+from .queries import Queries, hadamard_lanes, hadamard_registers
 from .schedule import Place, Schedule
 from .step import Step
+from .values import FIRST_MAX, LOG2E
 from .work import Params, Piece, Sequence, blocks_due, load_piece, store_piece
 
 STATES_AT_ONCE = 8  # results of warps that a thread holds while merging

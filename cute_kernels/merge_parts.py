@@ -11,9 +11,7 @@ from cutlass import Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from .merge_plan import THREADS, VECTOR, MergePartsPlan
-from .queries import floats
-
-LOG2E = 1.4426950408889634
+from .values import LOG2E, floats
 
 
 class Params(NamedTuple):

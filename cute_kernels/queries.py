@@ -12,9 +12,9 @@ from cutlass import Float32, Int32, Int64, cute, range_constexpr
 from . import ptx
 from .layouts import LANES
 from .plan import COLUMNS, MERGE_WARPS, QUERY_VECTOR, Plan
+from .values import floats
 from .work import Params
 
-LOG2E = 1.4426950408889634
 EXPONENT = 0x7F800000  # of fp32
 
 
@@ -108,15 +108,6 @@ def lane_words(plan: Plan, slot: Int32, offset: int, lane: Int32) -> list:
 def query_offset(plan: Plan, n: int, v: int) -> int:
     """Of lane 0's vector v of column tile n."""
     return (n * plan.query_vectors + v) * LANES * QUERY_VECTOR
-
-
-@cute.jit
-def floats(p: Params, registers: list):
-    """Registers of two 16-bit values of the model's dtype as fp32, in order."""
-    values = [x for register in registers for x in ptx.half2_floats(register)]
-    if p.bfloat16 == 1:
-        values = [x for register in registers for x in ptx.bfloat2_floats(register)]
-    return values
 
 
 def hadamard_registers(x: list, size: int, first: int = 1) -> list:

@@ -16,12 +16,12 @@ from cutlass import Float32, Int32, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
-from .attention import FIRST_MAX, soft_capped
 from .fold import UNIT
 from .layouts import BLOCK_TOKENS, LANES, TILE
 from .merge import masked
 from .plan import QUAD
 from .tile_plan import M_TILE, STATE_BYTES, TilePlan
+from .values import FIRST_MAX, soft_capped
 from .work import Params
 
 RAISE = 8.0  # log2 by which a score may exceed the running maximum before O is rescaled: P fits fp16 all the same

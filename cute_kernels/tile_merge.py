@@ -9,12 +9,12 @@ import cutlass
 from cutlass import Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
-from .attention import FIRST_MAX
 from .layouts import LANES
 from .merge import combine, least, marked, masked
 from .plan import QUAD
 from .tile_attention import CORE, result_at
 from .tile_plan import STATE_BYTES
+from .values import FIRST_MAX
 from .wide_merge import WideMerge
 from .work import Params, Piece
 

@@ -15,11 +15,11 @@ from pycute import Layout
 
 from . import ptx
 from . import warpgroup as wg
-from .attention import halves
 from .fold import at_runtime
 from .fragments import extract, fragments, half2_constant
 from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, Section
 from .tile_plan import WRITER_WARPS, TilePlan
+from .values import halves
 from .work import Params, Piece, tokens_of
 
 PAIR = 2 * TILE  # channels of two channel tiles, which share vectors of K

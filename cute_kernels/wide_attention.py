@@ -10,11 +10,11 @@ from cutlass import Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
-from .attention import FIRST_MAX, channel_pair, halves
 from .fold import UNIT
 from .fragments import extract, fragments, half2_constant
 from .layouts import BLOCK_TOKENS, HALF_BITS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS, symmetric_zero
 from .plan import COLUMNS
+from .values import FIRST_MAX, halves
 from .wide_places import TEAM_BARRIER, Place, Team, WidePlaces
 from .wide_plan import GROUP_WARPS, M_TILE, WidePlan
 from .wide_softmax import State, WideSoftmax
@@ -414,3 +414,8 @@ class Values:
             for m in range(self.attention.value_tiles):
                 a[m, t] = self.attention.v_registers(words, t % 2, m, offsets)
         return a
+
+
+def channel_pair(row: Int64, c: int, half: int) -> Int32:
+    """Channels 2q, 2q + 1 of half ``half`` of channel tile c of a 16-bit row; row includes the lane's 4 q bytes."""
+    return ptx.load_global(row, offset=2 * (TILE * c + 8 * half))[0]

@@ -8,8 +8,8 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
-from .attention import FIRST_MAX
 from .merge import Merge, least, masked
+from .values import FIRST_MAX
 from .work import Params, Piece
 
 

@@ -10,10 +10,10 @@ from cutlass import Float32, Int32, Int64, cute
 
 from . import ptx
 from . import warpgroup as wg
-from .attention import saturated
 from .layouts import LANES
-from .queries import floats, hadamard_lanes, hadamard_registers
+from .queries import hadamard_lanes, hadamard_registers
 from .schedule import quotient
+from .values import floats, saturated
 from .wide_plan import HIGH_BYTES, WidePlan
 from .work import Params, Piece
 

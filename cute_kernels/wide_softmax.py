@@ -11,10 +11,10 @@ from cutlass import Float32, Int32, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
-from .attention import HALF2_ONES, soft_capped
 from .layouts import LANES, TILE
 from .merge import masked
 from .plan import COLUMNS
+from .values import HALF2_ONES, soft_capped
 from .wide_places import Place, Team, WidePlaces
 from .wide_plan import HIGH_BYTES, WidePlan
 from .work import Params
