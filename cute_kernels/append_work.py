@@ -5,7 +5,6 @@ from typing import NamedTuple
 from cutlass import Float32, Int32, Int64, cute
 
 from . import ptx
-from .append_plan import JOB_BYTES, VECTOR
 
 OPERANDS = 2  # K and V
 
@@ -75,7 +74,7 @@ class Job(NamedTuple):
     end: Int32
     copies: Int32  # 16-bit tokens that this item copies
     length: Int32  # of the sequence, afterwards; -1: there is no page for one of the blocks, so nothing is done
-    todo: Int32  # 1: for all warps; 0: no block, and no more copies than a warp makes at once
+    todo: Int32  # 1: for all warps; 0: no block, and no more copies than a warp has loaded first
     any: Int32  # 1: a thread has found what makes all do again
 
 
@@ -84,9 +83,8 @@ TODO_AT, ANY_AT = (4 * Job._fields.index(name) for name in ("todo", "any"))
 
 def store_job(address: Int32, job: Job) -> None:
     """Write a Job to shared memory."""
-    for i in range(0, len(job), 4):
-        ptx.store_shared(address, 4 * i, list(job[i : i + 4]))
+    ptx.store_record(address, job)
 
 
 def load_job(address: Int32) -> Job:
-    return Job(*[word for i in range(0, JOB_BYTES, VECTOR) for word in ptx.load_shared(address, i, 4)])
+    return ptx.load_record(address, Job)

@@ -260,6 +260,17 @@ def store_shared(address: Int32, offset: int, values: list) -> None:
     asm(f"st.shared{vector}.{kind} [{{$r0}}+{offset}], {operand};", read_only_args=[address, *values])
 
 
+def store_record(address: Int32, record: tuple) -> None:
+    """The registers of a NamedTuple, a multiple of four, to shared memory."""
+    for i in range(0, len(record), 4):
+        store_shared(address, 4 * i, list(record[i : i + 4]))
+
+
+def load_record(address: Int32, kind: type):
+    """A NamedTuple that :func:`store_record` left there."""
+    return kind(*[word for i in range(0, len(kind._fields), 4) for word in load_shared(address, 4 * i, 4)])
+
+
 def store_shared_half(address: Int32, offset: int, value: Int32) -> None:
     """The lower 16 bits of a register."""
     asm(

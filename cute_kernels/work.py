@@ -96,12 +96,11 @@ class Piece(NamedTuple):
 
 def store_piece(address: Int32, piece: Piece) -> None:
     """Write a Piece to shared memory."""
-    for i in range(0, len(piece), 4):
-        ptx.store_shared(address, 4 * i, list(piece[i : i + 4]))
+    ptx.store_record(address, piece)
 
 
 def load_piece(address: Int32) -> Piece:
-    return Piece(*[word for i in range(0, len(Piece._fields), 4) for word in ptx.load_shared(address, 4 * i, 4)])
+    return ptx.load_record(address, Piece)
 
 
 def load_field(address: Int32, name: str) -> Int32:

@@ -14,8 +14,11 @@ pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 from append_cases import BATCH, SLACK, STEPS, check_appends, check_quantize
 from bitdecoding.cute_kernels import compile as compiler
 from bitdecoding.cute_kernels.append import Params
-from bitdecoding.cute_kernels.append_plan import COUNTER_BYTES, AppendPlan
+from bitdecoding.cute_kernels.append_plan import COUNTER_BYTES, JOB_BYTES, AppendPlan
+from bitdecoding.cute_kernels.append_work import Job
 from bitdecoding.cute_kernels.cubin import read_cubin
+from bitdecoding.cute_kernels.plan import PIECE_WORDS
+from bitdecoding.cute_kernels.work import Piece
 from dsl import arch_in_turn, compile_configs, sass
 from ptx_interpreter import Memory, run
 from torch import Tensor
@@ -47,6 +50,13 @@ OPTIONS = [
 @lru_cache(maxsize=None)
 def compiled() -> dict[bd.KernelConfig, compiler.Compiled]:
     return compile_configs(CONFIGS)
+
+
+def test_room_for_records() -> None:
+    """Plans know how long they are, and Jobs and Pieces are stored in whole vectors."""
+    assert 4 * len(Job._fields) == JOB_BYTES
+    assert len(Piece._fields) == PIECE_WORDS
+    assert JOB_BYTES % 16 == 4 * PIECE_WORDS % 16 == 0
 
 
 def test_resources() -> None:

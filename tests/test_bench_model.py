@@ -84,6 +84,7 @@ def test_steps_are_the_models():
     (("--inductor", "max_fusion_size"), "--inductor max_fusion_size"),
     (("--inductor", "combo_kernels=1"), "--inductor combo_kernels=1"),
     (("--inductor", "max_fusion_size=x"), "--inductor max_fusion_size=x"),
+    (("--inductor", "trace.debug_dir=3"), "--inductor trace.debug_dir=3"),
 ])  # fmt: skip
 def test_bad_arguments(words, message):
     with pytest.raises(InvalidArgument, match=message):

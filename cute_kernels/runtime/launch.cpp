@@ -307,7 +307,8 @@ std::int64_t append_items(const AppendParams& p) {
 }
 
 // CTAs of an append or quantise of num_items in all. An item that is a block has its own. Most others are a few rows to
-// copy: no more CTAs than leave room for those of the next append, which start before these end.
+// copy: no more CTAs than leave room for those of the next append, which start before these end, and one item to a CTA
+// only while each has an SM.
 std::int64_t append_grid(const Kernel& kernel, const DeviceInfo& info, const AppendParams& p, std::int64_t num_items) {
   constexpr std::int64_t kItemsOfCta = 4;  // at most, one per warp of the kernel
   constexpr std::int64_t kRegisters = 65536;

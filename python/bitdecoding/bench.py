@@ -252,10 +252,12 @@ def measure_shape(
     """Add the rows of all candidates on one shape, taking turns."""
     dtype = DTYPES[report.dtype]
     caches = [LowBitCache(name, shape, report.head_dim, dtype, device) for name in presets]
-    errors: list[float | None] = [cache.error() for cache in caches]
-    for cache, error in zip(caches, errors, strict=True):
-        if error is None or not error < MAX_ERROR:
-            raise BitDecodingError(f"{cache.name} on {shape}: relative error {error:.1e} against fp32, not timed")
+    errors: list[float | None] = []  # None: of a rival
+    for cache in caches:
+        its_error = cache.error()
+        if not its_error < MAX_ERROR:
+            raise BitDecodingError(f"{cache.name} on {shape}: relative error {its_error:.1e} against fp32, not timed")
+        errors.append(its_error)
     candidates = [cache.candidate() for cache in caches]
     kernels = {cache.name: cache.kernel for cache in caches}
     if with_rivals:

@@ -22,11 +22,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch._inductor.utils import fresh_cache
+from torch._inductor.utils import fresh_inductor_cache  # since torch 2.8 another name of fresh_cache
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
@@ -151,11 +151,14 @@ def run(args: argparse.Namespace) -> int:
 def inductor_option(word: str) -> tuple[str, bool | int]:
     """NAME or NAME=NUMBER -> an option of torch._inductor.config and its value."""
     name, _, number = word.partition("=")
-    options = torch._inductor.config.get_config_copy()
+    config: Any = torch._inductor.config
+    options = config.get_config_copy()
     if isinstance(options.get(name), bool) and "=" not in word:
         return name, True
-    if name in options and type(options[name]) in (int, type(None)) and number.isdecimal():
-        return name, int(number)
+    if name in options and number.isdecimal():
+        kind = config.get_type(name)
+        if kind is int or int in get_args(kind):  # int | None
+            return name, int(number)
     raise InvalidArgument(
         f"--inductor {word}: allowed are names of torch._inductor.config that are on or off, and NAME=NUMBER of others"
     )
@@ -273,7 +276,7 @@ def time_search(args: argparse.Namespace, model: PreTrainedModel, cache: Any, ba
     with contextlib.ExitStack() as stack:
         if args.searches > 1:
             torch._dynamo.reset()
-            stack.enter_context(fresh_cache())
+            stack.enter_context(fresh_inductor_cache())
         return time_steps(Step(model, cache, batch, tokens, args.compile), args.steps, model.device)
 
 
