@@ -39,8 +39,8 @@ MAX_REGISTERS_OF_TWO_TILES = {"bulk": 170, "cp_async": 190}  # of query columns
 # first; of the rings the deepest that fits is taken. They beat mma.sync from 16 columns on. From MIN_TILE_COLUMNS on
 # they dequantise tiles in shared memory, and any ring of at least MIN_STAGES will do.
 WGMMA_TILINGS = {
-    64: {16: ((8, 4),), 32: ((8, 4),), 64: ((8, 4),), 128: ((8, 8),)},
-    128: {16: ((8, 4),), 32: ((12, 4), (8, 4)), 64: ((8, 4),), 128: ((8, 8),)},
+    64: {16: ((12, 4), (8, 4)), 32: ((12, 4), (8, 4)), 64: ((8, 4),), 128: ((8, 8),)},
+    128: {16: ((12, 4), (8, 4)), 32: ((12, 4), (8, 4)), 64: ((8, 4),), 128: ((8, 8),)},
     256: {16: ((8, 8),), 32: ((8, 8),)},
 }
 MIN_TILE_COLUMNS, MIN_STAGES = 64, 2
@@ -320,8 +320,9 @@ def _wgmma_config(arch: str, head_dim: int, quant: QuantSpec, columns: int) -> K
     enough = min((q_tile for q_tile in tilings if q_tile >= columns), default=max(tilings, default=0))
     for q_tile in sorted((q_tile for q_tile in tilings if q_tile <= enough), reverse=True):
         for num_warps, warps_per_block in tilings[q_tile]:
-            if num_warps == 12 and (quant.k_axis == "token" or 8 in (quant.k_bits, quant.v_bits)):
-                continue  # they need more registers than a thread has there
+            needs_registers = quant.k_axis == "token" or 8 in (quant.k_bits, quant.v_bits)
+            if needs_registers and (num_warps, q_tile, head_dim) == (12, 32, 128):
+                continue
             groups = num_warps // warps_per_block
             for stages in WGMMA_STAGES:
                 config = KernelConfig(

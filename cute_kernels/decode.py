@@ -28,10 +28,9 @@ from .merge import Merge
 from .plan import BARRIER_BYTES, CONSUMER_BARRIER, MERGE_WARPS, SLOTS, Plan
 from .rows import stage_row
 from .schedule import Schedule, nothing
-from .work import Params, Sequence, load_field, load_piece, token_row, token_stride, tokens_of
+from .work import MAX_WINDOW, Params, Sequence, load_field, load_piece, token_row, token_stride, tokens_of
 
 COPY_BYTES = 16  # of one cp.async
-MAX_WINDOW = 1 << 30  # more than any length; positions minus a window stay within 32 bits
 
 
 class DecodeKernel:
@@ -65,7 +64,7 @@ class DecodeKernel:
             if cutlass.const_expr(self.plan.bulk):
                 ptx.fence_mbarrier_init()
         cute.arch.sync_threads()  # the barriers are initialised
-        p = p._replace(window=cutlass.min(p.window, MAX_WINDOW))
+        p = self.bounded(p)
         share = self.start(p, smem, warp, lane)
         if warp < self.plan.warps:
             if cutlass.const_expr(self.plan.moves_registers):
@@ -73,6 +72,10 @@ class DecodeKernel:
             self.consume(p, smem, warp, lane)
         else:
             self.assist(p, smem, warp, lane, share)
+
+    def bounded(self, p: Params) -> Params:
+        """The parameters with a window of at most MAX_WINDOW, whoever launches."""
+        return p._replace(window=cutlass.min(p.window, MAX_WINDOW))
 
     def init_barriers(self, smem: Int32) -> None:
         """Initialise all barriers, and the word whether there are blocks to pack, by one thread."""

@@ -13,6 +13,7 @@ PARAMS_WORDS = 4  # of a tile: factor, exponent of V's unit, padding
 PREFETCHING_BITS = 8  # of K and V
 STATE_BYTES = 8  # maximum and sum of a row
 PROGRESS_BYTES = 8
+MERGE_ROWS = 2  # that a warp merges at once
 # registers of a thread, 640 threads in all; consumers: scores and O; the last warpgroup has the rest
 ALL_REGISTERS = 480
 CONSUMER_REGISTERS = 168
@@ -35,6 +36,10 @@ class TilePlan(WidePlan):
         self.column_tiles = M_TILE // 8
         # whether there is room for the next piece's queries besides the operand
         self.prefetches = self.q_tile == M_TILE and self.quant.k_bits + self.quant.v_bits <= PREFETCHING_BITS
+
+    @cached_property
+    def merge_rows(self) -> int:
+        return MERGE_ROWS
 
     @cached_property
     def consumer_registers(self) -> int:

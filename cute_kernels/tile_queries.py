@@ -7,7 +7,6 @@ from . import ptx
 from . import warpgroup as wg
 from .layouts import LANES
 from .plan import CONSUMER_BARRIER
-from .schedule import quotient
 from .tile_plan import M_TILE
 from .wide_plan import HIGH_BYTES
 from .wide_queries import WideQueries
@@ -35,11 +34,7 @@ class TileQueries(WideQueries):
             row = warp + i * plan.warps
             halves = [cutlass.select_(row < piece.columns, x, Int32(0)) for x in halves]
             ptx.store_shared(self.place(slot, row, lane), 0, halves)
-        row = warp * LANES + lane
-        if row < plan.q_tile:
-            first_seen = piece.window_start + p.window - p.q_len + 1
-            high = first_seen + quotient(piece.first_row + row, p.group)
-            ptx.store_shared(slot + row * HIGH_BYTES, plan.highs_offset, [high])
+        self.store_highs(p, slot, warp, lane, piece)
         wg.fence_async()
 
     def fetched(self, slot: Int32, warp: Int32, lane: Int32, piece: Piece, i: int) -> list:

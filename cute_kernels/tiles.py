@@ -43,7 +43,7 @@ from .tile_plan import (
 from .tile_queries import TileQueries
 from .tile_writer import TileWriter
 from .wide import WideKernel
-from .work import Params, Piece, load_piece, whole_blocks
+from .work import Params, Piece, load_field, load_piece, whole_blocks
 
 K_FULL, K_EMPTY, V_FULL, V_EMPTY = range(4)  # barriers of a tile stage
 
@@ -231,18 +231,14 @@ class TileKernel(WideKernel):
             self.store_state(smem, last_tile, had_units, state)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # all results are there
             lane = wg.thread_again() % LANES
-            piece = load_piece(self.piece_at(smem, number))
-            self.merge.merge(p, smem, warp, Int32(plan.warps), lane, piece)
+            piece_at = self.piece_at(smem, number)
+            is_last = load_field(piece_at, "is_last")
+            self.merge_piece(p, smem, warp, lane, piece_at, number)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # nobody needs them any more
             if had_units:
                 if cutlass.const_expr(plan.states == 1):
                     self.release(smem, K_EMPTY, last_tile)
                 self.release(smem, V_EMPTY, last_tile)
-            is_last = piece.is_last
-            if is_last == 1:  # within the loop: behind it the compiler would expect warps to leave it one by one
-                first = load_piece(smem + plan.first_piece_at)
-                if (first.collects == 1) & (number > 0):
-                    self.merge.collect(p, warp, Int32(plan.warps), lane, first)
             ptx.store_shared(progress, 0, [number + 1, unit])
 
     def tile_of(self, turn: Int32, done: Int32) -> tuple:

@@ -11,7 +11,7 @@ consumers      warpgroups in teams (wide_attention.py); a team takes every n-th 
 16-bit tokens  sinks and tail, 128 at a time: the same, with K and V from global memory
 pieces         the folders announce them: they find out the next piece and fetch its queries while the consumers
                are at the last blocks of the one before; the consumers make these their B operand (wide_queries.py) and
-               merge results (merge.py)
+               merge results (wide_merge.py)
 """
 
 import cutlass
@@ -22,13 +22,13 @@ from . import warpgroup as wg
 from .decode import DecodeKernel
 from .fold import Fold
 from .layouts import BLOCK_TOKENS, LANES
-from .plan import BARRIER_BYTES, CONSUMER_BARRIER
+from .plan import BARRIER_BYTES, CONSUMER_BARRIER, MOVING_WARPS
 from .schedule import Schedule, Shares
 from .wide_attention import WideAttention
 from .wide_merge import WideMerge
 from .wide_plan import PIECE_BYTES, WidePlan
 from .wide_queries import WideQueries
-from .work import Params, load_piece, store_piece, whole_blocks
+from .work import Params, load_field, load_piece, store_piece, whole_blocks
 
 
 class WideKernel(DecodeKernel):
@@ -41,6 +41,10 @@ class WideKernel(DecodeKernel):
         self.queries = WideQueries(self.plan)
         self.fold = Fold(self.plan)
         self.merge = WideMerge(self.plan, self.schedule)
+
+    def bounded(self, p: Params) -> Params:
+        """As in decode.py; twelve warps have no register for it, and rely on the launcher, which does the same."""
+        return p if self.plan.warps == MOVING_WARPS else super().bounded(p)
 
     def init_barriers(self, smem: Int32) -> None:
         plan = self.plan
@@ -206,11 +210,22 @@ class WideKernel(DecodeKernel):
             self.attention.store_state(smem, team, state)
             ptx.barrier(CONSUMER_BARRIER, plan.warps * LANES)  # all results are in the scratch
             lane = wg.thread_again() % LANES
-            piece = load_piece(piece_at)
-            self.merge.merge(p, smem, warp, Int32(plan.warps), lane, piece)
-            is_last = piece.is_last
-            if is_last == 1:  # within the loop: behind it the compiler would expect warps to leave it one by one
-                first = load_piece(smem + plan.first_piece_at)
-                if first.collects == 1:
-                    self.merge.collect(p, warp, Int32(plan.warps), lane, first)
+            is_last = load_field(piece_at, "is_last")
+            self.merge_piece(p, smem, warp, lane, piece_at, number)
             number += 1
+
+    @cute.jit
+    def merge_piece(self, p: Params, smem: Int32, warp: Int32, lane: Int32, piece_at: Int32, number: Int32):
+        """Merge the results of the share's ``number``-th piece; behind the last one also those of the first, if that
+        ended here before the share did.
+
+        To be called in the loop over pieces: behind it the compiler would expect warps to leave it one by one.
+        """
+        first_at = smem + self.plan.first_piece_at
+        is_last, collects = load_field(piece_at, "is_last"), load_field(first_at, "collects")
+        times = 1 + (is_last & collects & cutlass.min(number, 1))
+        again = Int32(0)
+        while again < times:
+            piece = load_piece(cutlass.select_(again == 1, first_at, piece_at))
+            self.merge.merge(p, smem, warp, Int32(self.plan.warps), lane, piece, again)
+            again += 1

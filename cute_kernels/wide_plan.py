@@ -13,6 +13,7 @@ from .plan import BARRIER_BYTES, PIECE_WORDS, SLOTS, SMEM_ALIGN, Plan
 GROUP_WARPS = 4  # of a warpgroup
 M_TILE = 64  # rows of one wgmma
 MAX_TEAM = 2  # warpgroups
+MERGE_ROWS = 3  # that a warp merges at once, at most; 12 warps then take one turn for 32 rows
 AUXILIARY_WARPS = 4  # a producer and up to three folders; a warpgroup, for setmaxnreg
 REGISTER_STEP = 8
 SM_REGISTERS = 65536
@@ -55,6 +56,12 @@ class WidePlan(Plan):
         self.ahead = self.columns * (3 - self.team_groups) <= (64 if self.warps <= 8 else 16)
         # P is scaled per group of V; a group of less than an M tile's rows would need an operand per warp
         self.p_groups = self.v_groups
+
+    @cached_property
+    def merge_rows(self) -> int:
+        """Items of as many rows that a thread merges at once."""
+        parts = self.q_tile * self.items // LANES  # a warp's items
+        return min(MERGE_ROWS, -(-parts // self.warps))
 
     # registers of a thread: what the CTA gets when it starts, and what setmaxnreg makes of it
 

@@ -61,7 +61,6 @@ class WideQueries:
     def prepare(self, p: Params, slot: Int32, warp: Int32, lane: Int32, piece: Piece):
         """Make the fetched queries the B operand; columns beyond the piece's are zero."""
         plan = self.plan
-        first_seen = piece.window_start + p.window - p.q_len + 1
         scale = self.scale(p)
         column = warp
         while column < plan.q_tile:
@@ -70,11 +69,18 @@ class WideQueries:
                 fetched = slot + column * (2 * plan.head_dim) + lane * (4 * self.words)
                 halves = self.scaled(p, ptx.load_shared(fetched, plan.fetched_offset, self.words), scale, lane)
             ptx.store_shared(self.place(slot, column, lane), 0, halves)
-            if lane == 0:
-                token = quotient(piece.first_row + column, p.group)
-                ptx.store_shared(slot + column * HIGH_BYTES, plan.highs_offset, [first_seen + token])
             column += plan.warps
+        self.store_highs(p, slot, warp, lane, piece)
         wg.fence_async()
+
+    @cute.jit
+    def store_highs(self, p: Params, slot: Int32, warp: Int32, lane: Int32, piece: Piece):
+        """Of each column the position behind the last key that it sees, a column to a thread."""
+        column = warp * LANES + lane
+        if column < self.plan.q_tile:
+            first_seen = piece.window_start + p.window - p.q_len + 1
+            high = first_seen + quotient(piece.first_row + column, p.group)
+            ptx.store_shared(slot + column * HIGH_BYTES, self.plan.highs_offset, [high])
 
     @cute.jit
     def scaled(self, p: Params, registers: list, scale: Float32, lane: Int32):

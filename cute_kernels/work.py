@@ -12,6 +12,8 @@ from cutlass import Float32, Int32, Int64, cute
 from . import ptx
 from .layouts import BLOCK_SHIFT, BLOCK_TOKENS
 
+MAX_WINDOW = 1 << 30  # more than any length; the launcher passes no more, so that positions minus a window have 32 bits
+
 
 class Params(NamedTuple):
     """The flat kernel parameters; shapes in elements. The order is the launch ABI of the C++ core."""
@@ -39,7 +41,7 @@ class Params(NamedTuple):
     max_pages: Int32
     tail_capacity: Int32
     num_sink: Int32
-    window: Int32
+    window: Int32  # at most MAX_WINDOW
     softmax_scale_log2: Float32
     softcap: Float32  # 0: none
     bfloat16: Int32  # 1: q, out, tail and sinks are bf16; 0: fp16

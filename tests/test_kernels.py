@@ -20,7 +20,7 @@ from bitdecoding.cute_kernels import tile_writer
 from bitdecoding.cute_kernels.cubin import read_cubin
 from bitdecoding.cute_kernels.layouts import NUM_SLICES, SLICE_TOKENS
 from bitdecoding.cute_kernels.tile_plan import TilePlan
-from bitdecoding.cute_kernels.work import Params
+from bitdecoding.cute_kernels.work import MAX_WINDOW, Params
 from dsl import ARCHS, FULL_ARCH, arch_in_turn, compile_configs, listing, sass
 from ptx_interpreter import Memory, run
 from test_cpu_decode import Problem, problem, random_q
@@ -219,7 +219,7 @@ def execute(config: bd.KernelConfig, made: compiler.Compiled, case: Problem, q: 
         "max_pages": case.block_table.shape[1],
         "tail_capacity": tail_k.shape[1],
         "num_sink": 0 if sink_k is None else sink_k.shape[1],
-        "window": options.get("window") or 2**31 - 1,
+        "window": options.get("window") or MAX_WINDOW,
         "softmax_scale_log2": head_dim**-0.5 * math.log2(math.e),
         "softcap": options.get("softcap") or 0.0,
         "bfloat16": int(q.dtype == torch.bfloat16),
@@ -369,11 +369,13 @@ def test_shares(tokens: list[int], heads: int, grid: int) -> None:
     check(config, made, case, random_q(len(tokens), 1, 4 * heads, 64), grid=grid)
 
 
-def test_partial_results_of_many_rows_in_a_tree() -> None:
+@pytest.mark.parametrize(("group", "q_len"), [(13, 1), (5, 5), (5, 7)])
+def test_partial_results_of_many_rows_in_a_tree(group: int, q_len: int) -> None:
     spec = bd.preset("kc2", 64)[0].for_kernel()
-    config, made = kernel("sm90a", spec, 64, 5, 7)
+    config, made = kernel("sm90a", spec, 64, group, q_len)
+    assert config.mma == "wgmma"
     case = problem([(2240, 30), (300, 0)], spec, heads=1, head_dim=64)
-    check(config, made, case, random_q(2, 7, 5, 64), grid=21)
+    check(config, made, case, random_q(2, q_len, group, 64), grid=21)
 
 
 def test_a_kernel_that_no_pack_holds_is_compiled_once(tmp_path, monkeypatch) -> None:

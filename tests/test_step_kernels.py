@@ -16,6 +16,7 @@ pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 from bitdecoding.cute_kernels import compile as compiler
 from bitdecoding.cute_kernels.cubin import read_cubin
 from bitdecoding.cute_kernels.step import Params
+from bitdecoding.cute_kernels.work import MAX_WINDOW
 from dsl import compile_configs
 from ptx_interpreter import Memory, run
 from step_cases import check_steps
@@ -87,7 +88,7 @@ def execute(
         "num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "num_pages": len(pages),
         "max_pages": cache["block_table"].shape[1], "tail_capacity": cache["tail_k"].shape[1],
         "num_sink": cache["sink_k"].shape[1], "recent": options["recent"],
-        "window": options.get("window") or 2**31 - 1, "softcap": options.get("softcap") or 0.0,
+        "window": options.get("window") or MAX_WINDOW, "softcap": options.get("softcap") or 0.0,
         "softmax_scale_log2": head_dim**-0.5 * math.log2(math.e), "bfloat16": q.dtype == torch.bfloat16,
         "rotate_q": spec.rotate_k, "rotate_out": spec.rotate_v, "rotate_k": spec.rotate_k, "rotate_v": spec.rotate_v,
         "k_clip": CLIPS.get(spec.k_clip, spec.k_clip), "v_clip": CLIPS.get(spec.v_clip, spec.v_clip), "group": group,

@@ -27,6 +27,7 @@ namespace bitdecoding {
 namespace {
 
 constexpr std::int64_t kVectorBytes = 16;
+constexpr std::int32_t kMaxWindow = 1 << 30;     // as in cute_kernels/work.py
 constexpr std::int64_t kAppendCounterBytes = 128;  // of a sequence, as in cute_kernels/append_plan.py
 
 struct Registered {
@@ -337,6 +338,7 @@ Status launch_decode(Registered* r, const DecodeParams& params, std::int64_t wor
 
   DecodeParams p = params;
   p.workspace = static_cast<char*>(params.workspace) + kCounterBytes;
+  p.window = std::min(params.window, kMaxWindow);
   std::int32_t group = p.num_q_heads / p.num_kv_heads;
   std::int32_t q_tiles = static_cast<std::int32_t>(q_tiles_of(r->config, params));
   void* arguments[] = {&p.q,

@@ -84,6 +84,7 @@ def call_times(candidates: Sequence[Candidate], rounds: int, device: torch.devic
 def graph_times(candidates: Sequence[Candidate], rounds: int) -> list[float]:
     """Microseconds per call in a CUDA graph of one call per copy of the cache."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which may still be making what the candidates read
     graphs = []
     with torch.cuda.stream(stream):
         for candidate in candidates:
