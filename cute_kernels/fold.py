@@ -7,13 +7,16 @@ The consumers turn a code q, read as the fp16 denormal q * 2^-24, into an A regi
     V:  (q + zero) / 2^9                           the scale of its token meets P, in fp32
 
 so K needs scale * 2^(15 - e) and the offset; V the offset and the scale; scores the factor 2^(9 + e). Parameters of
-tokens that the block does not hold become 0: what lies there may be NaN.
+tokens that the block does not hold become 0: what lies there may be NaN. K per token with a symmetric zero and a mean
+takes two HFMA2, (q + zero) / 2^9 first, and needs scale / 2^e and the mean.
 """
 
 import cutlass
 from cutlass import Float32, Int32, cute, range_constexpr
 
 from . import ptx
+from . import warpgroup as wg
+from .fragments import half2_constant
 from .layouts import BLOCK_TOKENS, LANES, SLICE_TOKENS, symmetric_zero
 from .queries import EXPONENT
 from .wide_plan import WidePlan
@@ -120,9 +123,12 @@ class Fold:
             for i in range_constexpr(4):
                 held = token + 8 * i < valid
                 relative = scale[i] * inverse
-                multiplier = cutlass.select_(held, relative * LARGEST_POWER, Float32(0.0))
-                offset = cutlass.select_(held, relative * zero[i] * UNIT, Float32(0.0))
-                pair = [ptx.to_half2(multiplier, multiplier), ptx.to_half2(offset, offset)]
+                multiplier = cutlass.select_(held, relative, Float32(0.0))
+                pair = [ptx.to_half2(multiplier, multiplier)]
+                if cutlass.const_expr(not self.plan.centres_keys):
+                    multiplier = multiplier * LARGEST_POWER
+                    offset = cutlass.select_(held, relative * zero[i] * UNIT, Float32(0.0))
+                    pair = [ptx.to_half2(multiplier, multiplier), ptx.to_half2(offset, offset)]
                 ptx.store_shared(folded + token * 8, self.plan.folded_k_at + (j * BLOCK_TOKENS + 8 * i) * 8, pair)
         if cutlass.const_expr(self.fmt.k_mean is not None):
             self.store_channels(folded, self.plan.folded_mean_at, [x * inverse * UNIT for x in mean], lane)
@@ -195,6 +201,16 @@ class TileFold(Fold):
                     offset.append(cutlass.select_(held, relative * zero[e] * UNIT, Float32(0.0)))
                 ptx.store_shared(folded + pairs, self.plan.folded_v_multiplier_at + at, [ptx.to_half2(*multiplier)])
                 ptx.store_shared(folded + pairs, self.plan.folded_v_offset_at + at, [ptx.to_half2(*offset)])
+
+
+def unit(bit: int) -> int:
+    """The half2 that makes codes read from a bit of a byte multiples of UNIT."""
+    return half2_constant(UNIT * 2.0 ** (24 - bit % 8))
+
+
+def centred(codes: Int32, bit: int, bits: int) -> Int32:
+    """(code + symmetric zero) * UNIT, exactly, of codes read from a bit of a byte."""
+    return wg.fma_half2(codes, unit(bit), half2_constant(symmetric_zero(bits) * UNIT))
 
 
 def at_runtime(place, index: Int32, count: int) -> Int32:

@@ -15,7 +15,7 @@ from pycute import Layout
 
 from . import ptx
 from . import warpgroup as wg
-from .fold import at_runtime
+from .fold import at_runtime, centred
 from .fragments import extract, fragments, half2_constant
 from .layouts import BLOCK_TOKENS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, Section
 from .tile_plan import WRITER_WARPS, TilePlan
@@ -87,7 +87,15 @@ class TileWriter:
             by_channel = self.quant.k_axis == "channel"
             params = (self.channel_params if by_channel else self.token_params)(folded, pair, part, first, lane)
             self.write(
-                codes, self.fmt.k_codes, self.fmt.k_vector_words, self.quant.k_bits, tiles, params, self.key_at, target
+                codes,
+                self.fmt.k_codes,
+                self.fmt.k_vector_words,
+                self.quant.k_bits,
+                tiles,
+                params,
+                self.key_at,
+                target,
+                self.plan.centres_keys,
             )
 
     def values(self, stage: Int32, folded: Int32, tile: Int32, warp: Int32, lane: Int32) -> None:
@@ -106,10 +114,10 @@ class TileWriter:
 
     def write(
         self, codes: Int32, section: Section, vector_words: int, bits: int, tiles: list, params: Callable, at: Callable,
-        target: Int32
+        target: Int32, centres: bool = False
     ) -> None:  # fmt: skip
         """Dequantise and store a warp's tiles. codes: address of the first warp's and lane's; params: of a Tile the
-        Multipliers and offsets by A register; at: its place behind ``target``.
+        Multipliers and offsets by A register; at: its place behind ``target``; centres: codes get their zero first.
         """
         tiles = sorted(tiles, key=lambda tile: (tile.slice, tile.fragments[0].vector))
         vectors = list(dict.fromkeys((tile.slice, tile.fragments[0].vector) for tile in tiles))
@@ -129,10 +137,12 @@ class TileWriter:
                 if (tile.slice, vector) in words:
                     multipliers, offsets = params(tile)
                     found = {vector: words[tile.slice, vector]}
-                    a = [
-                        wg.fma_half2(extract(found, f, bits), multipliers[r].at(f.bit % 8), offsets[r])
-                        for r, f in enumerate(tile.fragments)
-                    ]
+                    a = []
+                    for r, f in enumerate(tile.fragments):
+                        code, bit = extract(found, f, bits), f.bit % 8
+                        if centres:
+                            code, bit = centred(code, bit, bits), 0
+                        a.append(wg.fma_half2(code, multipliers[r].at(bit), offsets[r]))
                     wg.store_matrices(target, at(tile), a, transposed=False)
 
     def key_at(self, tile: Tile) -> int:
@@ -177,12 +187,14 @@ class TileWriter:
             token = tile.slice * SLICE_TOKENS + tile.t * TILE
             if token not in found:
                 at = self.plan.folded_k_at + first * TILE // self.quant.k_group * group_bytes + token * 8
-                rows = [ptx.load_shared(base, at + 8 * CHUNK * r, 2) for r in range(2)]
-                found[token] = [Multiplier(rows[r][0]) for r in range(2)], [rows[r][1] for r in range(2)]
+                words = 1 if self.plan.centres_keys else 2
+                rows = [ptx.load_shared(base, at + 8 * CHUNK * r, words) for r in range(2)]
+                found[token] = [Multiplier(row[0]) for row in rows], [row[1:] for row in rows]
             multipliers, offsets = (x * 2 for x in found[token])  # A registers 0 and 2 are row g, 1 and 3 row g + 8
-            if mean is not None:
-                columns = by_column(mean[2 * (tile.c - first) :])
-                offsets = [wg.add_half2(x, y) for x, y in zip(offsets, columns, strict=True)]
+            means = [None] * 4 if mean is None else by_column(mean[2 * (tile.c - first) :])
+            if self.plan.centres_keys:
+                return multipliers, means
+            offsets = [x if y is None else wg.add_half2(x, y) for (x,), y in zip(offsets, means, strict=True)]
             return multipliers, offsets
 
         return params

@@ -10,7 +10,7 @@ from cutlass import Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
-from .fold import UNIT
+from .fold import UNIT, centred, unit
 from .fragments import extract, fragments, half2_constant
 from .layouts import BLOCK_TOKENS, HALF_BITS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS, symmetric_zero
 from .plan import COLUMNS
@@ -97,6 +97,8 @@ class WideAttention:
         a = []
         for r, fragment in enumerate(self.k_fragments[s, c]):
             code = words[fragment.vector, fragment.word] >> fragment.bit & (mask | mask << HALF_BITS)
+            if self.plan.centres_keys:
+                code = centred(code, 0, self.k_bits)
             a.append(wg.fma_half2(code, multipliers[r], offsets[r]))
         return a
 
@@ -161,12 +163,15 @@ class WideAttention:
         return acc
 
     def row_params(self, team: Team, folded: Int32) -> list:
-        """K per token: [s][channel group] of (scale, offset) of rows g and g + 8."""
+        """K per token: [s][channel group] of (scale, offset) of rows g and g + 8; of the scale alone if codes are
+        centred.
+        """
         base = folded + team.k_folded
+        words = 1 if self.plan.centres_keys else 2
         return [
             [
                 [
-                    ptx.load_shared(base, self.plan.folded_k_at + (j * BLOCK_TOKENS + TILE * s + 8 * r) * 8, 2)
+                    ptx.load_shared(base, self.plan.folded_k_at + (j * BLOCK_TOKENS + TILE * s + 8 * r) * 8, words)
                     for r in range(2)
                 ]
                 for j in range(self.plan.k_groups)
@@ -183,11 +188,14 @@ class WideAttention:
 
     def token_params(self, rows: list, mean: list | None, s: int, c: int) -> tuple:
         """K per token: (multiplier, offset) by A register of channel tile c; 0 and 2 are row g, 1 and 3 row g + 8."""
-        (scale, offset), (scale8, offset8) = rows[s][c // (self.plan.quant.k_group // TILE)]
-        offsets = [offset, offset8, offset, offset8]
+        found = rows[s][c // (self.plan.quant.k_group // TILE)]
+        scales = [found[r % 2][0] for r in range(4)]
+        if self.plan.centres_keys:
+            return scales, [mean[r // 2] for r in range(4)]
+        offsets = [found[r % 2][1] for r in range(4)]
         if mean is not None:
             offsets = [wg.add_half2(x, mean[r // 2]) for r, x in enumerate(offsets)]
-        return [scale, scale8, scale, scale8], offsets
+        return scales, offsets
 
     # -- values ------------------------------------------------------------------------------------------------------
 
@@ -249,8 +257,7 @@ class WideAttention:
         a = []
         for r, fragment in enumerate(self.v_fragments[i, GROUP_WARPS * m]):
             code = extract({fragment.vector: {fragment.word: words[fragment[:2]]}}, fragment, self.v_bits)
-            multiplier = half2_constant(UNIT * 2.0 ** (24 - fragment.bit % 8))
-            a.append(wg.fma_half2(code, multiplier, offsets[m][i][r >> 1]))
+            a.append(wg.fma_half2(code, unit(fragment.bit), offsets[m][i][r >> 1]))
         return a
 
     def finished(self, state: State) -> State:

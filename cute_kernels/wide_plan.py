@@ -176,6 +176,13 @@ class WidePlan(Plan):
         return self.quant.k_axis == "token" and self.quant.k_mean == "block"
 
     @cached_property
+    def centres_keys(self) -> bool:
+        """Whether codes of K get their symmetric zero before scale and mean: as many instructions as adding zero and
+        mean first, but the one rounding that fp16 needs instead of three.
+        """
+        return self.keeps_mean and self.quant.k_symmetric
+
+    @cached_property
     def folded_v_offset_at(self) -> int:
         return self.folded_mean_at + (self.head_dim * 2 if self.keeps_mean else 0)
 
