@@ -123,13 +123,12 @@ class Fold:
             for i in range_constexpr(4):
                 held = token + 8 * i < valid
                 relative = scale[i] * inverse
-                multiplier = cutlass.select_(held, relative, Float32(0.0))
-                pair = [ptx.to_half2(multiplier, multiplier)]
+                params = [relative]
                 if cutlass.const_expr(not self.plan.centres_keys):
-                    multiplier = multiplier * LARGEST_POWER
-                    offset = cutlass.select_(held, relative * zero[i] * UNIT, Float32(0.0))
-                    pair = [ptx.to_half2(multiplier, multiplier), ptx.to_half2(offset, offset)]
-                ptx.store_shared(folded + token * 8, self.plan.folded_k_at + (j * BLOCK_TOKENS + 8 * i) * 8, pair)
+                    params = [relative * LARGEST_POWER, relative * zero[i] * UNIT]
+                params = [cutlass.select_(held, x, Float32(0.0)) for x in params]
+                packed = [ptx.to_half2(x, x) for x in params]
+                ptx.store_shared(folded + token * 8, self.plan.folded_k_at + (j * BLOCK_TOKENS + 8 * i) * 8, packed)
         if cutlass.const_expr(self.fmt.k_mean is not None):
             self.store_channels(folded, self.plan.folded_mean_at, [x * inverse * UNIT for x in mean], lane)
 
@@ -203,7 +202,7 @@ class TileFold(Fold):
                 ptx.store_shared(folded + pairs, self.plan.folded_v_offset_at + at, [ptx.to_half2(*offset)])
 
 
-def unit(bit: int) -> int:
+def unit(bit: int) -> Int32:
     """The half2 that makes codes read from a bit of a byte multiples of UNIT."""
     return half2_constant(UNIT * 2.0 ** (24 - bit % 8))
 

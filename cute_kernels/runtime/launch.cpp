@@ -27,7 +27,7 @@ namespace bitdecoding {
 namespace {
 
 constexpr std::int64_t kVectorBytes = 16;
-constexpr std::int32_t kMaxWindow = 1 << 30;     // as in cute_kernels/work.py
+constexpr std::int32_t kMaxWindow = 1 << 30;       // as in cute_kernels/work.py
 constexpr std::int64_t kAppendCounterBytes = 128;  // of a sequence, as in cute_kernels/append_plan.py
 
 struct Registered {
