@@ -277,6 +277,10 @@ class FakeGpu:
     def install(self, monkeypatch) -> None:
         gpu = self
 
+        class Stream:
+            def wait_stream(self, other: str) -> None:
+                gpu.log.append((f"waits for {other}", len(gpu.log)))
+
         class Graph:
             def replay(self) -> None:
                 gpu.clock += sum(self.calls)
@@ -298,8 +302,9 @@ class FakeGpu:
             yield
             gpu.captured = None
 
-        fakes = {"Stream": object, "stream": contextlib.nullcontext, "synchronize": lambda: None, "CUDAGraph": Graph}
-        for name, fake in (fakes | {"Event": Event, "graph": graph}).items():
+        fakes = {"Stream": Stream, "stream": contextlib.nullcontext, "current_stream": lambda: "the caller's"}
+        fakes |= {"synchronize": lambda: None, "CUDAGraph": Graph, "Event": Event, "graph": graph}
+        for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
 
 
@@ -312,6 +317,7 @@ def test_a_graph_visits_every_copy(monkeypatch) -> None:
     assert all(t.plain_us > 0 and t.host_us > 0 for t in times)
     gpu.log.clear()
     timing.graph_times(candidates, 3)
+    assert gpu.log.pop(0) == ("waits for the caller's", 0)
     assert gpu.log == [("a", 0), *(("a", i % 3) for i in range(8)), ("b", 0), *(("b", i) for i in range(40))]
 
 
