@@ -322,7 +322,7 @@ def _wgmma_config(arch: str, head_dim: int, quant: QuantSpec, columns: int) -> K
         for num_warps, warps_per_block in tilings[q_tile]:
             needs_registers = quant.k_axis == "token" or 8 in (quant.k_bits, quant.v_bits)
             if needs_registers and (num_warps, q_tile, head_dim) == (12, 32, 128):
-                continue
+                continue  # there a thread has none left
             groups = num_warps // warps_per_block
             for stages in WGMMA_STAGES:
                 config = KernelConfig(

@@ -207,9 +207,14 @@ def unit(bit: int) -> Int32:
     return half2_constant(UNIT * 2.0 ** (24 - bit % 8))
 
 
+def zero_units(bits: int) -> Int32:
+    """The half2 of the symmetric zero of codes, in UNIT."""
+    return half2_constant(symmetric_zero(bits) * UNIT)
+
+
 def centred(codes: Int32, bit: int, bits: int) -> Int32:
     """(code + symmetric zero) * UNIT, exactly, of codes read from a bit of a byte."""
-    return wg.fma_half2(codes, unit(bit), half2_constant(symmetric_zero(bits) * UNIT))
+    return wg.fma_half2(codes, unit(bit), zero_units(bits))
 
 
 def at_runtime(place, index: Int32, count: int) -> Int32:

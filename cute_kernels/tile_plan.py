@@ -13,7 +13,7 @@ PARAMS_WORDS = 4  # of a tile: factor, exponent of V's unit, padding
 PREFETCHING_BITS = 8  # of K and V
 STATE_BYTES = 8  # maximum and sum of a row
 PROGRESS_BYTES = 8
-MERGE_ROWS = 2  # that a warp merges at once
+MERGE_ROWS = 2  # that a warp merges at once; four are no faster
 # registers of a thread, 640 threads in all; consumers: scores and O; the last warpgroup has the rest
 ALL_REGISTERS = 480
 CONSUMER_REGISTERS = 168

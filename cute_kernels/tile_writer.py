@@ -77,6 +77,8 @@ class TileWriter:
         codes += at_runtime(lambda i: layout(0, PAIR * i) // 8, pair, self.pair_warps)
         target = tile + core_row(self.key_tile, lane) + pair * self.key_tile(0, PAIR)
         target += part * self.key_tile(self.key_slices * SLICE_TOKENS, 0)
+        section, words, bits = self.fmt.k_codes, self.fmt.k_vector_words, self.quant.k_bits
+        centres = self.plan.centres_keys
         for first in range(0, self.plan.tiles, 2 * self.pair_warps):
             tiles = [
                 Tile(s, t, c, self.k_fragments[t, c])
@@ -86,17 +88,7 @@ class TileWriter:
             ]
             by_channel = self.quant.k_axis == "channel"
             params = (self.channel_params if by_channel else self.token_params)(folded, pair, part, first, lane)
-            self.write(
-                codes,
-                self.fmt.k_codes,
-                self.fmt.k_vector_words,
-                self.quant.k_bits,
-                tiles,
-                params,
-                self.key_at,
-                target,
-                self.plan.centres_keys,
-            )
+            self.write(codes, section, words, bits, tiles, params, self.key_at, target, centres=centres)
 
     def values(self, stage: Int32, folded: Int32, tile: Int32, warp: Int32, lane: Int32) -> None:
         """The warp's slice of V."""

@@ -10,9 +10,9 @@ from cutlass import Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
-from .fold import UNIT, centred, unit
-from .fragments import extract, fragments, half2_constant
-from .layouts import BLOCK_TOKENS, HALF_BITS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS, symmetric_zero
+from .fold import UNIT, centred, unit, zero_units
+from .fragments import extract, fragments
+from .layouts import BLOCK_TOKENS, HALF_BITS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS
 from .plan import COLUMNS
 from .values import FIRST_MAX, halves
 from .wide_places import TEAM_BARRIER, Place, Team, WidePlaces
@@ -240,8 +240,7 @@ class WideAttention:
     def v_offsets(self, team: Team, folded: Int32, slice_: int) -> list:
         """[m][token tile of the slice][2] half2: (zero * UNIT) of the pairs of tokens of a lane's A registers."""
         if self.fmt.v_zero is None:
-            constant = half2_constant(symmetric_zero(self.v_bits) * UNIT)
-            return [[[constant] * 2] * 2] * self.value_tiles
+            return [[[zero_units(self.v_bits)] * 2] * 2] * self.value_tiles
         layout = self.fmt.v_scale.layout
         found = {}
         for m in range(self.value_tiles):

@@ -151,7 +151,8 @@ class WidePlan(Plan):
 
     # a stage's folded parameters, fp16 where not said otherwise:
     # factor f32 | K per channel: [token group][scale, offset][head_dim] in B order
-    #            | K per token: [channel group][token] of (scale, scale, offset, offset), mean [head_dim] in B order
+    #            | K per token: [channel group][token] of (scale, scale, offset, offset), without the offset if codes
+    #              are centred; mean [head_dim] in B order
     # | V: offset [channel group][token] in B order, scale f32 [channel group][token]
 
     @cached_property

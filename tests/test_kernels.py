@@ -322,6 +322,18 @@ def test_small_values(group: int) -> None:
     check(config, made, case, random_q(1, 1, group, 64), grid=1)
 
 
+@pytest.mark.parametrize("group", [16, 40])
+def test_keys_per_token_are_rounded_once(group: int) -> None:
+    """Scale, zero and mean one after the other would be 1.2 to 1.4e-3 here: codes as A registers, and tiles."""
+    config, made = kernel("sm90a", bd.preset("kv2", 64)[0].for_kernel(), 64, group)
+    assert config.mma == "wgmma"
+    case = problem([(384, 0)], config.quant, heads=1, head_dim=64)
+    q = random_q(1, 1, group, 64)
+    out, _ = execute(config, made, case, q, grid=1)
+    want, _ = attention(q[0], *case.values[0])
+    assert relative_error(out[0], want) < 9e-4
+
+
 @pytest.mark.parametrize(("head_dim", "heads", "dtype"), [(64, 3, torch.float16), (128, 4, torch.bfloat16)])
 @pytest.mark.parametrize("grid", [1, 5])
 def test_rotation_of_queries_and_outputs(head_dim: int, heads: int, dtype: torch.dtype, grid: int) -> None:
