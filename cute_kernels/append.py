@@ -2,8 +2,8 @@
 pages; all is decided on the device from the lengths.
 
 An *item* is K or V of one KV head of a sequence, and a share of its blocks: item 0 of several copies the 16-bit tokens
-and packs the blocks that begin in the old tail, the others pack one block of new tokens each. Quantising, an item is a
-block. A CTA takes up to four items:
+and packs the blocks that begin in the old tail, the others pack one block of new tokens each. Quantising, item x of n
+packs every n-th block from block x on. A CTA takes up to four items:
     warp w      loads the first new rows of item w, spread over its lanes
     warp 0      meanwhile finds out what is to be done for the items (Job), a lane each, from the lengths and the table;
                 items count as arrived: the last of a sequence to do so advances its lengths, as all have read them
@@ -95,9 +95,10 @@ class AppendKernel:
             at = jobs + w * JOB_BYTES
             job = load_job(at)
             block, end = job.first, job.end
+            apart = cutlass.select_(p.pack_all == 1, p.items, Int32(1))
             while block < end:
                 self.pack(p, smem, place, warp, lane, at, block)
-                block += 1
+                block += apart
             self.copy(p, place, warp, lane, load_job(at))  # again, rather than in registers all the while
             cute.arch.sync_warp()
             w = ptx.first_lane(todo & (lane > w))
@@ -179,12 +180,10 @@ class AppendKernel:
         if p.pack_all == 1:
             start, new = self.new_tokens(p, b)
             blocks = (new + BLOCK_TOKENS - 1) >> BLOCK_SHIFT
-            end = cutlass.min(share + 1, blocks)
-            if share < blocks:
-                if self.page(p, b, share) < 0:
-                    end = share
-            todo = cutlass.select_(exists & (share < end), Int32(1), zero)
-            job = Job(b, head, operand, start, zero, zero, zero, new, blocks, zero, share, end, zero, zero, todo, zero)
+            todo = cutlass.select_(exists & (share < blocks), Int32(1), zero)
+            job = Job(
+                b, head, operand, start, zero, zero, zero, new, blocks, zero, share, blocks, zero, zero, todo, zero
+            )  # fmt: skip
             if lane < self.plan.warps:
                 store_job(jobs + lane * JOB_BYTES, job)
         else:
@@ -378,6 +377,7 @@ class AppendKernel:
     @cute.jit
     def pack(self, p: Params, smem: Int32, place: Int32, warp: Int32, lane: Int32, job_at: Int32, block: Int32):
         """Pack a block of the stream of the job at this address, which is read more than once to hold few registers.
+        Without a page nothing is stored.
 
         Values beyond the limit are so rare that they are looked for among the ranges only: then all is done again, with
         care.
@@ -403,10 +403,11 @@ class AppendKernel:
                 again = Int32(1)
             careful = Int32(1)
         target = p.pages.toint() + Int64(page) * p.page_stride + Int64(load_job(job_at).head) * p.head_stride
-        if operand == 0:
-            self.encoders["k"].encode(p, smem, warp, lane, target, count)
-        else:
-            self.encoders["v"].encode(p, smem, warp, lane, target, count)
+        if page >= 0:
+            if operand == 0:
+                self.encoders["k"].encode(p, smem, warp, lane, target, count)
+            else:
+                self.encoders["v"].encode(p, smem, warp, lane, target, count)
         ptx.sync_team(self.plan.barrier, self.plan.threads)
 
     @cute.jit

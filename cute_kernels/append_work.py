@@ -70,7 +70,7 @@ class Job(NamedTuple):
     total: Int32  # of the stream
     blocks: Int32  # of the stream that get packed, by all items
     column: Int32  # of the block table, for the first of them
-    first: Int32  # blocks of this item: first .. end - 1
+    first: Int32  # blocks of this item: first .. end - 1; quantising, every ``items``-th of them
     end: Int32
     copies: Int32  # 16-bit tokens that this item copies
     length: Int32  # of the sequence, afterwards; -1: there is no page for one of the blocks, so nothing is done

@@ -32,10 +32,15 @@ class Search:
         """scale and zero of the range factor with the least squared error, of the larger factor on ties."""
         least = Float32(NO_ERROR_YET)
         best_scale, best_zero = Float32(1.0), Float32(0.0)
-        for i in cutlass.range(MSE_FACTORS, unroll=1):
+        i = Int32(0)
+        while i < MSE_FACTORS:
             factor = ptx.subtract(Float32(1.0), ptx.multiply(Float32(i), Float32(MSE_STEP)))
             scale, zero = self.operand.scale_and_zero(*self.operand.shrunk(low, high, factor))
-            if ptx.any_lane(self.error_of_ends(low, high, scale, zero) < least):
+            may_be_better = ptx.any_lane(self.error_of_ends(low, high, scale, zero) < least)
+            i += 1
+            if cutlass.const_expr(self.operand.symmetric):  # scales fall, zeros stay: ends get no better from here on
+                i = cutlass.select_(may_be_better, i, Int32(MSE_FACTORS))
+            if may_be_better:
                 error = Float32(0.0)
                 if cutlass.const_expr(self.operand.is_k):
                     self.operand.store_line(smem, element, scale, zero)

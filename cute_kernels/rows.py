@@ -116,15 +116,61 @@ class Rows:
         ``total`` on repeat the one before. Eight lanes have vectors of as many rows, so that they use all banks.
         """
         own = warp * WARP_ROWS + lane % WARP_ROWS
-        rows = smem + own * self.plan.row_bytes + lane // WARP_ROWS * VECTOR
-        step = ROW_LANES * VECTOR
+        rows = smem + own * self.plan.row_bytes
         for i in cutlass.range(0, BLOCK_TOKENS, self.plan.rows_at_once, unroll=1):
-            at = rows + i * self.plan.row_bytes
-            row = [ptx.load_shared(at, step * j, 4) for j in range(self.plan.vectors)]
-            row = self.rotated(p, row, lane, [WARP_ROWS, 2 * WARP_ROWS])
-            if cutlass.min(own + i, total - 1) >= old:
-                for j in range_constexpr(self.plan.vectors):
-                    ptx.store_shared(at, step * j, row[j])
+            is_new = cutlass.min(own + i, total - 1) >= old
+            for first in range_constexpr(0, self.plan.head_dim, self.plan.hadamard):
+                at = rows + i * self.plan.row_bytes + 2 * first
+                if p.bfloat16 == 1:  # around much code, or registers would be held for both
+                    self.transform(at, lane, is_new, ptx.bfloat2_floats, ptx.to_bfloat2)
+                else:
+                    self.transform(at, lane, is_new, ptx.half2_floats, ptx.to_half2)
+
+    @cute.jit
+    def transform(self, at: Int32, lane: Int32, is_new: Boolean, floats_of, pair_of):
+        """The transform of the channels at this address by four lanes, which begin with a quarter each.
+
+        For a stride across lanes, both partners keep the values that they have as first, x, and pass on the others, y,
+        so that each does all of half of the butterflies, by half of the shuffles. Where the lane's bit is set, x are
+        therefore the second ones, of the quarter and later of sum and difference; signs of differences come last.
+        """
+        count = self.plan.hadamard // 8  # of x, of y
+        half, quarter = 2 * count, 4 * count  # bytes
+        odd, high = lane // WARP_ROWS & 1, lane // (2 * WARP_ROWS)
+        odd_sign, high_sign = (cutlass.select_(bit == 0, Float32(1.0), Float32(-1.0)) for bit in (odd, high))
+        own = at + (odd + 2 * high) * quarter
+        x, y = (hadamard_registers(load_values(own + i * half, count, floats_of), count) for i in (odd, 1 - odd))
+        x, y = added(y, x, odd_sign), added(x, y, -odd_sign)
+        y = [ptx.shuffle_xor(value, WARP_ROWS) for value in y]
+        x, y = added(x, y, high_sign), added(x, y, -high_sign)
+        y = [ptx.shuffle_xor(value, 2 * WARP_ROWS) for value in y]
+        norm = Float32(self.plan.hadamard**-0.5) * cutlass.select_(high == 0, Float32(1.0), odd_sign)
+        sums, differences = added(x, y, Float32(1.0)), added(x, y, Float32(-1.0))
+        if is_new:
+            place = at + high * quarter + odd * half
+            store_values(place, [ptx.multiply(value, norm) for value in sums], pair_of)
+            place += 2 * quarter
+            store_values(place, [ptx.multiply(value, norm * high_sign) for value in differences], pair_of)
+
+
+def added(x: list, y: list, sign: Float32) -> list:
+    """x + y or x - y."""
+    return [ptx.fused(b, sign, a) for a, b in zip(x, y, strict=True)]
+
+
+def load_values(at: Int32, count: int, floats_of) -> list:
+    """So many 16-bit values in shared memory as fp32."""
+    words = min(count // 2, 4)
+    registers = [x for i in range(0, 2 * count, 4 * words) for x in ptx.load_shared(at, i, words)]
+    return [value for register in registers for value in floats_of(register)]
+
+
+def store_values(at: Int32, x: list, pair_of) -> None:
+    """Store fp32 values as 16 bit to shared memory."""
+    registers = [pair_of(*x[i : i + 2]) for i in range(0, len(x), 2)]
+    words = min(len(registers), 4)
+    for i in range(0, len(registers), words):
+        ptx.store_shared(at, 4 * i, registers[i : i + words])
 
 
 def stage_row(place: Int32, source: Int64, vectors: int) -> None:

@@ -132,17 +132,21 @@ def test_quantize(n: int) -> None:
     """Every format; the options and dtypes take turns, so do the lengths where a block is cheap to interpret."""
     head_dim, spec = FORMATS[n][0], spec_of(n, **OPTIONS[n % len(OPTIONS)])
     lens = [(140, 1, 130, 128)[n % 4]] if head_dim == 64 else [(128, 77)[n % 2]]
-    quantizes(n, spec, lens, (FP16, BF16)[n // 2 % 2], heads=1)
+    quantizes(n, spec, lens, (FP16, BF16)[n // 2 % 2], heads=1, items=1)
 
 
 def test_quantize_ragged() -> None:
-    quantizes(0, spec_of(0, rotate_k=True), [0, 1, 127, 128, 129], BF16, heads=2)
+    quantizes(0, spec_of(0, rotate_k=True), [0, 1, 127, 128, 129], BF16, heads=2, items=2)
 
 
-def quantizes(n: int, spec: bd.QuantSpec, lens: list[int], dtype: torch.dtype, heads: int) -> None:
+def test_quantize_every_second_block() -> None:
+    n = next(n for n, config in enumerate(CONFIGS) if config.head_dim == 64)
+    quantizes(n, spec_of(n, rotate_v=True), [500, 200], FP16, heads=1, items=2)
+
+
+def quantizes(n: int, spec: bd.QuantSpec, lens: list[int], dtype: torch.dtype, heads: int, items: int) -> None:
     def kernel(k: Tensor, v: Tensor, pages: Tensor, table: Tensor, bounds: Tensor) -> None:
         longest = max(lens)
-        items = -(-longest // 128)
         read = {"k_new": k, "v_new": v, "cu_seqlens": bounds, "block_table": table}
         grid = 2 * items * len(lens) * heads
         execute(n, spec, read, {"pages": pages}, grid, new_tokens=longest, items=items, pack_all=1)

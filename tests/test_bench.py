@@ -114,8 +114,8 @@ def test_suites() -> None:
     lengths = bench.shapes_of("length", True)
     batches = bench.shapes_of("batch", True)
     for heads in ((32, 8), (32, 32)):
-        assert [s.tokens for s in lengths if s[1:] == heads] == [1, 16, 128, 512, *(1024 << i for i in range(8))]
-        assert [s.batch for s in batches if s[1:] == heads and s.tokens == 8192] == [1, 2, 4, 8, 16, 32, 64]
+        assert [s.tokens for s in lengths if s[1:3] == heads] == [1, 16, 128, 512, *(1024 << i for i in range(8))]
+        assert [s.batch for s in batches if s[1:3] == heads and s.tokens == 8192] == [1, 2, 4, 8, 16, 32, 64]
 
 
 def test_sweeps_are_drawn(tmp_path, capsys, monkeypatch) -> None:
@@ -190,6 +190,43 @@ def test_the_cache_is_split_as_kvcache_splits_it(name: str, tokens: int) -> None
     used = kept.used_nbytes + 7 * 2 * 2 * 64 * 2
     assert cache.cache_bytes == used
     assert cache.error() < 1e-3
+
+
+@pytest.mark.parametrize("q_len", [2, 5])
+@pytest.mark.parametrize("name", ["kc4", "kv2"])
+def test_many_query_tokens_are_causal(name: str, q_len: int, monkeypatch) -> None:
+    decode, sdpa = candidates.decode, candidates.scaled_dot_product_attention
+
+    def sees_all(q, *args, out, **options):
+        for t in range(q_len):
+            out[:, t : t + 1] = decode(q[:, t : t + 1].contiguous(), *args, **options)
+
+    for tokens in (5, 30, 128, 260):  # in sinks, pages and tail, as the policies have it
+        cache = LowBitCache(name, Shape((tokens, 7), 4, 2, q_len), 64, torch.float16, CPU)
+        with monkeypatch.context() as patch:
+            assert cache.error() < 1e-3
+            patch.setattr(candidates, "decode", sees_all)
+            assert cache.error() > 2e-3
+
+    seen = []
+    monkeypatch.setattr(
+        candidates, "scaled_dot_product_attention", lambda *args, **kw: seen.append(args) or sdpa(*args, **kw)
+    )
+    got = Rivals(Shape((40, 40), 4, 2, q_len), 64, torch.float32, CPU).candidate("sdpa").call(0)
+    q, k, v = seen[-1]
+    for t in range(q_len):
+        n = 40 - q_len + 1 + t
+        want = sdpa(q[:, :, t : t + 1], k[:, :, :n], v[:, :, :n], enable_gqa=True)
+        torch.testing.assert_close(got[:, :, t : t + 1], want)
+
+
+def test_q_len(tmp_path, capsys) -> None:
+    out = tmp_path / "a.json"
+    assert main([*SMALL, "--shapes", "1,4,2,100", "--q-len", "1", "3", "--presets", "kc4", "--out", str(out)]) == 0
+    assert "1, 4/2, 100, q_len 3" in capsys.readouterr().out
+    assert [row["q_len"] for row in json.loads(out.read_text())["rows"] if row["candidate"] == "kc4"] == [1, 3]
+    assert main([*SMALL, "--shapes", "1,4,2,2", "--q-len", "3"]) == 2
+    assert "--q-len 3: there are shapes with fewer tokens: 1, 4/2, 2" in capsys.readouterr().err
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, capsys) -> None:

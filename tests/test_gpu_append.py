@@ -51,6 +51,11 @@ def test_one_sequence_into_new_pages() -> None:
     assert torch.equal(bd.quantize(qkv[:, 0], qkv[:, 1], spec).cpu(), bd.quantize(k, v, spec))
 
 
+def test_quantize_so_many_blocks_that_a_thread_block_takes_some() -> None:
+    spec = bd.preset("kv2", 128)[0]
+    check_quantize(128, spec, [30_000, 127, 4000], torch.bfloat16, quantize_on_gpu(spec), heads=8)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("recent", "num_sink"), [(0, 0), (0, 3), (40, 0), (300, 16)])
 @pytest.mark.parametrize("name", ["kv8", "kv4", "kv2", "kc4"])

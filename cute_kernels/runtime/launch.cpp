@@ -28,6 +28,7 @@ namespace {
 
 constexpr std::int64_t kVectorBytes = 16;
 constexpr std::int32_t kMaxWindow = 1 << 30;       // as in cute_kernels/work.py
+constexpr std::int64_t kOperands = 2;              // K and V
 constexpr std::int64_t kAppendCounterBytes = 128;  // of a sequence, as in cute_kernels/append_plan.py
 
 struct Registered {
@@ -301,23 +302,39 @@ Status validate(const AppendParams& p) {
   return validate_cache(p);
 }
 
-// CTAs of an operand (K or V) of a sequence's head: one per block, and when appending one for the 16-bit tokens.
+// How many CTAs of an append kernel fit on the GPU at once.
+std::int64_t resident_ctas(const Kernel& kernel, const DeviceInfo& info) {
+  constexpr std::int64_t kRegisters = 65536;
+  constexpr std::int64_t kCtaSmem = 1024;  // that the driver reserves
+  const std::int64_t by_smem = (smem_limit(info.arch) + kCtaSmem) / (kernel.smem + kCtaSmem);
+  const std::int64_t by_registers = kRegisters / std::max(kernel.regs * kernel.threads, 1);
+  return std::max<std::int64_t>(info.num_sms * std::min(by_smem, by_registers), 1);
+}
+
+// Items of an operand (K or V) of a sequence's head: one per block, and when appending one for the 16-bit tokens.
 std::int64_t append_items(const AppendParams& p) {
   if (p.pack_all != 0) return (std::int64_t{p.new_tokens} + kBlockTokens - 1) / kBlockTokens;
   return 1 + p.new_tokens / kBlockTokens;
 }
 
-// CTAs of an append or quantise of num_items in all. An item that is a block has its own. Most others are a few rows to
-// copy: no more CTAs than leave room for those of the next append, which start before these end, and one item to a CTA
-// only while each has an SM.
+// Items of an operand when quantising, each with every n-th block in a CTA of its own: starting one costs a fifth of a
+// block. But there are to be five rounds of CTAs, as K and V take different times, or as lengths differ; a range that
+// is searched takes so long that a start counts little.
+std::int64_t quantize_items(const AppendParams& p, std::int64_t blocks, std::int64_t resident) {
+  constexpr std::int64_t kBlocksOfItem = 5, kRounds = 5;
+  const bool searched = p.k_clip == 0 || p.v_clip == 0;
+  const std::int64_t all = blocks * p.batch * p.num_kv_heads * kOperands, round = kRounds * resident;
+  const std::int64_t of_item = searched ? 1 : std::clamp<std::int64_t>((all + round / 2) / round, 1, kBlocksOfItem);
+  return (blocks + of_item - 1) / of_item;
+}
+
+// CTAs of an append or quantise of num_items in all. An item of blocks of new tokens has its own. Most others are a few
+// rows to copy: no more CTAs than leave room for those of the next append, which start before these end, and one item
+// to a CTA only while each has an SM.
 std::int64_t append_grid(const Kernel& kernel, const DeviceInfo& info, const AppendParams& p, std::int64_t num_items) {
   constexpr std::int64_t kItemsOfCta = 4;  // at most, one per warp of the kernel
-  constexpr std::int64_t kRegisters = 65536;
-  constexpr std::int64_t kCtaSmem = 1024;  // that the driver reserves
   if (p.pack_all != 0 || append_items(p) > 1 || num_items <= info.num_sms) return num_items;
-  const std::int64_t by_smem = (smem_limit(info.arch) + kCtaSmem) / (kernel.smem + kCtaSmem);
-  const std::int64_t by_registers = kRegisters / std::max(kernel.regs * kernel.threads, 1);
-  const std::int64_t half = std::max<std::int64_t>(info.num_sms * std::min(by_smem, by_registers) / 2, 1);
+  const std::int64_t half = std::max<std::int64_t>(resident_ctas(kernel, info) / 2, 1);
   const std::int64_t per_cta = std::clamp<std::int64_t>((num_items + half - 1) / half, 2, kItemsOfCta);
   return (num_items + per_cta - 1) / per_cta;
 }
@@ -549,7 +566,6 @@ Status step(int handle, const DecodeParams& decode, const AppendParams& append, 
 
 Status append(int handle, const AppendParams& params, std::int64_t workspace_bytes,
               const LaunchOptions& options) noexcept {
-  constexpr std::int64_t kOperands = 2;  // K and V
   constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
   const cuda::Driver* driver = nullptr;
   Registered* r = nullptr;
@@ -557,7 +573,7 @@ Status append(int handle, const AppendParams& params, std::int64_t workspace_byt
   BITDECODING_TRY(find_kind(handle, "append", &r));
   BITDECODING_TRY(validate(params));
   const std::int64_t num_heads = std::int64_t{params.batch} * params.num_kv_heads;
-  const std::int64_t items = append_items(params);
+  std::int64_t items = append_items(params);
   if (num_heads > kMaxGrid / (kOperands * items)) {
     return fail(Status::unsupported_config, "new_tokens=", params.new_tokens, ": with batch=", params.batch,
                 " and num_kv_heads=", params.num_kv_heads, " one launch would need more than ", kMaxGrid,
@@ -576,6 +592,7 @@ Status append(int handle, const AppendParams& params, std::int64_t workspace_byt
   }
   BITDECODING_TRY(find_target(*r, options.device, &driver, &info));
 
+  if (params.pack_all != 0) items = quantize_items(params, items, resident_ctas(r->kernel, *info));
   AppendParams p = params;
   std::int32_t num_items = static_cast<std::int32_t>(items);
   void* arguments[] = {&p.k_new,

@@ -52,6 +52,7 @@ class Row:
     batch: int
     num_q_heads: int
     num_kv_heads: int
+    q_len: int
     tokens: int | None  # None: ragged
     candidate: str
     kernel: str | None  # of ours on a GPU
@@ -136,6 +137,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         help="instead of a suite: batch,num_q_heads,num_kv_heads,tokens;... ('ragged': 16 sequences, 1K to 128K)",
     )
+    parser.add_argument(
+        "--q-len", type=integers(1), nargs="+", default=[1], metavar="N",
+        help="query tokens of a sequence, its last ones, causal (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--presets", nargs="+", default=["kc4", "kc2"], metavar="NAME", help="default: kc4 kc2")
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, default=128)
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of q, out and the 16-bit cache")
@@ -199,6 +204,13 @@ def shapes_of(suite: str, cuda: bool) -> list[Shape]:
     return [Shape((n,) * b, *heads) for heads, n, b in itertools.product(HEADS, BATCH_TOKENS[cuda], BATCHES)]
 
 
+def with_queries(shape: Shape, q_len: int) -> Shape:
+    """A shape with so many query tokens; raises InvalidArgument if a sequence has fewer tokens."""
+    if q_len > min(shape.lengths):
+        raise InvalidArgument(f"--q-len {q_len}: there are shapes with fewer tokens: {shape}")
+    return shape._replace(q_len=q_len)
+
+
 def measure_all(args: argparse.Namespace) -> Report:
     device = device_of(args.device)
     cuda = device.type == "cuda"
@@ -211,6 +223,7 @@ def measure_all(args: argparse.Namespace) -> Report:
         shapes = [shape for suite in args.suite for shape in shapes_of(suite, cuda)]
     else:
         shapes = parse_shapes(args.shapes)
+    shapes = [with_queries(shape, q_len) for shape in shapes for q_len in args.q_len]
     report = Report(
         command=" ".join(["bitdecoding", *sys.argv[1:]]),
         date=datetime.now().isoformat(timespec="seconds"),
@@ -279,6 +292,7 @@ def measure_shape(
                 batch=shape.batch,
                 num_q_heads=shape.num_q_heads,
                 num_kv_heads=shape.num_kv_heads,
+                q_len=shape.q_len,
                 tokens=shape.tokens,
                 candidate=candidate.name,
                 kernel=kernels.get(candidate.name),
@@ -370,10 +384,12 @@ def sweeps(rows: Iterable[Row], over: str) -> dict[str, list[Row]]:
     for row in rows:
         if row.tokens is not None:
             held = row.batch if over == "tokens" else row.tokens
-            panels.setdefault((row.num_q_heads, row.num_kv_heads, held), []).append(row)
+            panels.setdefault((row.num_q_heads, row.num_kv_heads, row.q_len, held), []).append(row)
     return {
-        f"{q}/{kv} heads, " + (f"batch {held}" if over == "tokens" else f"{held:,} tokens"): panel
-        for (q, kv, held), panel in panels.items()
+        f"{q}/{kv} heads, "
+        + ("" if q_len == 1 else f"q_len {q_len}, ")
+        + (f"batch {held}" if over == "tokens" else f"{held:,} tokens"): panel
+        for (q, kv, q_len, held), panel in panels.items()
         if len({getattr(row, over) for row in panel}) >= MIN_POINTS
     }
 

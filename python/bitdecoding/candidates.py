@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import cuda
@@ -28,11 +30,12 @@ FLASHINFER_WORKSPACE = 128 << 20  # bytes, as its documentation recommends
 
 
 class Shape(NamedTuple):
-    """A problem: the tokens of each sequence, and the heads."""
+    """A problem: the tokens of each sequence, of which the last ``q_len`` are query tokens, and the heads."""
 
     lengths: tuple[int, ...]
     num_q_heads: int
     num_kv_heads: int
+    q_len: int = 1
 
     @property
     def batch(self) -> int:
@@ -45,7 +48,8 @@ class Shape(NamedTuple):
 
     def __str__(self) -> str:
         tokens = self.tokens or f"{min(self.lengths)}-{max(self.lengths)}"
-        return f"{self.batch}, {self.num_q_heads}/{self.num_kv_heads}, {tokens}"
+        of_queries = f", q_len {self.q_len}" if self.q_len > 1 else ""
+        return f"{self.batch}, {self.num_q_heads}/{self.num_kv_heads}, {tokens}{of_queries}"
 
 
 def parse_shapes(text: str) -> list[Shape]:
@@ -126,7 +130,8 @@ class LowBitCache:
             row[: len(entries)] = entries
         self.seqlens = torch.tensor(shape.lengths, dtype=torch.int32, device=device)
         self.packed_lens = torch.tensor(self.packed, dtype=torch.int32, device=device)
-        self.q = torch.randn(batch, 1, shape.num_q_heads, head_dim, device=device, generator=generator).to(dtype)
+        size = (batch, shape.q_len, shape.num_q_heads, head_dim)
+        self.q = torch.randn(size, device=device, generator=generator).to(dtype)
         self.out = torch.empty_like(self.q)
         pages = random_pages(self.spec, head_dim, max(1, sum(blocks)), heads, generator)
         self.pages = pages.repeat(self.copies, 1, 1, 1).view(self.copies, *pages.shape).unbind()
@@ -144,7 +149,7 @@ class LowBitCache:
         if self.q.device.type != "cuda":
             return None
         heads = self.shape.num_q_heads, self.shape.num_kv_heads
-        return cuda.choose(self.q.get_device(), self.q.shape[-1], self.spec, *heads).name()
+        return cuda.choose(self.q.get_device(), self.q.shape[-1], self.spec, *heads, self.shape.q_len).name()
 
     def candidate(self, config: KernelConfig | None = None) -> Candidate:
         """Decode with the kernel of ``config``, or the one that the library chooses."""
@@ -177,13 +182,23 @@ class LowBitCache:
         blocks = first[self.table[0, : packed // BLOCK_TOKENS].long()].cpu()
         values = []  # of K and V: [num_kv_heads, tokens, head_dim]
         for part, unpacked in zip("kv", dequantize(blocks, head_dim, self.spec, torch.float32), strict=True):
-            kept = [in_16_bit[f"{where}_{part}"][0, :n].float() for where, n in (("sink", sinks), ("tail", tail)) if n]
-            if getattr(self.spec, f"rotate_{part}"):
-                kept = [rotate(x) for x in kept]  # its own inverse
-            values.append(torch.cat([unpacked.to(self.q.device), *kept]).transpose(0, 1))
+            kept = {}  # in 16 bit
+            for where, count in (("sink", sinks), ("tail", tail)):
+                if count:
+                    x = in_16_bit[f"{where}_{part}"][0, :count].float()
+                    kept[where] = rotate(x) if getattr(self.spec, f"rotate_{part}") else x  # its own inverse
+            parts = [kept.get("sink"), unpacked.to(self.q.device), kept.get("tail")]
+            values.append(torch.cat([x for x in parts if x is not None]).transpose(0, 1))
         k, v = values
-        got = self.out[0, 0].float().view(heads, -1, head_dim)
-        scores = self.q[0, 0].float().view_as(got) @ k.transpose(1, 2) * head_dim**-0.5
+        q_len = self.shape.q_len
+
+        def rows(x: Tensor) -> Tensor:  # [q_len, num_q_heads, head_dim] -> fp32 [num_kv_heads, q_len * group, head_dim]
+            return x.float().view(q_len, heads, -1, head_dim).transpose(0, 1).reshape(heads, -1, head_dim)
+
+        got, scores = rows(self.out[0]), rows(self.q[0]) @ k.transpose(1, 2) * head_dim**-0.5
+        tokens = scores.shape[-1]
+        unseen = torch.ones(q_len, tokens, dtype=torch.bool, device=scores.device).triu(tokens - q_len + 1)
+        scores.masked_fill_(unseen.repeat_interleave(scores.shape[1] // q_len, 0), -torch.inf)
         want = scores.softmax(-1) @ v
         return ((got - want).norm() / want.norm()).item()
 
@@ -230,16 +245,17 @@ class Rivals:
         caches = [kv.unbind() for kv in self._contiguous[dtype]]
         group = shape.num_q_heads // shape.num_kv_heads
         backend = BACKENDS.get(name)
-        if backend is None:
+        if backend is None and shape.q_len == 1:
             # on a CPU the heads of a group are faster as rows of one query: the cache is then read once for all
             q = self._random(shape.batch, shape.num_kv_heads, group, self.head_dim, dtype=dtype)
             return lambda i: scaled_dot_product_attention(q, caches[i % copies][0], caches[i % copies][1])
-        q = self._random(shape.batch, shape.num_q_heads, 1, self.head_dim, dtype=dtype)
+        q = self._random(shape.batch, shape.num_q_heads, shape.q_len, self.head_dim, dtype=dtype)
+        mask = causal_lower_right(shape.q_len, shape.tokens) if shape.q_len > 1 else None
 
         def call(i: int) -> Tensor:
             k, v = caches[i % copies]
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(q, k, v, enable_gqa=group > 1)
+            with nullcontext() if backend is None else sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=group > 1)
 
         return call
 
@@ -248,6 +264,8 @@ class Rivals:
         import flashinfer
 
         shape = self.shape
+        if shape.q_len > 1:
+            raise InvalidArgument("its batch decode takes one query token")
         pages = [-(-n // FLASHINFER_PAGE) for n in shape.lengths]
         first_page = [0, *itertools.accumulate(pages)]
         last_page_len = [n - (count - 1) * FLASHINFER_PAGE for n, count in zip(shape.lengths, pages, strict=True)]
