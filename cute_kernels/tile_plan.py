@@ -10,7 +10,7 @@ from .wide_plan import AUXILIARY_WARPS, GROUP_WARPS, M_TILE, WidePlan
 WRITER_WARPS = NUM_SLICES  # of K, and as many of V, of which each writes a slice
 TILE_STAGES = 2  # of K and V in fp16
 PARAMS_WORDS = 4  # of a tile: factor, exponent of V's unit, padding
-PREFETCHING_BITS = 8  # of K and V
+PREFETCHING_BYTES = 96  # of a token's codes; with more, another stage of the ring is worth more
 STATE_BYTES = 8  # maximum and sum of a row
 PROGRESS_BYTES = 8
 MERGE_ROWS = 2  # that a warp merges at once; four are no faster
@@ -35,7 +35,8 @@ class TilePlan(WidePlan):
         self.columns = M_TILE  # of queries that are an operand
         self.column_tiles = M_TILE // 8
         # whether there is room for the next piece's queries besides the operand
-        self.prefetches = self.q_tile == M_TILE and self.quant.k_bits + self.quant.v_bits <= PREFETCHING_BITS
+        token_bytes = self.head_dim * (self.quant.k_bits + self.quant.v_bits) // 8
+        self.prefetches = self.q_tile == M_TILE and token_bytes <= PREFETCHING_BYTES
 
     @cached_property
     def merge_rows(self) -> int:

@@ -102,28 +102,33 @@ class TileWriter:
         for first in range(0, self.plan.tiles, at_once):
             channels = range(first, first + at_once)
             tiles = [Tile(0, t, c, self.v_fragments[t, c]) for t in range(2) for c in channels]
-            self.write(codes, section, words, bits, tiles, params, self.value_at, target)
+            self.write(
+                codes, section, words, bits, tiles, params, self.value_at, target, ahead=at_once == self.plan.tiles
+            )
 
     def write(
         self, codes: Int32, section: Section, vector_words: int, bits: int, tiles: list, params: Callable, at: Callable,
-        target: Int32, centres: bool = False
+        target: Int32, centres: bool = False, ahead: bool = True
     ) -> None:  # fmt: skip
         """Dequantise and store a warp's tiles. codes: address of the first warp's and lane's; params: of a Tile the
-        Multipliers and offsets by A register; at: its place behind ``target``; centres: codes get their zero first.
+        Multipliers and offsets by A register; at: its place behind ``target``; centres: codes get their zero first;
+        ahead: there are registers for words that are loaded before they are needed.
         """
         tiles = sorted(tiles, key=lambda tile: (tile.slice, tile.fragments[0].vector))
         vectors = list(dict.fromkeys((tile.slice, tile.fragments[0].vector) for tile in tiles))
         count = WORDS_AT_ONCE[bits] // len({f.word for tile in tiles for f in tile.fragments})
         # the bits of the codes in turn, so that few Multipliers are needed at a time
         tiles.sort(key=lambda tile: (tile.fragments[0].bit, tile.t))
-        for first in range(0, len(vectors), count):
-            words = {}
-            for s, vector in vectors[first : first + count]:
-                mine = [tile for tile in tiles if (tile.slice, tile.fragments[0].vector) == (s, vector)]
-                used = sorted({f.word for tile in mine for f in tile.fragments})
-                offset = s * (section.nbytes // NUM_SLICES) + 4 * (vector * LANES * vector_words + used[0])
-                got = ptx.load_shared(codes, section.offset + offset, used[-1] - used[0] + 1)
-                words[s, vector] = dict(enumerate(got, used[0]))
+        batches = [vectors[i : i + count] for i in range(0, len(vectors), count)]
+
+        def load(i: int) -> dict:
+            return self.load_words(codes, section, vector_words, tiles, batches[i]) if i < len(batches) else {}
+
+        following = load(0)
+        for i in range(len(batches)):
+            words = following
+            if ahead:
+                following = load(i + 1)
             for tile in tiles:
                 vector = tile.fragments[0].vector
                 if (tile.slice, vector) in words:
@@ -136,6 +141,19 @@ class TileWriter:
                             code, bit = centred(code, bit, bits), 0
                         a.append(wg.fma_half2(code, multipliers[r].at(bit), offsets[r]))
                     wg.store_matrices(target, at(tile), a, transposed=False)
+            if not ahead:
+                following = load(i + 1)
+
+    def load_words(self, codes: Int32, section: Section, vector_words: int, tiles: list, vectors: list) -> dict:
+        """{(slice, vector): {word: register}} of the words of these vectors that the tiles have codes in."""
+        words = {}
+        for s, vector in vectors:
+            mine = [tile for tile in tiles if (tile.slice, tile.fragments[0].vector) == (s, vector)]
+            used = sorted({f.word for tile in mine for f in tile.fragments})
+            offset = s * (section.nbytes // NUM_SLICES) + 4 * (vector * LANES * vector_words + used[0])
+            got = ptx.load_shared(codes, section.offset + offset, used[-1] - used[0] + 1)
+            words[s, vector] = dict(enumerate(got, used[0]))
+        return words
 
     def key_at(self, tile: Tile) -> int:
         return self.key_tile(tile.slice * SLICE_TOKENS + tile.t * TILE, tile.c * TILE)

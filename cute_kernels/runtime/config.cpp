@@ -92,11 +92,13 @@ std::int64_t ring_bytes(const KernelConfig& c) {
 std::int64_t tile_smem_bytes(const KernelConfig& c) {
   constexpr std::int64_t kHalf = 2, kBarrierBytes = 8, kPieceBytes = 80, kPositionBytes = 4, kSharesBytes = 32;
   constexpr std::int64_t kTiles = 4, kBarriersOfStage = 3, kBarriersOfSlots = 4, kBarriersOfTiles = 8;
-  constexpr std::int64_t kTileParamsBytes = 2 * 16, kPlacesBytes = 16, kStateBytes = 8, kProgressBytes = 8;
+  constexpr std::int64_t kPrefetchingBytes = 96, kTileParamsBytes = 2 * 16, kPlacesBytes = 16, kStateBytes = 8,
+                         kProgressBytes = 8;
   const std::int64_t ring = c.stages * (block_bytes(c.head_dim, c.quant) + folded_bytes(c.head_dim, c.quant, true));
   std::int64_t bytes = round_up(ring, kSmemAlign) + kTiles * kBlockTokens * c.head_dim * kHalf;
   // the next piece's queries are fetched ahead where there is room for them
-  const std::int64_t copies = c.q_tile == kMinTileColumns && c.quant.k_bits + c.quant.v_bits <= 8 ? 2 : 1;
+  const std::int64_t token_bytes = c.head_dim * (c.quant.k_bits + c.quant.v_bits) / 8;
+  const std::int64_t copies = c.q_tile == kMinTileColumns && token_bytes <= kPrefetchingBytes ? 2 : 1;
   bytes += c.q_tile * (copies * c.head_dim * kHalf + kPositionBytes) + 3 * kPieceBytes;
   bytes += kBarrierBytes * (kBarriersOfStage * c.stages + kBarriersOfSlots + kBarriersOfTiles);
   bytes = round_up(bytes, 16) + kTileParamsBytes + kPlacesBytes;
