@@ -1,8 +1,9 @@
 """Decode attention over BitFusion blocks with mma.sync: one launch for any batch of ragged sequences.
 
 producer warp   walks the CTA's share of the work list (schedule.py) and copies each block into a ring of
-                shared-memory stages: one bulk copy per block, cp.async before Hopper; then the piece's 16-bit
-                tokens (sinks and tail), a chunk to a stage; "full" and "empty" mbarriers hand the stages over
+                shared-memory stages: one bulk copy per block, by some lanes at once, cp.async before Hopper; then
+                the piece's 16-bit tokens (sinks and tail), a chunk to a stage; "full" and "empty" mbarriers hand
+                the stages over
 consumer warps  in groups of ``warps_per_block``; a group takes every n-th block, a warp its token slices
                 (attention.py), alone with its own running maximum:
     Q' = Q * scale_k              once per token group (K per channel)
@@ -17,7 +18,7 @@ merge warps     find out the next piece and prepare its queries (queries.py); me
 """
 
 import cutlass
-from cutlass import Int32, cute, range_constexpr
+from cutlass import Boolean, Int32, cute, range_constexpr
 
 from . import ptx, step
 from . import warpgroup as wg
@@ -143,6 +144,7 @@ class DecodeKernel:
     @cute.jit
     def produce(self, p: Params, smem: Int32, lane: Int32, share: tuple):
         """Copy the blocks of the CTA's share into the ring."""
+        at_once = self.plan.blocks_at_once
         at, end, seq, _, page = share
         turn = Int32(0)
         done = Int32(0)  # pieces
@@ -154,9 +156,14 @@ class DecodeKernel:
             i = Int32(0)
             while (i < blocks) | (i == 0):
                 if i < blocks:
-                    source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES)) * p.page_stride
-                    self.copy_block(smem, source, turn, lane)
-                    turn = self.following(turn, 1)
+                    copies = cutlass.min(blocks - i, at_once)
+                    own = cutlass.select_(lane < copies, lane, Int32(0))
+                    source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES + own)) * p.page_stride
+                    if cutlass.const_expr(self.plan.bulk):
+                        self.copy_blocks(smem, source, self.following(turn, own), lane < copies)
+                    else:
+                        self.copy_block(smem, source, turn, lane)
+                    turn = self.following(turn, copies)
                 if i % LANES == 0:
                     # behind a copy, but before they are needed: a load waits as long as the ring lasts
                     ahead = self.schedule.entries(p, at, end, seq, i + LANES, lane)
@@ -164,7 +171,7 @@ class DecodeKernel:
                         lengths = self.schedule.lengths(p, then.b)
                         if then.b == at.b:
                             of_next = self.schedule.entries(p, then, end, seq, Int32(0), lane)
-                i += 1
+                i += at_once
                 if i % LANES == 0:
                     page = ahead
             coming, page = seq, of_next
@@ -184,31 +191,35 @@ class DecodeKernel:
             self.step.count(p, lane)  # no more lengths are read
 
     @cute.jit
-    def copy_block(self, smem: Int32, source: cutlass.Int64, turn: Int32, lane: Int32):
-        """Copy a block to a stage, when it is empty."""
+    def copy_blocks(self, smem: Int32, source: cutlass.Int64, turn: Int32, has_own: Boolean):
+        """Copy blocks to stages, each by a lane of its own, when all of these are empty. One block after another is
+        slower than warps that attend to blocks of 2 bits.
+        """
         target, full, parity = self.stage(smem, turn)
-        empty, parity = self.empty(full), parity ^ 1  # the first round finds it so
+        # by all lanes: a warp that has parted is not suspended, but polls. The first round finds stages empty
+        ptx.mbarrier_wait(self.empty(full), parity ^ 1, self.plan.wait)
+        cute.arch.sync_warp()
+        if has_own:
+            if cutlass.const_expr(self.plan.rings_chunks):  # whose barriers expect all lanes
+                ptx.mbarrier_arrive(full, LANES - 1)
+            ptx.mbarrier_expect(full, self.plan.fmt.block_bytes)
+            ptx.bulk_copy(target, source, self.plan.fmt.block_bytes, full)
+
+    @cute.jit
+    def copy_block(self, smem: Int32, source: cutlass.Int64, turn: Int32, lane: Int32):
+        """Copy a block to a stage by cp.async, when it is empty."""
+        target, full, parity = self.stage(smem, turn)
         nbytes = self.plan.fmt.block_bytes
-        if cutlass.const_expr(self.plan.bulk):
-            # by all lanes: a warp that has parted is not suspended, but polls
-            ptx.mbarrier_wait(empty, parity, self.plan.wait)
-            cute.arch.sync_warp()
-            if lane == 0:
-                if cutlass.const_expr(self.plan.rings_chunks):  # whose barriers expect all lanes
-                    ptx.mbarrier_arrive(full, LANES - 1)
-                ptx.mbarrier_expect(full, nbytes)
-                ptx.bulk_copy(target, source, nbytes, full)
-        else:
-            ptx.mbarrier_wait(empty, parity, self.plan.wait)
-            target += lane * COPY_BYTES
-            source += cutlass.Int64(lane) * COPY_BYTES
-            row = LANES * COPY_BYTES
-            for i in range_constexpr(nbytes // row):
-                ptx.copy16(target, source, i * row)
-            if cutlass.const_expr(nbytes % row != 0):
-                if lane * COPY_BYTES < nbytes % row:
-                    ptx.copy16(target, source, nbytes // row * row)
-            ptx.mbarrier_arrive_after_copies(full)
+        ptx.mbarrier_wait(self.empty(full), parity ^ 1, self.plan.wait)
+        target += lane * COPY_BYTES
+        source += cutlass.Int64(lane) * COPY_BYTES
+        row = LANES * COPY_BYTES
+        for i in range_constexpr(nbytes // row):
+            ptx.copy16(target, source, i * row)
+        if cutlass.const_expr(nbytes % row != 0):
+            if lane * COPY_BYTES < nbytes % row:
+                ptx.copy16(target, source, nbytes // row * row)
+        ptx.mbarrier_arrive_after_copies(full)
 
     @cute.jit
     def copy_chunk(
@@ -264,7 +275,7 @@ class DecodeKernel:
         if lane == 0:
             ptx.mbarrier_arrive(self.empty(full))
 
-    def following(self, turn: Int32, count: int) -> Int32:
+    def following(self, turn: Int32, count: Int32 | int) -> Int32:
         """The turn ``count`` stages later."""
         turn += count
         return cutlass.select_(turn >= 2 * self.plan.stages, turn - 2 * self.plan.stages, turn)

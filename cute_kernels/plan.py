@@ -56,6 +56,8 @@ class Plan:
         self.wait = "try_wait" if config.arch in HOPPER_ARCHS else "test_wait"
         self.programmatic = config.arch in HOPPER_ARCHS  # may start before the previous kernel of the stream ends
         self.stages = config.stages
+        # blocks that are copied at once, when their stages are empty: a power of two, and a third of the ring at most
+        self.blocks_at_once = 1 << (max(self.stages // 3, 1).bit_length() - 1) if self.bulk else 1
         self.warps = config.num_warps
         self.warps_per_block = config.warps_per_block
         self.block_groups = self.warps // self.warps_per_block  # blocks in work at once

@@ -1,7 +1,7 @@
 """Rows of 16-bit tokens on their way to tails and blocks: limits of their values, and rotation.
 
-A row is four lanes', which hold every fourth 16 bytes: strides of the Hadamard butterflies are within a vector, across
-the four lanes, then between a lane's vectors.
+A row on its way is four lanes', which hold every fourth 16 bytes: strides of the Hadamard butterflies are within a
+vector, across the four lanes, then between a lane's vectors. In shared memory they take quarters of it (``transform``).
 """
 
 import cutlass
