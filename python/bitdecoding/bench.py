@@ -139,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--q-len", type=integers(1), nargs="+", default=[1], metavar="N",
-        help="query tokens of a sequence, its last ones, causal (default: 1)",
+        help="query tokens of a sequence that decode attends with, its last ones, causal (default: 1)",
     )  # fmt: skip
     parser.add_argument("--presets", nargs="+", default=["kc4", "kc2"], metavar="NAME", help="default: kc4 kc2")
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, default=128)
