@@ -156,14 +156,16 @@ class DecodeKernel:
             i = Int32(0)
             while (i < blocks) | (i == 0):
                 if i < blocks:
-                    copies = cutlass.min(blocks - i, at_once)
-                    own = cutlass.select_(lane < copies, lane, Int32(0))
-                    source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES + own)) * p.page_stride
                     if cutlass.const_expr(self.plan.bulk):
+                        copies = cutlass.min(blocks - i, at_once)
+                        own = cutlass.select_(lane < copies, lane, Int32(0))
+                        source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES + own)) * p.page_stride
                         self.copy_blocks(smem, source, self.following(turn, own), lane < copies)
+                        turn = self.following(turn, copies)
                     else:
+                        source = pages + cutlass.Int64(ptx.shuffle(page, i % LANES)) * p.page_stride
                         self.copy_block(smem, source, turn, lane)
-                    turn = self.following(turn, copies)
+                        turn = self.following(turn, 1)
                 if i % LANES == 0:
                     # behind a copy, but before they are needed: a load waits as long as the ring lasts
                     ahead = self.schedule.entries(p, at, end, seq, i + LANES, lane)

@@ -162,6 +162,13 @@ def token_rows(head_dim: int, tokens: int) -> Layout:
     return Layout((tokens, 2, head_dim), (2 * head_dim + 8, head_dim, 1))
 
 
+def transform_parts(size: int) -> Layout:
+    """(half, odd, high) -> byte of that half of quarter ``odd + 2 high`` of ``size`` 16-bit values, as four lanes that
+    transform them read and store them (rows.py).
+    """
+    return Layout((2, 2, 2), (size // 4, size // 2, size))
+
+
 @dataclass(frozen=True)
 class BlockFormat:
     """Where everything lies in a block. Build it with :func:`block_format`.

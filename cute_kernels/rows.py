@@ -9,7 +9,7 @@ from cutlass import Boolean, Float32, Int32, Int64, cute, range_constexpr
 
 from . import ptx
 from .append_plan import ROW_LANES, VECTOR, WARP_ROWS, AppendPlan
-from .layouts import BLOCK_TOKENS, HALF_BITS
+from .layouts import BLOCK_TOKENS, HALF_BITS, transform_parts
 from .queries import hadamard_lanes, hadamard_registers
 
 # the limit of values, as in quantization.py; rows are rotated without care, and if one of the values is larger than
@@ -135,7 +135,8 @@ class Rows:
         therefore the second ones, of the quarter and later of sum and difference; signs of differences come last.
         """
         count = self.plan.hadamard // 8  # of x, of y
-        half, quarter = 2 * count, 4 * count  # bytes
+        parts = transform_parts(self.plan.hadamard)
+        half, quarter = parts(1, 0, 0), parts(0, 1, 0)
         odd, high = lane // WARP_ROWS & 1, lane // (2 * WARP_ROWS)
         odd_sign, high_sign = (cutlass.select_(bit == 0, Float32(1.0), Float32(-1.0)) for bit in (odd, high))
         own = at + (odd + 2 * high) * quarter
@@ -149,7 +150,7 @@ class Rows:
         if is_new:
             place = at + high * quarter + odd * half
             store_values(place, [ptx.multiply(value, norm) for value in sums], pair_of)
-            place += 2 * quarter
+            place += parts(0, 0, 1)
             store_values(place, [ptx.multiply(value, norm * high_sign) for value in differences], pair_of)
 
 
@@ -167,10 +168,8 @@ def load_values(at: Int32, count: int, floats_of) -> list:
 
 def store_values(at: Int32, x: list, pair_of) -> None:
     """Store fp32 values as 16 bit to shared memory."""
-    registers = [pair_of(*x[i : i + 2]) for i in range(0, len(x), 2)]
-    words = min(len(registers), 4)
-    for i in range(0, len(registers), words):
-        ptx.store_shared(at, 4 * i, registers[i : i + words])
+    for i, vector in enumerate(vectors_of(x, pair_of)):
+        ptx.store_shared(at, VECTOR * i, vector)
 
 
 def stage_row(place: Int32, source: Int64, vectors: int) -> None:
@@ -180,7 +179,7 @@ def stage_row(place: Int32, source: Int64, vectors: int) -> None:
 
 
 def vectors_of(x: list, pair_of) -> list:
-    """fp32 values as vectors of 16 bit."""
+    """fp32 values as vectors of 16 bit; a short one, if there are so few."""
     registers = [pair_of(*x[i : i + 2]) for i in range(0, len(x), 2)]
     return [registers[i : i + 4] for i in range(0, len(registers), 4)]
 

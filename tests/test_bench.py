@@ -227,6 +227,8 @@ def test_q_len(tmp_path, capsys) -> None:
     assert [row["q_len"] for row in json.loads(out.read_text())["rows"] if row["candidate"] == "kc4"] == [1, 3]
     assert main([*SMALL, "--shapes", "1,4,2,2", "--q-len", "3"]) == 2
     assert "--q-len 3: there are shapes with fewer tokens: 1, 4/2, 2" in capsys.readouterr().err
+    assert main([*SMALL, "--suite", "write", "--q-len", "1", "3"]) == 2
+    assert "--q-len 1 3: with --suite write allowed is 1" in capsys.readouterr().err
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, capsys) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bitdecoding.cute_kernels.append_plan import ROW_PAD
 from bitdecoding.cute_kernels.errors import InvalidArgument
 from bitdecoding.cute_kernels.layouts import (
     BITS,
@@ -25,6 +26,7 @@ from bitdecoding.cute_kernels.layouts import (
     row_order,
     symmetric_zero,
     token_rows,
+    transform_parts,
 )
 from bitdecoding.cute_kernels.render import render
 
@@ -232,6 +234,22 @@ def test_matrices_of_tokens_are_read_without_bank_conflicts(head_dim, operand):
     for c in range(0, head_dim, TILE):
         addresses = np.array([2 * rows(int(t), operand, int(c + d)) for t, d in zip(token, channel, strict=True)])
         assert wavefronts(addresses, 16) == 4
+
+
+@pytest.mark.parametrize(("head_dim", "size"), [(64, 64), (96, 32), (128, 128), (256, 256)])
+def test_parts_of_a_transform(head_dim, size):
+    """Halves of quarters side by side, each read by a lane of the row and stored by one; vectors use all banks."""
+    parts = transform_parts(size)
+    at = [parts(half, odd, high) for high, odd, half in product(range(2), repeat=3)]
+    assert at == list(range(0, 2 * size, size // 4))
+    row_bytes, vector, lanes = 2 * head_dim + ROW_PAD, min(size // 4, 16), list(product(range(2), range(2)))
+    read = [[parts(y ^ odd, odd, high) for high, odd in lanes] for y in range(2)]
+    stored = [[parts(odd, high, difference) for high, odd in lanes] for difference in range(2)]
+    for places in (read, stored):
+        assert sorted([*places[0], *places[1]]) == at
+        for own, first in product(places, range(0, size // 4, vector)):
+            addresses = np.array([row * row_bytes + place + first for place in own for row in range(8)])
+            assert wavefronts(addresses, vector) == LANES * vector // 128
 
 
 # -- parameters ------------------------------------------------------------------------------------------------

@@ -328,12 +328,12 @@ std::int64_t quantize_items(const AppendParams& p, std::int64_t blocks, std::int
   return (blocks + of_item - 1) / of_item;
 }
 
-// CTAs of an append or quantise of num_items in all. An item of blocks of new tokens has its own. Most others are a few
-// rows to copy: no more CTAs than leave room for those of the next append, which start before these end, and one item
-// to a CTA only while each has an SM.
-std::int64_t append_grid(const Kernel& kernel, const DeviceInfo& info, const AppendParams& p, std::int64_t num_items) {
+// CTAs of an append or quantise of num_items in all. Items of blocks of new tokens have their own. Others are a few
+// rows to copy mostly: no more CTAs than leave room for those of the next append, which start before these end, and one
+// item to a CTA only while each has an SM.
+std::int64_t append_grid(const Kernel& kernel, const DeviceInfo& info, bool of_blocks, std::int64_t num_items) {
   constexpr std::int64_t kItemsOfCta = 4;  // at most, one per warp of the kernel
-  if (p.pack_all != 0 || append_items(p) > 1 || num_items <= info.num_sms) return num_items;
+  if (of_blocks || num_items <= info.num_sms) return num_items;
   const std::int64_t half = std::max<std::int64_t>(resident_ctas(kernel, info) / 2, 1);
   const std::int64_t per_cta = std::clamp<std::int64_t>((num_items + half - 1) / half, 2, kItemsOfCta);
   return (num_items + per_cta - 1) / per_cta;
@@ -629,7 +629,8 @@ Status append(int handle, const AppendParams& params, std::int64_t workspace_byt
                        &p.rotate_v,
                        &p.bfloat16,
                        &p.pack_all};
-  const std::int64_t num_ctas = append_grid(r->kernel, *info, p, num_heads * items * kOperands);
+  const bool of_blocks = params.pack_all != 0 || items > 1;
+  const std::int64_t num_ctas = append_grid(r->kernel, *info, of_blocks, num_heads * items * kOperands);
   return launch(*driver, *info, r, num_ctas, arguments, options);
 }
 

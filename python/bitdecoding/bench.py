@@ -223,6 +223,9 @@ def measure_all(args: argparse.Namespace) -> Report:
         shapes = [shape for suite in args.suite for shape in shapes_of(suite, cuda)]
     else:
         shapes = parse_shapes(args.shapes)
+    writes_too = args.shapes is None and "write" in args.suite
+    if writes_too and args.q_len != [1]:
+        raise InvalidArgument(f"--q-len {' '.join(map(str, args.q_len))}: with --suite write allowed is 1")
     shapes = [with_queries(shape, q_len) for shape in shapes for q_len in args.q_len]
     report = Report(
         command=" ".join(["bitdecoding", *sys.argv[1:]]),
@@ -240,7 +243,7 @@ def measure_all(args: argparse.Namespace) -> Report:
             write(report, args.out)
             if cuda:
                 torch.cuda.empty_cache()  # the caches of the next shape have other sizes
-    if args.shapes is None and "write" in args.suite:
+    if writes_too:
         measure_writes(report, args.presets, device, args.rounds)
         write(report, args.out)
     return report

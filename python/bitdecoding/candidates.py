@@ -180,15 +180,17 @@ class LowBitCache:
         )  # fmt: skip
         heads, head_dim = self.shape.num_kv_heads, self.q.shape[-1]
         blocks = first[self.table[0, : packed // BLOCK_TOKENS].long()].cpu()
+
+        def kept(where: str, part: str, count: int) -> list[Tensor]:  # in 16 bit, as before a rotation
+            if count == 0:
+                return []
+            x = in_16_bit[f"{where}_{part}"][0, :count].float()
+            return [rotate(x) if getattr(self.spec, f"rotate_{part}") else x]  # its own inverse
+
         values = []  # of K and V: [num_kv_heads, tokens, head_dim]
         for part, unpacked in zip("kv", dequantize(blocks, head_dim, self.spec, torch.float32), strict=True):
-            kept = {}  # in 16 bit
-            for where, count in (("sink", sinks), ("tail", tail)):
-                if count:
-                    x = in_16_bit[f"{where}_{part}"][0, :count].float()
-                    kept[where] = rotate(x) if getattr(self.spec, f"rotate_{part}") else x  # its own inverse
-            parts = [kept.get("sink"), unpacked.to(self.q.device), kept.get("tail")]
-            values.append(torch.cat([x for x in parts if x is not None]).transpose(0, 1))
+            in_order = [*kept("sink", part, sinks), unpacked.to(self.q.device), *kept("tail", part, tail)]
+            values.append(torch.cat(in_order).transpose(0, 1))
         k, v = values
         q_len = self.shape.q_len
 
