@@ -9,6 +9,10 @@ The consumers turn a code q, read as the fp16 denormal q * 2^-24, into an A regi
 so K needs scale * 2^(15 - e) and the offset; V the offset and the scale; scores the factor 2^(9 + e). Parameters of
 tokens that the block does not hold become 0: what lies there may be NaN. K per token with a symmetric zero and a mean
 takes two HFMA2, (q + zero) / 2^9 first, and needs scale / 2^e and the mean.
+
+Where all tokens of a block share K's scales (WidePlan.scales_queries) the codes are A registers as they are, and the
+queries are scaled instead: Q' = Q * scale / 2^(e + 1) is the block's B operand, and the zeros add a bias to each
+column's scores.
 """
 
 import cutlass
@@ -17,13 +21,15 @@ from cutlass import Float32, Int32, cute, range_constexpr
 from . import ptx
 from . import warpgroup as wg
 from .fragments import half2_constant
-from .layouts import BLOCK_TOKENS, LANES, SLICE_TOKENS, symmetric_zero
+from .layouts import BLOCK_TOKENS, LANES, SLICE_TOKENS, TILE, symmetric_zero
+from .plan import COLUMNS
 from .queries import EXPONENT
 from .wide_plan import WidePlan
 
 UNIT = 2.0**-9  # of the codes as A registers: 2^-24 times the largest power of two of fp16
 LARGEST_POWER = 2.0**15
 SMALLEST_STEP = 2.0**-15  # of a block, for the exponent
+CHAINS = 4  # of MMAs that do not wait for each other
 MEAN_ROOM = 2.0**-12  # how much larger than the largest scale a mean may be without limiting the exponent
 
 
@@ -36,13 +42,17 @@ class Fold:
         self.quant = plan.quant
         self.words = plan.head_dim // LANES // 2  # half2 of a lane when a warp holds a value per channel
 
-    def block(self, stage: Int32, folded: Int32, valid: Int32, factor: Float32, lane: Int32) -> None:
-        """Fold the block in ``stage``, whose first ``valid`` tokens count; factor: that of the queries."""
-        if self.quant.k_axis == "channel":
+    def block(self, stage: Int32, folded: Int32, valid: Int32, queries: Int32, factor: Float32, lane: Int32) -> None:
+        """Fold the block in ``stage``, whose first ``valid`` tokens count; queries: their operand, factor: theirs."""
+        if self.plan.scales_queries:
+            self.scale_queries(stage, folded, queries, factor, lane)
+        elif self.quant.k_axis == "channel":
             self.keys_per_channel(stage, folded, valid, factor, lane)
         else:
             self.keys_per_token(stage, folded, valid, factor, lane)
         self.values(stage, folded, valid, lane)
+        if self.plan.scales_queries:
+            wg.fence_async()
 
     # -- K -----------------------------------------------------------------------------------------------------------
 
@@ -58,8 +68,7 @@ class Fold:
 
     def exponent(self, largest: Float32) -> tuple:
         """(2^e, 2^-e) of the warp's largest value."""
-        largest = ptx.over_lanes(ptx.fmax, largest, ptx.LANE_BITS)
-        step = ptx.bits(ptx.fmax(largest, Float32(SMALLEST_STEP))) & EXPONENT
+        step = ptx.largest_bits(ptx.fmax(largest, Float32(SMALLEST_STEP))) & EXPONENT
         return ptx.from_bits(step), ptx.from_bits(0x7F000000 - step)
 
     def store_factor(self, folded: Int32, step: Float32, factor: Float32, lane: Int32) -> None:
@@ -95,6 +104,69 @@ class Fold:
             at = self.plan.folded_k_at + row * 4 * self.plan.head_dim
             self.store_channels(folded, at, multiplier, lane)
             self.store_channels(folded, at + 2 * self.plan.head_dim, offset, lane)
+
+    def scale_queries(self, stage: Int32, folded: Int32, queries: Int32, factor: Float32, lane: Int32) -> None:
+        """K per channel, one group of tokens: Q' and what it leaves out, sum Q scale (zero + m) - sum Q' m.
+
+        m is the middle code: so Q' and what it was rounded by meet codes - m only. Two column tiles are the rows of an
+        MMA; its even columns have the higher half of scale (zero + m), the odd ones the lower.
+        """
+        plan, fmt = self.plan, self.fmt
+        scale = self.channels(stage, fmt.k_scale, 0, lane)
+        zero = self.channels(stage, fmt.k_zero, 0, lane) if fmt.k_zero is not None else None
+        largest = Float32(0.0)
+        for x in scale:
+            largest = ptx.fmax(largest, x)
+        step, inverse = self.exponent(largest)
+        inverse = inverse * 0.5
+        unit_step = step * (2.0 * factor)
+        ptx.store_shared(folded, 0, [unit_step])  # the same from all lanes
+        middle = -symmetric_zero(self.quant.k_bits)
+        odd = (lane & 4) != 0
+        quad = (lane & 3) * 16
+        halves = folded + quad + cutlass.select_(odd, Int32(2 * plan.head_dim), Int32(0))
+        if zero is not None:
+            products = [x * inverse * (z + middle) for x, z in zip(scale, zero, strict=True)]
+            higher = [ptx.to_half2(*products[i : i + 2]) for i in range(0, len(products), 2)]
+            rounded = [x for half2 in higher for x in ptx.half2_floats(half2)]
+            self.store_channels(folded, plan.folded_v_scale_at, rounded, lane)
+            lower = [x - y for x, y in zip(products, rounded, strict=True)]
+            self.store_channels(folded, plan.folded_v_scale_at + 2 * plan.head_dim, lower, lane)
+            cute.arch.sync_warp()
+        inverse = ptx.to_half2(inverse, inverse)
+        minus_middle = [cutlass.select_(odd, Int32(0), half2_constant(-middle))] * 2
+        layout = wg.operand_layout(plan.columns, plan.head_dim)  # (column, channel) -> byte
+        # the lane's row of a matrix: matrices are (column tile, half of a channel tile)
+        place = (lane & 7) * layout(1, 0) + (lane >> 3 & 1) * layout(COLUMNS, 0) + (lane >> 4) * layout(0, COLUMNS)
+
+        def load(pair: int) -> tuple:
+            """Of two channel tiles: scales, halves, queries."""
+            channels = 4 * TILE * pair  # bytes, in B order
+            exact = ptx.load_shared(halves, plan.folded_v_scale_at + channels, 4) if zero is not None else None
+            tiles = [ptx.load_matrices(queries + place + layout(0, TILE * (2 * pair + c)), False) for c in range(2)]
+            return ptx.load_shared(stage + quad, fmt.k_scale.offset + channels, 4), exact, tiles
+
+        chains = [[Float32(0.0)] * 4 for _ in range(CHAINS)]
+        ahead = load(0)
+        for pair in range(plan.tiles // 2):
+            of_pair, exact, tiles = ahead
+            if pair + 1 < plan.tiles // 2:  # before the stores, which loads wait for
+                ahead = load(pair + 1)
+            of_pair = [ptx.mul_half2(x, inverse) for x in of_pair]
+            for c, query in enumerate(tiles):
+                operand = [ptx.mul_half2(x, of_pair[2 * c + i // 2]) for i, x in enumerate(query)]
+                at = plan.folded_k_at + layout(0, TILE * (2 * pair + c))
+                wg.store_matrices(folded + place, at, operand, transposed=False)
+                chains[c] = ptx.mma(chains[c], operand, minus_middle)
+                if zero is not None:
+                    chains[2 + c] = ptx.mma(chains[2 + c], query, exact[2 * c : 2 * c + 2])
+        for i in range(2):  # rows g and g + 8; the same from a column's lanes
+            total = Float32(0.0)
+            for chain in chains:
+                total = total + (chain[2 * i] + chain[2 * i + 1])
+            at = plan.folded_bias_at + 4 * COLUMNS * i
+            ptx.store_shared(folded + (lane >> 2) * 4, at, [total * unit_step])
+        cute.arch.sync_warp()  # V's scales come where the halves were
 
     @cute.jit
     def keys_per_token(self, stage: Int32, folded: Int32, valid: Int32, factor: Float32, lane: Int32):

@@ -214,6 +214,11 @@ def over_lanes(function, x, masks):
     return x
 
 
+def largest_bits(x: Float32) -> Int32:
+    """The bits of the warp's largest x, none of which is negative: their order is that of their bits."""
+    return asm("redux.sync.max.u32 {$w0}, {$r0}, -1;", write_only_types=[Int32], read_only_args=[bits(x)])
+
+
 def shuffle_up(value, delta: int):
     """Value of lane - delta; lanes below delta keep their own."""
     return cute.arch.shuffle_sync_up(value, delta, mask_and_clamp=0)

@@ -50,4 +50,7 @@ class TileQueries(WideQueries):
 
     def of_group(self, slot: Int32, group: Int32) -> Int32:
         """A descriptor of a warpgroup's first k step."""
-        return self.operand(slot, group if self.plan.q_tile > M_TILE else Int32(0))
+        at = slot
+        if self.plan.q_tile > M_TILE:
+            at += group * (M_TILE * self.plan.head_dim * 2)
+        return wg.descriptor(cute.arch.make_warp_uniform(at), self.plan.column_tiles)

@@ -43,6 +43,11 @@ def pin(values: list) -> list:
     return _assembly("", outputs, values, constraints)
 
 
+def again(x: Float32 | Int32):
+    """The same value, from which the compiler finds out anew what follows, rather than keep it in a register."""
+    return pin([x])[0]
+
+
 def descriptor(address: Int32, column_tiles: int) -> Int32:
     """Lower half of an operand's descriptor; no swizzle: core matrices of 8 columns (of A: rows) x 8 k, those of one k
     adjacent.

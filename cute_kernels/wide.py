@@ -108,12 +108,15 @@ class WideKernel(DecodeKernel):
             count = self.schedule.count(p, at, end, seq)
             valid = seq.packed - (seq.first_block + at.unit - ring) * BLOCK_TOKENS  # tokens from the share's first on
             ring += cutlass.max(self.schedule.blocks(at, count, seq), 0)
+            if cutlass.const_expr(plan.scales_queries):  # once the consumers have made them their operand
+                ptx.mbarrier_wait(smem + plan.slot_empty_at, number & 1, plan.wait)
             while block < ring:
                 ptx.mbarrier_wait(smem + plan.full_at + stage * BARRIER_BYTES, parity, plan.wait)
                 cute.arch.sync_warp()  # lanes that leave the wait one by one would do all of it twice
                 folded = smem + plan.folded_at + stage * plan.folded_bytes
                 in_block = valid - block * BLOCK_TOKENS
-                self.fold.block(smem + stage * plan.fmt.block_bytes, folded, in_block, factor, lane)
+                at_block = smem + stage * plan.fmt.block_bytes
+                self.fold.block(at_block, folded, in_block, smem + plan.slots_at, factor, lane)
                 ptx.mbarrier_arrive(smem + plan.ready_at + stage * BARRIER_BYTES)
                 block += plan.folders
                 stage += plan.folders
@@ -156,7 +159,6 @@ class WideKernel(DecodeKernel):
         plan = self.plan
         group = warp // plan.warps_per_block
         slot = smem + plan.slots_at
-        query = self.queries.operand(slot, warp // plan.team_warps % plan.splits)
         block = group  # the group's next block of the piece; its stage and the parity of its round
         stage = group
         parity = Int32(0)
@@ -189,7 +191,7 @@ class WideKernel(DecodeKernel):
                 empty = smem + plan.empty_at + stage * BARRIER_BYTES
                 ptx.mbarrier_wait(smem + plan.ready_at + stage * BARRIER_BYTES, parity, plan.wait)
                 state = self.attention.attend_block(
-                    p, smem, team, at, folded, empty, query, piece_at, block, (plain_from, plain_to), state
+                    p, smem, team, at, folded, empty, piece_at, block, (plain_from, plain_to), state
                 )
                 block += plan.block_groups
                 stage += plan.block_groups
@@ -204,7 +206,7 @@ class WideKernel(DecodeKernel):
             end_chunk = piece.end_chunk
             while chunk < end_chunk:
                 factor = self.queries.factor(p)
-                state = self.attention.attend_chunk(p, smem, team, piece_at, chunk, query, factor, state)
+                state = self.attention.attend_chunk(p, smem, team, piece_at, chunk, factor, state)
                 chunk += plan.block_groups
             free_parity = state.parity
             self.attention.store_state(smem, team, state)

@@ -42,22 +42,25 @@ class WideAttention:
 
     @cute.jit
     def attend_block(
-        self, p: Params, smem: Int32, team: Team, stage: Int32, folded: Int32, empty: Int32, query: Int32,
+        self, p: Params, smem: Int32, team: Team, stage: Int32, folded: Int32, empty: Int32,
         piece_at: Int32, block: Int32, plain: tuple, state: State
     ):  # fmt: skip
         """Attend to the block in ``stage``, the piece's ``block``-th of this CTA.
 
-        query: descriptor of Q^T; piece_at: address of the Piece; empty: the stage's barrier.
+        piece_at: address of the Piece; empty: the stage's barrier.
         plain: the piece's blocks from, to which there is no soft cap, nor tokens that are invisible to a query.
         """
-        scores = self.scores(team, stage, folded, query)
+        queries, bias = smem + self.plan.slots_at, None
+        if cutlass.const_expr(self.plan.scales_queries):
+            queries, bias = folded + self.plan.folded_k_at, self.places.bias(folded)
+        scores = self.scores(team, stage, folded, self.places.queries(team, queries))
         factor = ptx.load_shared_floats(folded, 0, 1)[0]
         values = Values(self, team, stage, folded)
         if (block < plain[0]) | (block >= plain[1]):
             place = self.places.place(smem)
             piece = load_piece(piece_at)
             position = piece.first_position + block * BLOCK_TOKENS
-            scores = self.softmax.restricted(p, smem, place, scores, factor, position, piece.packed_end)
+            scores = self.softmax.restricted(p, smem, place, scores, factor, bias, position, piece.packed_end)
         scales = []
         for j in range_constexpr(self.plan.p_groups):
             at = folded + self.places.row_again() * 4
@@ -70,7 +73,7 @@ class WideAttention:
             )
         if cutlass.const_expr(self.plan.ahead):
             values.load(0)
-        state = self.softmax.weigh(smem, team, scores, factor, scales, state)
+        state = self.softmax.weigh(smem, team, scores, factor, bias, scales, state)
         if cutlass.const_expr(not self.plan.ahead):
             values.load(0)
         return self.accumulate(smem, team, values, empty, state)
@@ -90,8 +93,14 @@ class WideAttention:
                 words[vector, first + i] = word if shift is None else word >> shift
         return words
 
+    def codes(self, words: dict, fragment, bits: int) -> Int32:
+        """The two codes of a register, as fp16 denormals times the power of two of their place."""
+        return extract({fragment.vector: {fragment.word: words[fragment[:2]]}}, fragment, bits)
+
     def k_registers(self, words: dict, s: int, c: int, params: tuple) -> list:
-        """A registers of K for channel tile c: scale * (code + zero) (+ mean), in units of the block."""
+        """A registers of K for channel tile c: scale * (code + zero) (+ mean), in units of the block; or the codes."""
+        if self.plan.scales_queries:
+            return [self.codes(words, fragment, self.k_bits) for fragment in self.k_fragments[s, c]]
         multipliers, offsets = params
         mask = (1 << self.k_bits) - 1
         a = []
@@ -115,7 +124,6 @@ class WideAttention:
         shift = team.k_shift if plan.team_groups == 2 and self.fmt.k_codes.layout(TILE, 0) < WORD_BITS else None
         tiles = range(self.score_tiles)
         rows = self.row_params(team, folded) if not self.k_per_channel else None
-        query = wg.uniform(query)
         batch = plan.batch
 
         def load(first: int) -> tuple:
@@ -123,7 +131,9 @@ class WideAttention:
             words = self.load_words(stage + team.k_codes, self.fmt.k_codes, 0, wanted, shift)
             params = {}
             for pair in range(first // 2, (first + batch) // 2):
-                if self.k_per_channel:
+                if plan.scales_queries:
+                    params[2 * pair] = params[2 * pair + 1] = None
+                elif self.k_per_channel:
                     params[2 * pair], params[2 * pair + 1] = self.k_params(team, folded, pair)
                 else:
                     params |= {c: self.token_mean(folded, c) for c in (2 * pair, 2 * pair + 1)}
@@ -255,7 +265,7 @@ class WideAttention:
         """A registers of V for token tile i of a slice: (code + zero) * UNIT."""
         a = []
         for r, fragment in enumerate(self.v_fragments[i, GROUP_WARPS * m]):
-            code = extract({fragment.vector: {fragment.word: words[fragment[:2]]}}, fragment, self.v_bits)
+            code = self.codes(words, fragment, self.v_bits)
             a.append(wg.fma_half2(code, unit(fragment.bit), offsets[m][i][r >> 1]))
         return a
 
@@ -272,26 +282,24 @@ class WideAttention:
 
     @cute.jit
     def attend_chunk(
-        self, p: Params, smem: Int32, team: Team, piece_at: Int32, chunk: Int32, query: Int32, factor: Float32,
+        self, p: Params, smem: Int32, team: Team, piece_at: Int32, chunk: Int32, factor: Float32,
         state: State
     ):  # fmt: skip
         """The team's 128 tokens of a 16-bit unit, read from global memory."""
         piece = load_piece(piece_at)
         k, v, capacity, token, held, position = tokens_of(p, piece, chunk, self.plan.chunk)
         if token < held:
-            state = self.attend_tokens(
-                p, smem, team, piece, k, v, capacity, token, held, position, query, factor, state
-            )
+            state = self.attend_tokens(p, smem, team, piece, k, v, capacity, token, held, position, factor, state)
         return state
 
     @cute.jit
     def attend_tokens(
         self, p: Params, smem: Int32, team: Team, piece: Piece, k: Int64, v: Int64, capacity: Int32, token: Int32,
-        held: Int32, position: Int32, query: Int32, factor: Float32, state: State
+        held: Int32, position: Int32, factor: Float32, state: State
     ):  # fmt: skip
         """Attend to tokens ``token`` .. ``held`` - 1 of a buffer, 128 at most; its first one is at ``position``."""
         place = self.places.place(smem)
-        query = wg.uniform(query)
+        query = self.places.queries(team, smem + self.plan.slots_at)
         quad = Int64(place.lane & 3) * 4
         tiles = self.plan.tiles
         acc = [None for _ in range(self.score_tiles)]
@@ -312,8 +320,8 @@ class WideAttention:
             acc = self.issue(acc, a, range(first, first + batch), query, first > 0)
             wg.wait(0)
         acc = [wg.pin(tile) for tile in acc]
-        acc = self.softmax.restricted(p, smem, place, acc, factor, position + token, position + held)
-        state = self.softmax.weigh(smem, team, acc, factor, [None], state)
+        acc = self.softmax.restricted(p, smem, place, acc, factor, None, position + token, position + held)
+        state = self.softmax.weigh(smem, team, acc, factor, None, [None], state)
         total, out, parity = state
         # 8x8 matrices (tokens, channels) transposed: A register r has channels 8 (r & 1), tokens 8 (r >> 1)
         channels = quad + Int64(place.channel - (place.lane >> 2)) * 2

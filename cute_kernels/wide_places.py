@@ -103,6 +103,17 @@ class WidePlaces:
             p_operand=wg.descriptor(cute.arch.make_warp_uniform(p), plan.column_tiles),
         )
 
+    def queries(self, team: Team, at: Int32) -> Int32:
+        """B descriptor of the team's columns of the operand at ``at``."""
+        plan = self.plan
+        if plan.splits > 1:
+            at += (team.barrier - TEAM_BARRIER) % plan.splits * (plan.columns * plan.head_dim * 2)
+        return wg.uniform(wg.descriptor(at, plan.column_tiles))
+
+    def bias(self, folded: Int32) -> Int32:
+        """Address of what is added to the scores of a lane's columns of a block."""
+        return folded + self.plan.folded_bias_at + (wg.thread_again() & 3) * 8
+
     def place(self, smem: Int32) -> Place:
         plan = self.plan
         thread = wg.thread_again()

@@ -14,11 +14,12 @@ GROUP_WARPS = 4  # of a warpgroup
 M_TILE = 64  # rows of one wgmma
 MAX_TEAM = 2  # warpgroups
 MERGE_ROWS = 3  # that a warp merges at once, at most; 12 warps then take one turn for 32 rows
+SCALED_COLUMNS = 16  # of queries, rows of an MMA; scaling more takes the folders longer than it saves the consumers
 AUXILIARY_WARPS = 4  # a producer and up to three folders; a warpgroup, for setmaxnreg
 REGISTER_STEP = 8
 SM_REGISTERS = 65536
-AUXILIARY_REGISTERS = 56  # what they need at least; with accumulators that leave no choice, 32
-TIGHT_REGISTERS = 32
+# what they need at least, the second where they scale queries; the third with accumulators that leave no choice
+AUXILIARY_REGISTERS, SCALING_REGISTERS, TIGHT_REGISTERS = 56, 104, 32
 ALIGN = 16
 PIECE_BYTES = 4 * PIECE_WORDS
 HIGH_BYTES = 4  # of a query column's position behind the last key that it sees
@@ -54,6 +55,11 @@ class WidePlan(Plan):
         self.batch = 2  # k steps whose A registers are made before their wgmma are issued
         # codes of the next k steps are loaded before the registers of these are made, where registers allow
         self.ahead = self.columns * (3 - self.team_groups) <= (64 if self.warps <= 8 else 16)
+        # where the tokens of a block share K's scales, the scales meet the queries: a block has its own operand
+        per_channel = self.quant.k_axis == "channel" and self.quant.k_group == BLOCK_TOKENS
+        self.scales_queries = (
+            per_channel and self.quant.k_mean == "none" and self.columns == config.q_tile == SCALED_COLUMNS
+        )
         # P is scaled per group of V; a group of less than an M tile's rows would need an operand per warp
         self.p_groups = self.v_groups
 
@@ -72,7 +78,9 @@ class WidePlan(Plan):
     @cached_property
     def consumer_registers(self) -> int:
         groups = self.warps // GROUP_WARPS
-        others = TIGHT_REGISTERS if groups > 3 else AUXILIARY_REGISTERS
+        others = SCALING_REGISTERS if self.scales_queries else AUXILIARY_REGISTERS
+        if groups > 3:
+            others = TIGHT_REGISTERS
         return min((self.start_registers * (groups + 1) - others) // groups // REGISTER_STEP * REGISTER_STEP, 240)
 
     @cached_property
@@ -150,7 +158,8 @@ class WidePlan(Plan):
         return -(-end // SMEM_ALIGN) * SMEM_ALIGN
 
     # a stage's folded parameters, fp16 where not said otherwise:
-    # factor f32 | K per channel: [token group][scale, offset][head_dim] in B order
+    # factor f32 | K per channel: [token group][scale, offset][head_dim] in B order; or the scaled queries (operands of
+    #              wgmma), and of each column what the zeros add to its scores, f32
     #            | K per token: [channel group][token] of (scale, scale, offset, offset), without the offset if codes
     #              are centred; mean [head_dim] in B order
     # | V: offset [channel group][token] in B order, scale f32 [channel group][token]
@@ -169,7 +178,13 @@ class WidePlan(Plan):
         size = self.k_rows * 2 * self.head_dim * 2
         if self.quant.k_axis == "token":
             size = self.k_groups * BLOCK_TOKENS * 8
+        elif self.scales_queries:
+            return self.folded_bias_at + self.q_tile * 4
         return self.folded_k_at + size
+
+    @cached_property
+    def folded_bias_at(self) -> int:
+        return self.folded_k_at + self.q_tile * self.head_dim * 2
 
     @cached_property
     def keeps_mean(self) -> bool:

@@ -32,11 +32,11 @@ class WideQueries:
     def scale(self, p: Params) -> Float32:
         """What q is multiplied with to be the operand."""
         rotated = Float32(self.plan.hadamard**-0.5 / ROTATED_ROOM)
-        return cutlass.select_(p.rotate_q == 1, rotated, Float32(1.0))
+        return wg.again(Float32(cutlass.select_(p.rotate_q == 1, rotated, Float32(1.0))))
 
     def factor(self, p: Params) -> Float32:
         """With which products with the operand become log2 scores."""
-        return p.softmax_scale_log2 * cutlass.select_(p.rotate_q == 1, Float32(ROTATED_ROOM), Float32(1.0))
+        return wg.again(p.softmax_scale_log2) * cutlass.select_(p.rotate_q == 1, Float32(ROTATED_ROOM), Float32(1.0))
 
     @cute.jit
     def fetch(self, p: Params, smem: Int32, folder: Int32, lane: Int32, b: Int32, tile: tuple):
@@ -78,7 +78,7 @@ class WideQueries:
         """Of each column the position behind the last key that it sees, a column to a thread."""
         column = warp * LANES + lane
         if column < self.plan.q_tile:
-            first_seen = piece.window_start + p.window - p.q_len + 1
+            first_seen = piece.window_start + wg.again(p.window) - p.q_len + 1
             high = first_seen + quotient(piece.first_row + column, p.group)
             ptx.store_shared(slot + column * HIGH_BYTES, self.plan.highs_offset, [high])
 
@@ -101,8 +101,3 @@ class WideQueries:
         channel_bytes = lane * (4 * self.words)
         at += channel_bytes // wg.CORE_ROW_BYTES * self.layout(0, wg.CORE_DEPTH)
         return at + channel_bytes % wg.CORE_ROW_BYTES
-
-    def operand(self, slot: Int32, split: Int32) -> Int32:
-        """B descriptor of a split's first k step."""
-        at = slot + split * (self.plan.columns * self.plan.head_dim * 2)
-        return wg.descriptor(cute.arch.make_warp_uniform(at), self.plan.column_tiles)

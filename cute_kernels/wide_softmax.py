@@ -11,6 +11,7 @@ from cutlass import Float32, Int32, cute, range_constexpr
 
 from . import ptx
 from . import warpgroup as wg
+from .fragments import fragments, power
 from .layouts import LANES, TILE
 from .merge import masked
 from .plan import COLUMNS
@@ -40,19 +41,43 @@ class WideSoftmax:
         self.score_tiles = plan.score_tiles_per_group
         self.value_tiles = plan.value_tiles_per_group
         self.column_tiles = plan.column_tiles
+        codes = fragments(plan.fmt.k_codes, "k", plan.head_dim, plan.fmt.k_vector_words)
+        self.powers = [[1.0 / power(codes[s, 0][r]) for r in range(2)] for s in range(self.score_tiles)]
+
+    def power(self, s: int, r: int, bias: Int32 | None) -> float:
+        """What scores of rows g + 8 r are multiplied with, besides the factor of all: where a bias is added, they are
+        products of codes as they are read.
+        """
+        return 1.0 if bias is None else self.powers[s][r]
+
+    def biases(self, bias: Int32 | None, n: int) -> list:
+        """What is added to the log2 scores of a lane's columns of tile n."""
+        return [Float32(0.0)] * 2 if bias is None else ptx.load_shared_floats(bias, 4 * COLUMNS * n, 2)
 
     @cute.jit
     def restricted(
-        self, p: Params, smem: Int32, place: Place, scores: list, factor: Float32, position: Int32, end: Int32
+        self, p: Params, smem: Int32, place: Place, scores: list, factor: Float32, bias: Int32 | None,
+        position: Int32, end: Int32
     ):  # fmt: skip
         """Scores after the soft cap, and -inf where a key is invisible.
 
-        factor: with which scores become log2 scores; position: of the tokens' first; end: behind their last one.
+        factor, bias: log2 scores are scores * factor * ``power`` + bias; position: of the tokens' first; end: behind
+        their last one.
         """
         position += place.row
         highs = self.places.highs(smem, place)
         if p.softcap > 0.0:
-            scores = soft_capped(scores, p.softcap, factor)
+            cap = wg.again(p.softcap)
+            for s in range_constexpr(len(scores)):
+                for r in range_constexpr(2):
+                    of_row = factor * self.power(s, r, bias)
+                    inverse = ptx.reciprocal(of_row)
+                    for n in range_constexpr(self.column_tiles):
+                        added = self.biases(bias, n)
+                        for j in range_constexpr(2):
+                            i = 4 * n + 2 * r + j
+                            capped = soft_capped(scores[s][i] * of_row + added[j], cap)
+                            scores[s][i] = (capped - added[j]) * inverse
         for n in range_constexpr(self.column_tiles):
             bounds = ptx.load_shared(highs, HIGH_BYTES * COLUMNS * n, 2)
             for j in range_constexpr(2):
@@ -68,8 +93,10 @@ class WideSoftmax:
         return scores
 
     @cute.jit
-    def weigh(self, smem: Int32, team: Team, scores: list, factor: Float32, scales: list, state: State):
-        """P = exp2(S factor - top), times the scales of V, to shared memory; the State with new sums.
+    def weigh(
+        self, smem: Int32, team: Team, scores: list, factor: Float32, bias: Int32 | None, scales: list, state: State
+    ):
+        """P = exp2(log2 scores - top), times the scales of V, to shared memory; the State with new sums.
 
         P is written with the old ``top``; where that was too low, which a barrier finds out, it is raised and P
         written again.
@@ -77,18 +104,20 @@ class WideSoftmax:
         total, out, parity = state
         threads = LANES * self.plan.team_warps
         ptx.mbarrier_wait(self.places.free(smem, team), parity, self.plan.wait)
-        parts, largest = self.write(smem, team, scores, factor, scales)
+        parts, largest = self.write(smem, team, scores, factor, bias, scales)
         wg.fence_async()
         if wg.barrier_any(team.barrier, threads, largest > 2.0**self.plan.p_limit):
             place = self.places.place(smem)
             tops = []
             for n in range_constexpr(self.column_tiles):
                 tops.append([Float32(0.0)] * 2)
+                added = self.biases(bias, n)
                 for j in range_constexpr(2):
-                    peak = scores[0][4 * n + j]
+                    peak = Float32(-float("inf"))
                     for s in range_constexpr(self.score_tiles):
-                        peak = ptx.fmax(peak, ptx.fmax(scores[s][4 * n + j], scores[s][4 * n + j + 2]))
-                    tops[n][j] = ptx.over_lanes(ptx.fmax, peak, ptx.LANE_BITS[2:]) * factor
+                        for r in range_constexpr(2):
+                            peak = ptx.fmax(peak, scores[s][4 * n + 2 * r + j] * self.power(s, r, bias))
+                    tops[n][j] = ptx.over_lanes(ptx.fmax, peak, ptx.LANE_BITS[2:]) * factor + added[j]
             if place.lane < 4:
                 mine = place.exchange + place.member * (4 * self.plan.columns) + place.lane * 8
                 for n in range_constexpr(self.column_tiles):
@@ -124,8 +153,8 @@ class WideSoftmax:
                 shrink = ptx.load_shared_floats(row, at + r * (8 * 4 * COLUMNS), 2)
                 total[2 * r] = total[2 * r] * shrink[0]
                 total[2 * r + 1] = total[2 * r + 1] * shrink[1]
-            again = wg.pin([factor])[0]  # or the compiler would keep all scores times factor from before
-            parts, largest = self.write(smem, team, scores, again, scales)
+            # or the compiler would keep all scores times factor from before
+            parts, largest = self.write(smem, team, scores, wg.again(factor), bias, scales)
             wg.fence_async()
             wg.barrier(team.barrier, threads)
         return State(self.summed(total, parts), out, parity)
@@ -149,18 +178,21 @@ class WideSoftmax:
             total = ptx.mma([*total, *unused], a, [*b, Int32(0)][:2])[: len(total)]
         return total
 
-    def write(self, smem: Int32, team: Team, scores: list, factor: Float32, scales: list) -> tuple:
+    def write(self, smem: Int32, team: Team, scores: list, factor: Float32, bias: Int32 | None, scales: list) -> tuple:
         """Write P^T as B operands, one per V group -> [n] half2 sums of P over the lane's rows, the largest of them."""
         parts = []
         largest = Float32(0.0)
         tops = self.places.top(smem, team)
+        factors = [[factor * self.power(s, r, bias) for r in range(2)] for s in range(self.score_tiles)]
         pairs = [list(range(n, min(n + 2, self.column_tiles))) for n in range(0, self.column_tiles, 2)]
         for pair in pairs:
             p = {}
             for n in pair:
                 top = ptx.load_shared_floats(tops, 4 * COLUMNS * n, 2)
+                if bias is not None:
+                    top = [ptx.subtract(x, y) for x, y in zip(top, self.biases(bias, n), strict=True)]
                 for s in range(self.score_tiles):
-                    p[n, s] = [ptx.exp2(scores[s][4 * n + i] * factor - top[i % 2]) for i in range(4)]
+                    p[n, s] = [ptx.exp2(scores[s][4 * n + i] * factors[s][i // 2] - top[i % 2]) for i in range(4)]
                 part = [p[n, 0][j] + p[n, 0][j + 2] for j in range(2)]
                 for s in range(1, self.score_tiles):
                     part = [part[j] + (p[n, s][j] + p[n, s][j + 2]) for j in range(2)]

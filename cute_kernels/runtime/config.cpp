@@ -54,14 +54,28 @@ constexpr std::int64_t kMinTileColumns = 64;
 
 bool has_tiles(const KernelConfig& config) { return config.mma == "wgmma" && config.q_tile >= kMinTileColumns; }
 
+// Whether K's scales meet the queries of a block, 16 at most (cute_kernels/wide_plan.py).
+bool scales_queries(const KernelConfig& c) {
+  constexpr std::int64_t kScaledColumns = 16;
+  const QuantSpec& q = c.quant;
+  return c.q_tile == kScaledColumns && WideTiling(c).splits == 1 && q.k_axis == "channel" &&
+         q.k_group == kBlockTokens && q.k_mean == "none";
+}
+
 // Bytes of a stage's folded parameters. V has scales as fp32 and, unless symmetric, offsets as fp16; for tiles both as
-// fp16.
-std::int64_t folded_bytes(std::int64_t head_dim, const QuantSpec& q, bool tiles) {
+// fp16. Without tiles a block that has one scale per channel of K has its own queries instead, and a float of each.
+std::int64_t folded_bytes(const KernelConfig& c) {
   constexpr std::int64_t kFactorBytes = 16;
   constexpr std::int64_t kHalf = 2, kFloat = 4;
+  const QuantSpec& q = c.quant;
+  const std::int64_t head_dim = c.head_dim;
+  const bool tiles = has_tiles(c);
   const std::int64_t v_params = head_dim / q.v_group * kBlockTokens;
   std::int64_t bytes = kFactorBytes;
   bytes += tiles ? v_params * 2 * kHalf : v_params * kFloat + (q.v_symmetric ? 0 : v_params * kHalf);
+  if (scales_queries(c)) {
+    return bytes + c.q_tile * (head_dim * kHalf + kFloat);
+  }
   if (q.k_axis == "channel") return bytes + kBlockTokens / q.k_group * 2 * head_dim * kHalf;
   bytes += head_dim / q.k_group * kBlockTokens * 4 * kHalf;
   return bytes + (q.k_mean == "block" ? head_dim * kHalf : 0);
@@ -84,7 +98,7 @@ std::int64_t append_smem_bytes(std::int64_t head_dim, const QuantSpec& quant) {
 
 // As in cute_kernels/plan.py and wide_plan.py: the blocks, with wgmma their folded parameters, too.
 std::int64_t ring_bytes(const KernelConfig& c) {
-  const std::int64_t folded = c.mma == "wgmma" ? folded_bytes(c.head_dim, c.quant, false) : 0;
+  const std::int64_t folded = c.mma == "wgmma" ? folded_bytes(c) : 0;
   return c.stages * (block_bytes(c.head_dim, c.quant) + folded);
 }
 
@@ -94,7 +108,7 @@ std::int64_t tile_smem_bytes(const KernelConfig& c) {
   constexpr std::int64_t kTiles = 4, kBarriersOfStage = 3, kBarriersOfSlots = 4, kBarriersOfTiles = 8;
   constexpr std::int64_t kPrefetchingBytes = 96, kTileParamsBytes = 2 * 16, kPlacesBytes = 16, kStateBytes = 8,
                          kProgressBytes = 8;
-  const std::int64_t ring = c.stages * (block_bytes(c.head_dim, c.quant) + folded_bytes(c.head_dim, c.quant, true));
+  const std::int64_t ring = c.stages * (block_bytes(c.head_dim, c.quant) + folded_bytes(c));
   std::int64_t bytes = round_up(ring, kSmemAlign) + kTiles * kBlockTokens * c.head_dim * kHalf;
   // the next piece's queries are fetched ahead where there is room for them
   const std::int64_t token_bytes = c.head_dim * (c.quant.k_bits + c.quant.v_bits) / 8;
