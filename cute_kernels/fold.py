@@ -42,10 +42,13 @@ class Fold:
         self.quant = plan.quant
         self.words = plan.head_dim // LANES // 2  # half2 of a lane when a warp holds a value per channel
 
-    def block(self, stage: Int32, folded: Int32, valid: Int32, queries: Int32, factor: Float32, lane: Int32) -> None:
-        """Fold the block in ``stage``, whose first ``valid`` tokens count; queries: their operand, factor: theirs."""
+    def block(self, stage: Int32, folded: Int32, valid: Int32, queries: tuple, factor: Float32, lane: Int32) -> None:
+        """Fold the block in ``stage``, whose first ``valid`` tokens count; factor: that of the queries.
+
+        queries: addresses of their operand, and of what is made of it for the block.
+        """
         if self.plan.scales_queries:
-            self.scale_queries(stage, folded, queries, factor, lane)
+            self.scale_queries(stage, folded, *queries, factor, lane)
         elif self.quant.k_axis == "channel":
             self.keys_per_channel(stage, folded, valid, factor, lane)
         else:
@@ -105,7 +108,9 @@ class Fold:
             self.store_channels(folded, at, multiplier, lane)
             self.store_channels(folded, at + 2 * self.plan.head_dim, offset, lane)
 
-    def scale_queries(self, stage: Int32, folded: Int32, queries: Int32, factor: Float32, lane: Int32) -> None:
+    def scale_queries(
+        self, stage: Int32, folded: Int32, queries: Int32, scaled: Int32, factor: Float32, lane: Int32
+    ) -> None:
         """K per channel, one group of tokens: Q' and what it leaves out, sum Q scale (zero + m) - sum Q' m.
 
         m is the middle code: so Q' and what it was rounded by meet codes - m only. Two column tiles are the rows of an
@@ -155,8 +160,7 @@ class Fold:
             of_pair = [ptx.mul_half2(x, inverse) for x in of_pair]
             for c, query in enumerate(tiles):
                 operand = [ptx.mul_half2(x, of_pair[2 * c + i // 2]) for i, x in enumerate(query)]
-                at = plan.folded_k_at + layout(0, TILE * (2 * pair + c))
-                wg.store_matrices(folded + place, at, operand, transposed=False)
+                wg.store_matrices(scaled + place, layout(0, TILE * (2 * pair + c)), operand, transposed=False)
                 chains[c] = ptx.mma(chains[c], operand, minus_middle)
                 if zero is not None:
                     chains[2 + c] = ptx.mma(chains[2 + c], query, exact[2 * c : 2 * c + 2])
@@ -164,8 +168,7 @@ class Fold:
             total = Float32(0.0)
             for chain in chains:
                 total = total + (chain[2 * i] + chain[2 * i + 1])
-            at = plan.folded_bias_at + 4 * COLUMNS * i
-            ptx.store_shared(folded + (lane >> 2) * 4, at, [total * unit_step])
+            ptx.store_shared(folded + (lane >> 2) * 4, plan.folded_k_at + 4 * COLUMNS * i, [total * unit_step])
         cute.arch.sync_warp()  # V's scales come where the halves were
 
     @cute.jit

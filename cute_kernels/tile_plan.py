@@ -34,7 +34,7 @@ class TilePlan(WidePlan):
         self.value_columns = self.head_dim // 8  # of V^T: channels
         self.columns = M_TILE  # of queries that are an operand
         self.column_tiles = M_TILE // 8
-        self.scales_queries = False
+        self.scales_queries, self.scaled_slots = False, 0
         # whether there is room for the next piece's queries besides the operand
         token_bytes = self.head_dim * (self.quant.k_bits + self.quant.v_bits) // 8
         self.prefetches = self.q_tile == M_TILE and token_bytes <= PREFETCHING_BYTES

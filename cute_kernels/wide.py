@@ -51,6 +51,8 @@ class WideKernel(DecodeKernel):
         self.init_ring(smem, plan.warps_per_block, plan.warps)
         for team in range(plan.teams):
             ptx.mbarrier_init(smem + (plan.free_at + BARRIER_BYTES * team), plan.team_warps)
+        for slot in range(plan.scaled_slots):
+            ptx.mbarrier_init(smem + (plan.scaled_free_at + BARRIER_BYTES * slot), plan.team_warps)
 
     def init_ring(self, smem: Int32, block_readers: int, piece_readers: int) -> None:
         """Initialise the barriers of the ring and of the slot; the readers are warps."""
@@ -103,6 +105,8 @@ class WideKernel(DecodeKernel):
         stage = folder
         parity = Int32(0)
         block = folder  # the warp's next block, counted over the share
+        scaled = folder  # the slot of scaled queries
+        scaled_parity = Int32(1)  # the first finds it free
         ring = Int32(0)  # blocks of the share before this piece
         while at.x < end:
             count = self.schedule.count(p, at, end, seq)
@@ -116,7 +120,15 @@ class WideKernel(DecodeKernel):
                 folded = smem + plan.folded_at + stage * plan.folded_bytes
                 in_block = valid - block * BLOCK_TOKENS
                 at_block = smem + stage * plan.fmt.block_bytes
-                self.fold.block(at_block, folded, in_block, smem + plan.slots_at, factor, lane)
+                if cutlass.const_expr(plan.scales_queries):
+                    ptx.mbarrier_wait(smem + plan.scaled_free_at + scaled * BARRIER_BYTES, scaled_parity, plan.wait)
+                    cute.arch.sync_warp()
+                queries = smem + plan.slots_at, smem + plan.scaled_at + scaled * plan.scaled_bytes
+                self.fold.block(at_block, folded, in_block, queries, factor, lane)
+                scaled += plan.folders
+                if scaled >= plan.scaled_slots:
+                    scaled -= plan.scaled_slots
+                    scaled_parity = scaled_parity ^ 1
                 ptx.mbarrier_arrive(smem + plan.ready_at + stage * BARRIER_BYTES)
                 block += plan.folders
                 stage += plan.folders
@@ -162,6 +174,7 @@ class WideKernel(DecodeKernel):
         block = group  # the group's next block of the piece; its stage and the parity of its round
         stage = group
         parity = Int32(0)
+        scaled = group  # the slot of scaled queries, one of two
         free_parity = Int32(1)  # the first finds P free
         number = Int32(0)  # of the piece in the share
         if warp == plan.warps - 1:
@@ -191,8 +204,9 @@ class WideKernel(DecodeKernel):
                 empty = smem + plan.empty_at + stage * BARRIER_BYTES
                 ptx.mbarrier_wait(smem + plan.ready_at + stage * BARRIER_BYTES, parity, plan.wait)
                 state = self.attention.attend_block(
-                    p, smem, team, at, folded, empty, piece_at, block, (plain_from, plain_to), state
+                    p, smem, team, at, folded, scaled, empty, piece_at, block, (plain_from, plain_to), state
                 )
+                scaled = 2 * group + plan.block_groups - scaled
                 block += plan.block_groups
                 stage += plan.block_groups
                 if stage >= plan.stages:

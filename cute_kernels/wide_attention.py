@@ -13,7 +13,7 @@ from . import warpgroup as wg
 from .fold import UNIT, centred, unit, zero_units
 from .fragments import extract, fragments
 from .layouts import BLOCK_TOKENS, HALF_BITS, LANES, NUM_SLICES, SLICE_TOKENS, TILE, WORD_BITS
-from .plan import COLUMNS
+from .plan import BARRIER_BYTES, COLUMNS
 from .values import FIRST_MAX, halves
 from .wide_places import TEAM_BARRIER, Place, Team, WidePlaces
 from .wide_plan import GROUP_WARPS, M_TILE, WidePlan
@@ -42,18 +42,23 @@ class WideAttention:
 
     @cute.jit
     def attend_block(
-        self, p: Params, smem: Int32, team: Team, stage: Int32, folded: Int32, empty: Int32,
+        self, p: Params, smem: Int32, team: Team, stage: Int32, folded: Int32, scaled: Int32, empty: Int32,
         piece_at: Int32, block: Int32, plain: tuple, state: State
     ):  # fmt: skip
         """Attend to the block in ``stage``, the piece's ``block``-th of this CTA.
 
-        piece_at: address of the Piece; empty: the stage's barrier.
+        scaled: slot of the block's queries, if they are scaled; piece_at: address of the Piece; empty: the stage's
+        barrier.
         plain: the piece's blocks from, to which there is no soft cap, nor tokens that are invisible to a query.
         """
         queries, bias = smem + self.plan.slots_at, None
         if cutlass.const_expr(self.plan.scales_queries):
-            queries, bias = folded + self.plan.folded_k_at, self.places.bias(folded)
+            queries = smem + self.plan.scaled_at + scaled * self.plan.scaled_bytes
+            bias = self.places.bias(folded)
         scores = self.scores(team, stage, folded, self.places.queries(team, queries))
+        if cutlass.const_expr(self.plan.scales_queries):
+            cute.arch.sync_warp()
+            wg.mbarrier_arrive_once(smem + self.plan.scaled_free_at + scaled * BARRIER_BYTES)
         factor = ptx.load_shared_floats(folded, 0, 1)[0]
         values = Values(self, team, stage, folded)
         if (block < plain[0]) | (block >= plain[1]):

@@ -112,7 +112,7 @@ class WidePlaces:
 
     def bias(self, folded: Int32) -> Int32:
         """Address of what is added to the scores of a lane's columns of a block."""
-        return folded + self.plan.folded_bias_at + (wg.thread_again() & 3) * 8
+        return folded + self.plan.folded_k_at + (wg.thread_again() & 3) * 8
 
     def place(self, smem: Int32) -> Place:
         plan = self.plan

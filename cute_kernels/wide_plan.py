@@ -15,6 +15,7 @@ M_TILE = 64  # rows of one wgmma
 MAX_TEAM = 2  # warpgroups
 MERGE_ROWS = 3  # that a warp merges at once, at most; 12 warps then take one turn for 32 rows
 SCALED_COLUMNS = 16  # of queries, rows of an MMA; scaling more takes the folders longer than it saves the consumers
+SCALED_SLOTS = 2  # of a team: one is filled while the other is read; a stage's would be held while V is worked on, too
 AUXILIARY_WARPS = 4  # a producer and up to three folders; a warpgroup, for setmaxnreg
 REGISTER_STEP = 8
 SM_REGISTERS = 65536
@@ -57,9 +58,9 @@ class WidePlan(Plan):
         self.ahead = self.columns * (3 - self.team_groups) <= (64 if self.warps <= 8 else 16)
         # where the tokens of a block share K's scales, the scales meet the queries: a block has its own operand
         per_channel = self.quant.k_axis == "channel" and self.quant.k_group == BLOCK_TOKENS
-        self.scales_queries = (
-            per_channel and self.quant.k_mean == "none" and self.columns == config.q_tile == SCALED_COLUMNS
-        )
+        per_channel = per_channel and self.quant.k_mean == "none"
+        self.scales_queries = per_channel and self.columns == config.q_tile == SCALED_COLUMNS
+        self.scaled_slots = SCALED_SLOTS * self.teams if self.scales_queries else 0
         # P is scaled per group of V; a group of less than an M tile's rows would need an operand per warp
         self.p_groups = self.v_groups
 
@@ -90,7 +91,8 @@ class WidePlan(Plan):
 
     # shared memory: as in Plan, with the folded parameters of the stages behind the ring, one slot (wide_queries.py,
     # then the Pieces) with barriers for ``full`` and ``empty`` and, behind the barriers, those that say ``ready`` (per
-    # stage) and ``free`` (per team); ``exchange``: of each team a float per warp and column, then per column ``top``
+    # stage) and ``free`` (per team), and those of slots of scaled
+    # queries; ``exchange``: of each team a float per warp and column, then per column ``top``
     # and its last change; Shares. The merge scratch also holds P while a piece is worked on: a row per query column
     # has room for its P.
 
@@ -136,8 +138,12 @@ class WidePlan(Plan):
         return self.ready_at + self.stages * BARRIER_BYTES
 
     @cached_property
+    def scaled_free_at(self) -> int:
+        return self.free_at + self.teams * BARRIER_BYTES
+
+    @cached_property
     def exchange_at(self) -> int:
-        return -(-(self.free_at + self.teams * BARRIER_BYTES) // ALIGN) * ALIGN
+        return -(-(self.scaled_free_at + self.scaled_slots * BARRIER_BYTES) // ALIGN) * ALIGN
 
     @cached_property
     def shares_at(self) -> int:
@@ -153,13 +159,22 @@ class WidePlan(Plan):
         return self.top_offset + 2 * self.columns * 4
 
     @cached_property
+    def scaled_at(self) -> int:
+        """Slots of scaled queries, operands of wgmma."""
+        return self.shares_at + SHARES_BYTES
+
+    @cached_property
+    def scaled_bytes(self) -> int:
+        return self.q_tile * self.head_dim * 2
+
+    @cached_property
     def smem_bytes(self) -> int:
-        end = self.shares_at + SHARES_BYTES
+        end = self.scaled_at + self.scaled_slots * self.scaled_bytes
         return -(-end // SMEM_ALIGN) * SMEM_ALIGN
 
     # a stage's folded parameters, fp16 where not said otherwise:
-    # factor f32 | K per channel: [token group][scale, offset][head_dim] in B order; or the scaled queries (operands of
-    #              wgmma), and of each column what the zeros add to its scores, f32
+    # factor f32 | K per channel: [token group][scale, offset][head_dim] in B order; where queries are scaled, of each
+    #              column the bias of its scores, f32
     #            | K per token: [channel group][token] of (scale, scale, offset, offset), without the offset if codes
     #              are centred; mean [head_dim] in B order
     # | V: offset [channel group][token] in B order, scale f32 [channel group][token]
@@ -179,12 +194,8 @@ class WidePlan(Plan):
         if self.quant.k_axis == "token":
             size = self.k_groups * BLOCK_TOKENS * 8
         elif self.scales_queries:
-            return self.folded_bias_at + self.q_tile * 4
+            size = self.q_tile * 4
         return self.folded_k_at + size
-
-    @cached_property
-    def folded_bias_at(self) -> int:
-        return self.folded_k_at + self.q_tile * self.head_dim * 2
 
     @cached_property
     def keeps_mean(self) -> bool:

@@ -63,7 +63,7 @@ bool scales_queries(const KernelConfig& c) {
 }
 
 // Bytes of a stage's folded parameters. V has scales as fp32 and, unless symmetric, offsets as fp16; for tiles both as
-// fp16. Without tiles a block that has one scale per channel of K has its own queries instead, and a float of each.
+// fp16. Where queries are scaled, a float of each instead of K's.
 std::int64_t folded_bytes(const KernelConfig& c) {
   constexpr std::int64_t kFactorBytes = 16;
   constexpr std::int64_t kHalf = 2, kFloat = 4;
@@ -73,9 +73,7 @@ std::int64_t folded_bytes(const KernelConfig& c) {
   const std::int64_t v_params = head_dim / q.v_group * kBlockTokens;
   std::int64_t bytes = kFactorBytes;
   bytes += tiles ? v_params * 2 * kHalf : v_params * kFloat + (q.v_symmetric ? 0 : v_params * kHalf);
-  if (scales_queries(c)) {
-    return bytes + c.q_tile * (head_dim * kHalf + kFloat);
-  }
+  if (scales_queries(c)) return bytes + c.q_tile * kFloat;
   if (q.k_axis == "channel") return bytes + kBlockTokens / q.k_group * 2 * head_dim * kHalf;
   bytes += head_dim / q.k_group * kBlockTokens * 4 * kHalf;
   return bytes + (q.k_mean == "block" ? head_dim * kHalf : 0);
@@ -372,8 +370,10 @@ std::int64_t KernelConfig::smem_bytes() const noexcept {
   if (wide) {  // more barriers: per stage, per team; floats per warp and column, two per team and column; the shares
     constexpr std::int64_t kSharesBytes = 32;
     const WideTiling tiling(*this);
-    bytes = round_up(bytes + kBarrierBytes / 2 * (stages + tiling.teams), 16);
+    const std::int64_t scaled_slots = scales_queries(*this) ? 2 * tiling.teams : 0;  // of scaled queries
+    bytes = round_up(bytes + kBarrierBytes / 2 * (stages + tiling.teams + scaled_slots), 16);
     bytes += (num_warps + 2 * tiling.teams) * tiling.columns * static_cast<std::int64_t>(sizeof(float)) + kSharesBytes;
+    bytes += scaled_slots * q_tile * 2 * head_dim;
   }
   return round_up(bytes, kSmemAlign);
 }
