@@ -147,6 +147,7 @@ class Rows:
         y = [ptx.shuffle_xor(value, 2 * WARP_ROWS) for value in y]
         norm = Float32(self.plan.hadamard**-0.5) * cutlass.select_(high == 0, Float32(1.0), odd_sign)
         sums, differences = added(x, y, Float32(1.0)), added(x, y, Float32(-1.0))
+        cute.arch.sync_warp()  # values are stored where other lanes have loaded theirs
         if is_new:
             place = at + high * quarter + odd * half
             store_values(place, [ptx.multiply(value, norm) for value in sums], pair_of)
