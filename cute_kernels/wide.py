@@ -4,7 +4,8 @@ producer       as in decode.py: one bulk copy per block into a ring of shared-me
 folders        make a block's parameters ready once it has landed (fold.py); "ready" mbarriers
 consumers      warpgroups in teams (wide_attention.py); a team takes every n-th block for its query columns:
     S^T = K Q^T            A = K from registers: per register one AND, one HFMA2 with the folded scale and offset;
-                           B = Q^T in shared memory; m64nNk16
+                           B = Q^T in shared memory; m64nNk16. With 16 columns and K per channel A = the codes, B = the
+                           block's own Q^T, times the scales, which the folders make
     P = exp2(S - top)      P^T times V's scale to shared memory by stmatrix.trans; the barrier that the team needs
                            anyway tells whether ``top`` was too low (wide_softmax.py)
     O^T += V^T P^T         A = V from registers, (code + zero); B = P^T; the tokens of a block are k

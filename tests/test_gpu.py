@@ -91,10 +91,11 @@ def test_softcap_and_sink_logits() -> None:
 
 
 @pytest.mark.parametrize("tokens", [65536, 131072])
-def test_flat_attention_over_long_contexts(tokens: int) -> None:
+@pytest.mark.parametrize("group", [4, 16])
+def test_flat_attention_over_long_contexts(group: int, tokens: int) -> None:
     """Offsets left in a running sum would show here: relative error at most 5e-4."""
     case = problem([(tokens, 0)], KV4, heads=2, head_dim=128)
-    q = random_q(1, 1, 8, 128) * 0.02
+    q = random_q(1, 1, 2 * group, 128) * 0.02
     out = on_gpu(case).decode(q.cuda())
     want, _ = attention(q[0], *case.values[0])
     assert relative_error(out[0].cpu(), want) < 5e-4

@@ -121,7 +121,7 @@ def test_manifest_has_wgmma_kernels_for_many_columns() -> None:
     assert not any(config.mma == "wgmma" for config in compiler.manifest("sm120"))
 
 
-@pytest.mark.parametrize(("head_dim", "q_tile"), [(64, 32), (128, 32)])
+@pytest.mark.parametrize(("head_dim", "q_tile"), [(64, 32), (128, 16), (128, 32)])
 def test_wgmma_takes_codes_from_registers(head_dim: int, q_tile: int) -> None:
     config = next(c for c in wide_configs() if (c.head_dim, c.q_tile) == (head_dim, q_tile))
     code = listing(compiled("sm90a")[config].cubin)
@@ -295,6 +295,7 @@ PRESETS = {name: bd.preset(name, 128)[0].for_kernel() for name in ("kv8", "kv4",
         ("kv8", 128, 7, 9, {"window": 200}),
         ("kc4", 128, 16, 8, {}),
         ("k4v2", 64, 5, 9, {"softcap": 5.0}),
+        ("kv4", 64, 8, 2, {"softcap": 5.0, "window": 300}),
     ],
 )
 def test_many_query_columns(preset: str, head_dim: int, group: int, q_len: int, options: dict) -> None:
@@ -311,6 +312,18 @@ def test_many_query_columns(preset: str, head_dim: int, group: int, q_len: int, 
     )
     copies = ("late", "early")[index % 2]
     check(config, made, case, random_q(3, q_len, group, head_dim, dtype), grid=2, async_copies=copies, **options)
+
+
+@pytest.mark.parametrize(("preset", "head_dim"), [("kc4", 128), ("kv4", 64)])
+def test_sixteen_columns_have_scaled_queries(preset: str, head_dim: int) -> None:
+    """So many blocks that the slots of scaled queries are filled again; with keys rounded to fp16 it would be 7e-4."""
+    config, made = kernel("sm90a", bd.preset(preset, head_dim)[0].for_kernel(), head_dim, 16)
+    assert config.mma == "wgmma"
+    case = problem([(1900, 0)], config.quant, heads=1, head_dim=head_dim)
+    q = random_q(1, 1, 16, head_dim)
+    out, _ = execute(config, made, case, q, grid=1)
+    want, _ = attention(q[0], *case.values[0])
+    assert relative_error(out[0], want) < 5e-4
 
 
 @pytest.mark.parametrize("group", [3, 16])
