@@ -91,9 +91,9 @@ class WidePlan(Plan):
 
     # shared memory: as in Plan, with the folded parameters of the stages behind the ring, one slot (wide_queries.py,
     # then the Pieces) with barriers for ``full`` and ``empty`` and, behind the barriers, those that say ``ready`` (per
-    # stage) and ``free`` (per team), and those of slots of scaled
-    # queries; ``exchange``: of each team a float per warp and column, then per column ``top``
-    # and its last change; Shares. The merge scratch also holds P while a piece is worked on: a row per query column
+    # stage) and ``free`` (per team), and those of the slots of scaled queries; ``exchange``: of each team a float per
+    # warp and column, then per column ``top`` and its last change; Shares; slots of scaled queries. The merge scratch
+    # also holds P while a piece is worked on: a row per query column
     # has room for its P.
 
     @cached_property

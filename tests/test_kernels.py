@@ -86,10 +86,12 @@ def test_instructions_in_ptx(arch: str) -> None:
         bulk = arch in BULK_ARCHS
         assert ("cp.async.bulk.shared::cluster.global" in made.ptx) == bulk, config.name()
         assert "cp.async.cg.shared.global" in made.ptx  # 16-bit tokens, without bulk copies also blocks, wgmma: queries
-        # blocks need no arrangement, 16-bit tokens do; wgmma's kernels load them from global memory
-        for form in ("", ".trans"):
+        # blocks need no arrangement, 16-bit tokens do; wgmma's kernels load those from global memory, and from shared
+        # memory queries that they scale
+        scales = config.mma == "wgmma" and config.q_tile == 16 and config.quant.k_axis == "channel"
+        for form, of_wgmma in (("", scales), (".trans", False)):
             loads = f"ldmatrix.sync.aligned.m8n8.x4{form}.shared.b16" in made.ptx
-            assert loads == (config.mma == "mma_sync"), config.name()
+            assert loads == (config.mma == "mma_sync" or of_wgmma), config.name()
         if isinstance(compiler.plan_of(config), TilePlan):
             assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16" in made.ptx
             assert "stmatrix.sync.aligned.m8n8.x4.shared.b16" in made.ptx
