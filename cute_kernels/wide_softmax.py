@@ -54,6 +54,24 @@ class WideSoftmax:
         """What is added to the log2 scores of a lane's columns of tile n."""
         return [Float32(0.0)] * 2 if bias is None else ptx.load_shared_floats(bias, 4 * COLUMNS * n, 2)
 
+    def capped(self, scores: list, cap: Float32, factor: Float32, bias: Int32 | None) -> list:
+        """Scores after the soft cap, in their own units."""
+        if bias is None:
+            return soft_capped(scores, cap, factor)
+        added = [x for n in range(self.column_tiles) for x in self.biases(bias, n)]
+        log2_scores = [
+            [x * (factor * self.power(s, i // 2 % 2, bias)) + added[i // 4 * 2 + i % 2] for i, x in enumerate(tile)]
+            for s, tile in enumerate(scores)
+        ]
+        inverse = ptx.reciprocal(factor)
+        return [
+            [
+                (x - added[i // 4 * 2 + i % 2]) * (inverse * (1.0 / self.power(s, i // 2 % 2, bias)))
+                for i, x in enumerate(tile)
+            ]
+            for s, tile in enumerate(soft_capped(log2_scores, cap))
+        ]
+
     @cute.jit
     def restricted(
         self, p: Params, smem: Int32, place: Place, scores: list, factor: Float32, bias: Int32 | None,
@@ -67,17 +85,7 @@ class WideSoftmax:
         position += place.row
         highs = self.places.highs(smem, place)
         if p.softcap > 0.0:
-            cap = wg.again(p.softcap)
-            for s in range_constexpr(len(scores)):
-                for r in range_constexpr(2):
-                    of_row = factor * self.power(s, r, bias)
-                    inverse = ptx.reciprocal(of_row)
-                    for n in range_constexpr(self.column_tiles):
-                        added = self.biases(bias, n)
-                        for j in range_constexpr(2):
-                            i = 4 * n + 2 * r + j
-                            capped = soft_capped(scores[s][i] * of_row + added[j], cap)
-                            scores[s][i] = (capped - added[j]) * inverse
+            scores = self.capped(scores, wg.again(p.softcap), factor, bias)
         for n in range_constexpr(self.column_tiles):
             bounds = ptx.load_shared(highs, HIGH_BYTES * COLUMNS * n, 2)
             for j in range_constexpr(2):
